@@ -1,0 +1,117 @@
+// A CPU allocator that counts what is live and keeps what is freed: fresh pages cost more than the work done on them.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+#include "shim.h"
+
+namespace echelon {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kKeepFrom = size_t{1} << 16;   // smaller blocks are malloc's business
+constexpr size_t kKeepAtLeast = size_t{1} << 28;
+
+std::atomic<size_t> live{0}, peak{0};
+
+// Sizes are rounded up to eighths of a power of two, so that blocks of nearly equal size replace each other.
+size_t size_class(size_t bytes) {
+  if (bytes < kKeepFrom) return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  size_t step = (size_t{1} << (63 - __builtin_clzll(bytes))) / 8;
+  return (bytes + step - 1) / step * step;
+}
+
+class FreeBlocks {
+ public:
+  void* take(size_t size) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto found = blocks_.find(size);
+    if (found == blocks_.end() || found->second.empty()) return nullptr;
+    void* block = found->second.back();
+    found->second.pop_back();
+    kept_ -= size;
+    return block;
+  }
+  // Keeps at most a quarter of the peak: what a phase needed is there for the next, and no more.
+  bool keep(void* block, size_t size) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (kept_ + size > std::max(kKeepAtLeast, peak.load() / 4)) return false;
+    blocks_[size].push_back(block);
+    kept_ += size;
+    return true;
+  }
+  void release() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& entry : blocks_)
+      for (void* block : entry.second) std::free(block);
+    blocks_.clear();
+    kept_ = 0;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<size_t, std::vector<void*>> blocks_;
+  size_t kept_ = 0;
+};
+
+FreeBlocks& free_blocks() {
+  static auto* blocks = new FreeBlocks;
+  return *blocks;
+}
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+void release(void* context) {
+  auto* block = static_cast<Block*>(context);
+  live -= block->size;
+  if (block->size < kKeepFrom || !free_blocks().keep(block->data, block->size)) std::free(block->data);
+  delete block;
+}
+
+struct CountingAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes == 0) return {nullptr, nullptr, &release_nothing, c10::Device(c10::DeviceType::CPU)};
+    size_t size = size_class(bytes);
+    void* data = size >= kKeepFrom ? free_blocks().take(size) : nullptr;
+    if (data == nullptr) data = fresh(size);
+    size_t now = live += size;
+    for (size_t seen = peak.load(); now > seen && !peak.compare_exchange_weak(seen, now);) {
+    }
+    return {data, new Block{data, size}, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+ private:
+  static void release_nothing(void*) {}
+  static void* fresh(size_t size) {
+    void* data = nullptr;
+    if (posix_memalign(&data, kAlignment, size) != 0) {
+      free_blocks().release();
+      TORCH_CHECK(posix_memalign(&data, kAlignment, size) == 0, "out of memory: ", size, " bytes wanted, ", live.load(),
+                  " bytes live in tensors");
+    }
+    return data;
+  }
+};
+
+}  // namespace
+
+void install_cpu_allocator() {
+  static auto* allocator = new CountingAllocator;
+  c10::SetCPUAllocator(allocator, /*priority=*/100);
+}
+size_t live_bytes() { return live.load(); }
+size_t peak_bytes() { return peak.load(); }
+void reset_peak_bytes() { peak = live.load(); }
+
+}  // namespace echelon

@@ -1,0 +1,27 @@
+// What Echelon needs of libtorch and tch does not wrap. Only at::Tensor and plain values cross.
+#pragma once
+#include <ATen/ATen.h>
+#include <memory>
+#include "rust/cxx.h"
+
+namespace echelon {
+struct Mapping;  // Rust: keeps mapped memory alive
+
+// A tensor over memory that `owner` keeps alive; `owner` is dropped with the tensor's storage.
+std::unique_ptr<at::Tensor> from_mapping(size_t address, rust::Slice<const int64_t> shape, int32_t dtype,
+                                         rust::Box<Mapping> owner);
+// Makes `grad` the gradient of `leaf`: backward passes then add into it in place.
+void set_grad(const at::Tensor& leaf, const at::Tensor& grad);
+void clear_grad(const at::Tensor& leaf);
+// Backward from `output` with the incoming gradient `grad`; frees the graph.
+void backward_from(const at::Tensor& output, const at::Tensor& grad);
+// One AdamW step in one pass over memory; `step` is a scalar f32 tensor that counts steps.
+void fused_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
+                 const at::Tensor& exp_avg_sq, const at::Tensor& step, double lr, double beta1, double beta2,
+                 double weight_decay, double eps);
+
+void install_cpu_allocator();
+size_t live_bytes();
+size_t peak_bytes();
+void reset_peak_bytes();
+}  // namespace echelon

@@ -1,0 +1,32 @@
+//! The nouns that all of Echelon shares: what a step's data looks like, what can be asked of a role, how ranks
+//! talk, and how a model's training state is laid out over them.
+//!
+//! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what),
+//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state).
+
+pub mod rollout;
+
+pub mod experience;
+
+pub mod role;
+
+pub mod verb;
+
+pub mod shape;
+
+pub mod pack;
+
+pub mod zero;
+
+pub mod process_group;
+
+pub mod progress;
+
+pub mod random;
+
+pub mod device;
+
+mod error;
+pub mod shim;
+
+pub use error::{Error, Result};

@@ -1,0 +1,146 @@
+//! The bridge to `csrc/`: libtorch calls that tch lacks, as safe functions over [`tch::Tensor`].
+
+use tch::{Kind, TchError, Tensor};
+
+/// Memory that a tensor was wrapped around; dropped with the tensor's storage.
+pub struct Mapping {
+    _owner: Box<dyn std::any::Any + Send + Sync>,
+}
+
+#[cxx::bridge(namespace = "echelon")]
+mod ffi {
+    extern "Rust" {
+        type Mapping;
+    }
+    unsafe extern "C++" {
+        include!("shim.h");
+        #[namespace = "at"]
+        type Tensor;
+        fn from_mapping(address: usize, shape: &[i64], dtype: i32, owner: Box<Mapping>) -> Result<UniquePtr<Tensor>>;
+        fn set_grad(leaf: &Tensor, grad: &Tensor) -> Result<()>;
+        fn clear_grad(leaf: &Tensor) -> Result<()>;
+        fn backward_from(output: &Tensor, grad: &Tensor) -> Result<()>;
+        #[allow(clippy::too_many_arguments)] // libtorch's own signature
+        fn fused_adamw(
+            param: &Tensor,
+            grad: &Tensor,
+            exp_avg: &Tensor,
+            exp_avg_sq: &Tensor,
+            step: &Tensor,
+            lr: f64,
+            beta1: f64,
+            beta2: f64,
+            weight_decay: f64,
+            eps: f64,
+        ) -> Result<()>;
+        fn install_cpu_allocator();
+        fn live_bytes() -> usize;
+        fn peak_bytes() -> usize;
+        fn reset_peak_bytes();
+    }
+}
+
+fn raw(tensor: &Tensor) -> &ffi::Tensor {
+    // SAFETY: a tch tensor's pointer is a valid `at::Tensor*` for as long as the tensor lives.
+    unsafe { &*tensor.as_ptr().cast::<ffi::Tensor>() }
+}
+
+/// libtorch's `ScalarType` of the kinds that weights come in.
+fn scalar_type(kind: Kind) -> Result<i32, TchError> {
+    match kind {
+        Kind::Half => Ok(5),
+        Kind::Float => Ok(6),
+        Kind::Double => Ok(7),
+        Kind::BFloat16 => Ok(15),
+        other => Err(TchError::Kind(format!("{other:?} weights cannot be mapped"))),
+    }
+}
+
+fn torch_error(error: cxx::Exception) -> TchError {
+    let first_line = error.what().lines().next().unwrap_or_default();
+    TchError::Torch(first_line.to_string())
+}
+
+/// A tensor of `shape` and `kind` over memory at `address` that `owner` keeps alive. No byte is copied.
+///
+/// # Safety
+/// `address` must point to `shape.product()` initialised elements of `kind`, aligned, that live as long as `owner`
+/// and are not written while the tensor lives.
+pub unsafe fn from_mapping(
+    address: usize,
+    shape: &[i64],
+    kind: Kind,
+    owner: Box<dyn std::any::Any + Send + Sync>,
+) -> Result<Tensor, TchError> {
+    let tensor = ffi::from_mapping(address, shape, scalar_type(kind)?, Box::new(Mapping { _owner: owner })).map_err(torch_error)?;
+    // SAFETY: `clone_from_ptr` makes a second handle of the same tensor; the first is dropped with `tensor`.
+    Ok(unsafe { Tensor::clone_from_ptr(tensor.as_ptr().cast_mut().cast()) })
+}
+
+/// Makes `grad` the gradient of `leaf`: backward passes add into it in place.
+pub fn set_grad(leaf: &Tensor, grad: &Tensor) -> Result<(), TchError> {
+    ffi::set_grad(raw(leaf), raw(grad)).map_err(torch_error)
+}
+
+/// Forgets the gradient of `leaf`.
+pub fn clear_grad(leaf: &Tensor) -> Result<(), TchError> {
+    ffi::clear_grad(raw(leaf)).map_err(torch_error)
+}
+
+/// Backward from `output` with the incoming gradient `grad` (same shape); the graph is freed.
+pub fn backward_from(output: &Tensor, grad: &Tensor) -> Result<(), TchError> {
+    ffi::backward_from(raw(output), raw(grad)).map_err(torch_error)
+}
+
+/// One step of AdamW's hyper-parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    pub lr: f64,
+    pub betas: (f64, f64),
+    pub eps: f64,
+    pub weight_decay: f64,
+}
+
+/// One AdamW step on `param` in one pass over memory; `step` (scalar f32) must already count this step.
+pub fn fused_adamw(
+    param: &Tensor,
+    grad: &Tensor,
+    exp_avg: &Tensor,
+    exp_avg_sq: &Tensor,
+    step: &Tensor,
+    with: AdamWStep,
+) -> Result<(), TchError> {
+    ffi::fused_adamw(
+        raw(param),
+        raw(grad),
+        raw(exp_avg),
+        raw(exp_avg_sq),
+        raw(step),
+        with.lr,
+        with.betas.0,
+        with.betas.1,
+        with.weight_decay,
+        with.eps,
+    )
+    .map_err(torch_error)
+}
+
+/// Makes libtorch use the counting, block-keeping CPU allocator. Call once, before the first tensor.
+pub fn install_cpu_allocator() {
+    ffi::install_cpu_allocator();
+}
+
+/// Bytes now live in CPU tensors (of tensors made since [`install_cpu_allocator`]).
+pub fn live_bytes() -> usize {
+    ffi::live_bytes()
+}
+
+/// Most bytes live at once since the last [`reset_peak_bytes`].
+pub fn peak_bytes() -> usize {
+    ffi::peak_bytes()
+}
+
+/// Starts a new peak measurement at what is live now.
+pub fn reset_peak_bytes() {
+    ffi::reset_peak_bytes();
+}

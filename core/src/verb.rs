@@ -1,0 +1,133 @@
+//! What can be asked of a role: one type per request, with the type of its answer.
+
+use std::path::PathBuf;
+
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::experience::Experience;
+use crate::role::Role;
+use crate::rollout::{Prompts, Rollout, SamplingConfig, Tokens};
+
+/// A request with a typed answer.
+pub trait Verb: Send + 'static {
+    type Reply: Send + 'static;
+    /// As it stands in errors and traces.
+    const NAME: &'static str;
+}
+
+/// What holds the roles of one device; runs on that device's thread, one request at a time.
+pub trait Serve<V: Verb> {
+    fn serve(&mut self, request: V) -> Result<V::Reply>;
+}
+
+/// Sample responses.
+pub struct Generate {
+    pub prompts: Prompts,
+    pub sampling: SamplingConfig,
+}
+
+/// `[B, T]` log-probs of the masked tokens, by the actor or the reference.
+pub struct Logprobs {
+    pub role: Role,
+    pub tokens: Tokens,
+}
+
+/// `[B, T]` values of the masked tokens' prefixes.
+pub struct Values {
+    pub tokens: Tokens,
+}
+
+/// `[B]` scores by the reward model; the texts serve one with another tokenizer.
+pub struct Scores {
+    pub tokens: Tokens,
+    pub prompts: Vec<String>,
+    pub responses: Vec<String>,
+}
+
+/// One optimizer step of the actor on a mini-batch.
+pub struct UpdateActor {
+    pub experience: Experience,
+    /// Response tokens of the whole mini-batch, over all ranks.
+    pub num_tokens: f64,
+    /// Weight of a KL term in the loss; unused when the KL is in the reward.
+    pub kl_coef: f64,
+}
+
+/// One optimizer step of the critic on a mini-batch.
+pub struct UpdateCritic {
+    pub experience: Experience,
+    pub num_tokens: f64,
+}
+
+/// Make the actor's weights the generators'.
+pub struct Publish;
+
+/// Write a trainable role's whole training state to a file.
+pub struct Save {
+    pub role: Role,
+    pub file: PathBuf,
+}
+
+/// Take up the training state that [`Save`] wrote.
+pub struct Restore {
+    pub role: Role,
+    pub file: PathBuf,
+}
+
+/// Write a role's weights as a Hugging Face folder.
+pub struct Export {
+    pub role: Role,
+    pub folder: PathBuf,
+}
+
+/// What one optimizer step of the actor did. Means are over response tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ActorReport {
+    pub policy_loss: f64,
+    pub kl_loss: f64,
+    pub entropy: f64,
+    /// Fraction of tokens whose clipped term was the smaller one.
+    pub clip_fraction: f64,
+    /// Mean of old_logprobs − logprobs (k1), OpenRLHF's `ppo_kl`.
+    pub ppo_kl: f64,
+    /// Mean k3 estimate between the old and the new policy.
+    pub approx_kl: f64,
+    pub ratio_max: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    /// Importance ratios of the tokens, for a histogram.
+    pub ratios: Vec<f32>,
+    /// Tokens forwarded and learned from.
+    pub num_tokens: i64,
+}
+
+/// What one optimizer step of the critic did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CriticReport {
+    pub critic_loss: f64,
+    pub clip_fraction: f64,
+    pub values_mean: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub num_tokens: i64,
+}
+
+macro_rules! verbs {
+    ($($verb:ty => $reply:ty, $name:literal;)*) => {
+        $(impl Verb for $verb { type Reply = $reply; const NAME: &'static str = $name; })*
+    };
+}
+
+verbs! {
+    Generate => Rollout, "generate";
+    Logprobs => Tensor, "logprobs";
+    Values => Tensor, "values";
+    Scores => Tensor, "scores";
+    UpdateActor => ActorReport, "update";
+    UpdateCritic => CriticReport, "update";
+    Publish => u64, "publish";
+    Save => (), "save";
+    Restore => (), "restore";
+    Export => (), "export";
+}

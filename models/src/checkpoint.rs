@@ -1,0 +1,329 @@
+//! Weights in Hugging Face folders: `model.safetensors`, or shards behind `model.safetensors.index.json`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use echelon_core::shim;
+use echelon_core::zero::write_tensors;
+use memmap2::{Mmap, MmapOptions};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{DecoderConfig, HeadKind};
+use crate::error::{ModelError, Result};
+
+/// Files above this size are split into shards, as transformers does.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// A model folder's weights in memory map. Tensors are wrapped around the map, which lives as long as any of them.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    index: HashMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Arc<Mmap>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    kind: Result<Kind, String>,
+    shape: Vec<i64>,
+    /// Bytes of the file.
+    begin: usize,
+    end: usize,
+}
+
+impl Checkpoint {
+    /// Maps the folder's files privately and read-only and checks every tensor's place in them.
+    pub fn open(folder: &Path) -> Result<Checkpoint> {
+        let mut checkpoint = Checkpoint { folder: folder.into(), shards: Vec::new(), index: HashMap::new() };
+        let single = folder.join("model.safetensors");
+        if single.exists() {
+            checkpoint.add_shard(single)?;
+            return Ok(checkpoint);
+        }
+        let index = folder.join("model.safetensors.index.json");
+        if !index.exists() {
+            return Err(ModelError::NoWeights { folder: folder.into() });
+        }
+        let text = std::fs::read_to_string(&index).map_err(|source| ModelError::Io { path: index.clone(), source })?;
+        let json: Value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: index.clone(), source })?;
+        let wrong = |found: &str| ModelError::Config {
+            path: index.clone(),
+            key: "weight_map".into(),
+            expected: "a table of tensor names and file names in this folder".into(),
+            found: found.into(),
+        };
+        let names = json.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("no such table"))?;
+        let mut files: Vec<&str> = names.values().filter_map(Value::as_str).collect();
+        files.sort_unstable();
+        files.dedup();
+        for file in files {
+            if Path::new(file).components().count() != 1 {
+                return Err(wrong(file));
+            }
+            checkpoint.add_shard(folder.join(file))?;
+        }
+        if let Some((name, file)) = names.iter().find(|(name, _)| !checkpoint.index.contains_key(*name)) {
+            let hint = format!(" ({} says it is here)", index.display());
+            return Err(ModelError::MissingTensor { file: folder.join(file.as_str().unwrap_or("")), tensor: name.clone(), hint });
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
+        let io = |source| ModelError::Io { path: path.clone(), source };
+        let file = File::open(&path).map_err(io)?;
+        // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
+        let map = unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?;
+        let begin = whole(&path, &map)?;
+        let damaged = |found: String| ModelError::Damaged {
+            file: path.clone(),
+            expected: "a safetensors header whose tensors fill the file".into(),
+            found,
+        };
+        let parsed = SafeTensors::deserialize(&map).map_err(|error| damaged(error.to_string()))?;
+        for (name, view) in parsed.tensors() {
+            let offset = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            debug_assert!(offset >= begin);
+            let entry = Entry {
+                shard: self.shards.len(),
+                kind: kind_of(view.dtype()),
+                shape: view.shape().iter().map(|&d| d as i64).collect(),
+                begin: offset,
+                end: offset + view.data().len(),
+            };
+            self.index.insert(name, entry);
+        }
+        drop(parsed);
+        self.shards.push(Shard { path, map: Arc::new(map) });
+        Ok(())
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The named tensor, wrapped around the file's map without a copy (copied where its place is not aligned).
+    /// Read-only: writing to it faults.
+    ///
+    /// # Errors
+    /// Missing tensor, another shape than `shape`, a dtype other than F32, F16, BF16.
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let Some(entry) = self.index.get(name) else { return Err(self.missing(name)) };
+        let shard = &self.shards[entry.shard];
+        if entry.shape != shape {
+            return Err(ModelError::TensorShape {
+                file: shard.path.clone(),
+                tensor: name.into(),
+                expected: shape.into(),
+                found: entry.shape.clone(),
+            });
+        }
+        let kind = entry.kind.clone().map_err(|found| ModelError::TensorDtype {
+            file: shard.path.clone(),
+            tensor: name.into(),
+            found,
+        })?;
+        let bytes = &shard.map[entry.begin..entry.end];
+        if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
+            return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
+        }
+        // SAFETY: `whole` checked that the file holds these bytes; the map lives in the tensor and is never written.
+        Ok(unsafe { shim::from_mapping(bytes.as_ptr() as usize, shape, kind, Box::new(shard.map.clone())) }?)
+    }
+
+    fn missing(&self, name: &str) -> ModelError {
+        let last = name.rsplit('.').take(2).collect::<Vec<_>>();
+        let near = self.index.keys().find(|key| key.rsplit('.').take(2).collect::<Vec<_>>() == last);
+        let hint = near.map(|key| format!("; it has `{key}`")).unwrap_or_default();
+        let file = self.shards.first().map_or_else(|| self.folder.clone(), |shard| shard.path.clone());
+        ModelError::MissingTensor { file, tensor: name.into(), hint }
+    }
+
+    /// A loader of a model's parameters in `kind` on `device`: mapped where both fit, else converted copies.
+    pub fn loader<'a>(&'a self, config: &DecoderConfig, kind: Kind, device: Device) -> impl FnMut(&str) -> Result<Tensor> + 'a {
+        let shapes: HashMap<String, Vec<i64>> =
+            config.shape().units.into_iter().flat_map(|unit| unit.params).map(|param| (param.name, param.shape)).collect();
+        move |name| {
+            let shape = shapes.get(name).unwrap_or_else(|| panic!("`{name}` is a parameter of this architecture"));
+            let tensor = self.tensor(name, shape)?;
+            Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
+        }
+    }
+
+    /// Whether a tensor's memory lies inside one of this checkpoint's maps.
+    pub fn holds(&self, tensor: &Tensor) -> bool {
+        let at = tensor.data_ptr() as usize;
+        self.shards.iter().any(|shard| {
+            let begin = shard.map.as_ptr() as usize;
+            (begin..begin + shard.map.len()).contains(&at)
+        })
+    }
+}
+
+/// Where the tensor data begins, once the header fits the file and the file is as long as the header says.
+fn whole(path: &Path, map: &Mmap) -> Result<usize> {
+    let damaged = |expected: String, found: String| ModelError::Damaged { file: path.into(), expected, found };
+    let Some(length) = map.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
+        return Err(damaged("at least 8 bytes".into(), format!("{} bytes", map.len())));
+    };
+    let begin = length.saturating_add(8);
+    if begin > map.len() as u64 {
+        return Err(damaged(format!("a header of {length} bytes"), format!("a file of {} bytes", map.len())));
+    }
+    let header: Value = serde_json::from_slice(&map[8..begin as usize])
+        .map_err(|error| damaged("a JSON header".into(), error.to_string()))?;
+    let end = header
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter_map(|(_, tensor)| tensor.get("data_offsets")?.get(1)?.as_u64())
+        .max()
+        .unwrap_or(0);
+    if begin.saturating_add(end) > map.len() as u64 {
+        let expected = format!("{} bytes by its header", begin.saturating_add(end));
+        return Err(damaged(expected, format!("{} bytes", map.len())));
+    }
+    Ok(begin as usize)
+}
+
+fn kind_of(dtype: Dtype) -> Result<Kind, String> {
+    match dtype {
+        Dtype::F32 => Ok(Kind::Float),
+        Dtype::F16 => Ok(Kind::Half),
+        Dtype::BF16 => Ok(Kind::BFloat16),
+        other => Err(format!("{other:?}")),
+    }
+}
+
+/// Writes a folder that transformers loads: weights in `kind`, and `config.json` as in `like` with the dtype and the
+/// head's architecture set. Tokenizer files are the tokenizer's to save.
+pub fn save_pretrained(
+    folder: &Path,
+    like: &Path,
+    head: HeadKind,
+    tensors: &[(String, Tensor)],
+    kind: Kind,
+    extra: &[(&str, Value)],
+) -> Result<()> {
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ModelError::Io { path, source }
+    };
+    std::fs::create_dir_all(folder).map_err(io(folder))?;
+    let config = saved_config(&like.join("config.json"), head, kind, extra)?;
+    let path = folder.join("config.json");
+    std::fs::write(&path, serde_json::to_string_pretty(&config).expect("JSON serialises") + "\n").map_err(io(&path))?;
+    let generation = like.join("generation_config.json");
+    if generation.exists() {
+        let to = folder.join("generation_config.json");
+        std::fs::copy(&generation, &to).map_err(io(&to))?;
+    }
+    save_weights(folder, tensors, kind)
+}
+
+fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]) -> Result<Value> {
+    let text = std::fs::read_to_string(like).map_err(|source| ModelError::Io { path: like.into(), source })?;
+    let mut config: Value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: like.into(), source })?;
+    let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("llama").to_string();
+    let stem = match model_type.as_str() {
+        "mistral" => "Mistral",
+        "qwen2" => "Qwen2",
+        "qwen3" => "Qwen3",
+        _ => "Llama",
+    };
+    let table = config.as_object_mut().expect("config.json was read as a table before");
+    let dtype = if table.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    table.insert(dtype.into(), dtype_name(kind).into());
+    match head {
+        HeadKind::Logits => {
+            table.insert("architectures".into(), json!([format!("{stem}ForCausalLM")]));
+        }
+        HeadKind::Score => {
+            table.insert("architectures".into(), json!([format!("{stem}ForSequenceClassification")]));
+            table.insert("id2label".into(), json!({"0": "LABEL_0"}));
+            table.insert("label2id".into(), json!({"LABEL_0": 0}));
+        }
+    }
+    for (key, value) in extra {
+        table.insert((*key).into(), value.clone());
+    }
+    Ok(config)
+}
+
+fn save_weights(folder: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
+    let shards = split_into_shards(tensors, kind);
+    let write = |name: &str, part: &[(String, Tensor)]| {
+        let path = folder.join(name);
+        write_tensors(&path, part, &[("format", "pt".into())]).map_err(|source| ModelError::Write { path, source })
+    };
+    if let [all] = shards.as_slice() {
+        return write("model.safetensors", all);
+    }
+    let mut weight_map = BTreeMap::new();
+    for (index, part) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
+        write(&name, part)?;
+        weight_map.extend(part.iter().map(|(tensor, _)| (tensor.clone(), name.clone())));
+    }
+    let total: usize = tensors.iter().map(|(_, t)| t.numel() * kind.elt_size_in_bytes()).sum();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+    let path = folder.join("model.safetensors.index.json");
+    std::fs::write(&path, index.to_string()).map_err(|source| ModelError::Io { path, source })
+}
+
+/// Parts of at most [`SHARD_BYTES`], converted as they are written.
+fn split_into_shards(tensors: &[(String, Tensor)], kind: Kind) -> Vec<Vec<(String, Tensor)>> {
+    let mut shards = vec![Vec::new()];
+    let mut used = 0;
+    for (name, tensor) in tensors {
+        let bytes = tensor.numel() * kind.elt_size_in_bytes();
+        if used + bytes > SHARD_BYTES && used > 0 {
+            shards.push(Vec::new());
+            used = 0;
+        }
+        used += bytes;
+        shards.last_mut().expect("never empty").push((name.clone(), tensor.detach().to_kind(kind)));
+    }
+    shards
+}
+
+fn dtype_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Half => "float16",
+        Kind::BFloat16 => "bfloat16",
+        Kind::Double => "float64",
+        _ => "float32",
+    }
+}
+
+/// Copies of a model's parameters for one that starts from random weights: normal with `initializer_range`, norms 1,
+/// biases 0. Every number is a function of the seed and the parameter's name.
+pub fn random_parameter(name: &str, shape: &[i64], initializer_range: f64, seed: u64) -> Tensor {
+    use echelon_core::random::{Domain, normal};
+    if name.ends_with("norm.weight") {
+        return Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    }
+    if name.ends_with(".bias") {
+        return Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+    }
+    let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let values: Vec<f32> = (0..shape.iter().product::<i64>())
+        .map(|i| (initializer_range * normal(seed, Domain::Weights, stream, i as u32, (i >> 32) as u32)) as f32)
+        .collect();
+    Tensor::from_slice(&values).view(shape)
+}

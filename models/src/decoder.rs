@@ -1,0 +1,150 @@
+//! A decoder-only transformer over packed tokens. One computation serves training, scoring and generation: they differ
+//! in how a layer attends.
+
+use echelon_core::pack::PackedRows;
+use echelon_core::zero::Backbone;
+use tch::{Kind, Tensor};
+
+use crate::config::DecoderConfig;
+use crate::error::Result;
+use crate::layers::{Linear, RmsNorm, RotaryTable, inverse_frequencies, packed_attention};
+
+/// Gives each parameter by its Hugging Face name, in the shape that [`DecoderConfig::shape`] lists.
+pub type Load<'a> = dyn FnMut(&str) -> Result<Tensor> + 'a;
+
+/// Embedding, layers and final norm; tensors are handles, cloning shares the weights.
+#[derive(Debug)]
+pub struct Decoder {
+    config: DecoderConfig,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    inverse_frequencies: Tensor,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: RmsNorm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
+    mlp_norm: RmsNorm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    window: Option<i64>,
+}
+
+impl Decoder {
+    /// Takes the tensors that `load` gives; none is copied.
+    pub fn new(config: &DecoderConfig, load: &mut Load) -> Result<Decoder> {
+        let embedding = load("model.embed_tokens.weight")?;
+        let layers = (0..config.num_layers).map(|index| Layer::new(config, index, load)).collect::<Result<_>>()?;
+        let norm = RmsNorm { weight: load("model.norm.weight")?, eps: config.norm_eps };
+        let inverse_frequencies = inverse_frequencies(config.rope, config.head_dim).to_device(embedding.device());
+        Ok(Decoder { config: config.clone(), embedding, layers, norm, inverse_frequencies })
+    }
+
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// `[V, H]`; with tied embeddings also the head's matrix.
+    pub fn embedding(&self) -> &Tensor {
+        &self.embedding
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.embedding.kind()
+    }
+
+    /// Embeds `[N]` token ids to `[N, H]`.
+    pub fn embed_tokens(&self, token_ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embedding, token_ids, -1, false, false)
+    }
+
+    /// Rotary tables for `[N]` positions.
+    pub fn rotary(&self, positions: &Tensor) -> RotaryTable {
+        RotaryTable::new(&self.inverse_frequencies, positions, self.kind())
+    }
+
+    /// One layer: `[N, H]` to `[N, H]`. `attend` gets q `[N, heads, D]`, k and v `[N, kv_heads, D]` with rotary positions
+    /// applied, and the layer's window, and returns `[N, heads, D]`.
+    pub fn layer_with(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        rotary: &RotaryTable,
+        attend: &mut dyn FnMut(&Tensor, &Tensor, &Tensor, Option<i64>) -> Tensor,
+    ) -> Tensor {
+        let layer = &self.layers[index];
+        let x = layer.input_norm.forward(hidden);
+        let heads = |linear: &Linear, norm: &Option<RmsNorm>| {
+            let projected = linear.forward(&x).view([x.size()[0], -1, self.config.head_dim]);
+            norm.as_ref().map_or_else(|| projected.shallow_clone(), |norm| norm.forward(&projected))
+        };
+        let q = rotary.rotate(&heads(&layer.q, &layer.q_norm));
+        let k = rotary.rotate(&heads(&layer.k, &layer.k_norm));
+        let v = heads(&layer.v, &None);
+        let attended = attend(&q, &k, &v, layer.window);
+        let hidden = hidden + layer.o.forward(&attended.reshape([x.size()[0], -1]));
+        let x = layer.mlp_norm.forward(&hidden);
+        let gated = layer.gate.forward(&x).silu() * layer.up.forward(&x);
+        hidden + layer.down.forward(&gated)
+    }
+}
+
+impl Backbone for Decoder {
+    type Context = RotaryTable;
+
+    fn context(&self, batch: &PackedRows) -> RotaryTable {
+        self.rotary(&batch.positions)
+    }
+
+    fn num_layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn embed(&self, batch: &PackedRows) -> Tensor {
+        self.embed_tokens(&batch.token_ids)
+    }
+
+    fn layer(&self, index: usize, hidden: &Tensor, batch: &PackedRows, rotary: &RotaryTable) -> Tensor {
+        self.layer_with(index, hidden, rotary, &mut |q, k, v, window| packed_attention(q, k, v, &batch.lengths, window))
+    }
+
+    fn norm(&self, hidden: &Tensor) -> Tensor {
+        self.norm.forward(hidden)
+    }
+}
+
+impl Layer {
+    fn new(config: &DecoderConfig, index: usize, load: &mut Load) -> Result<Layer> {
+        let mut load = |name: &str| load(&format!("model.layers.{index}.{name}"));
+        let eps = config.norm_eps;
+        let norm = |name: &str, load: &mut Load| Ok::<_, crate::ModelError>(RmsNorm { weight: load(name)?, eps });
+        let linear = |name: &str, bias: bool, load: &mut Load| -> Result<Linear> {
+            let weight = load(&format!("{name}.weight"))?;
+            let bias = bias.then(|| load(&format!("{name}.bias"))).transpose()?;
+            Ok(Linear { weight, bias })
+        };
+        let load: &mut Load = &mut load;
+        Ok(Layer {
+            input_norm: norm("input_layernorm.weight", load)?,
+            q: linear("self_attn.q_proj", config.qkv_bias, load)?,
+            k: linear("self_attn.k_proj", config.qkv_bias, load)?,
+            v: linear("self_attn.v_proj", config.qkv_bias, load)?,
+            o: linear("self_attn.o_proj", config.output_bias, load)?,
+            q_norm: config.qk_norm.then(|| norm("self_attn.q_norm.weight", load)).transpose()?,
+            k_norm: config.qk_norm.then(|| norm("self_attn.k_norm.weight", load)).transpose()?,
+            mlp_norm: norm("post_attention_layernorm.weight", load)?,
+            gate: linear("mlp.gate_proj", config.mlp_bias, load)?,
+            up: linear("mlp.up_proj", config.mlp_bias, load)?,
+            down: linear("mlp.down_proj", config.mlp_bias, load)?,
+            window: config.windows[index],
+        })
+    }
+}

@@ -1,0 +1,149 @@
+//! The sizes of a step that follow from the recipe, and the lines that show them at the start.
+
+use std::fmt;
+
+use super::tables::{Optimizer, Recipe};
+
+/// How a step's prompts become optimizer steps.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchArithmetic {
+    /// Prompts per step.
+    pub prompts: usize,
+    /// Responses per prompt.
+    pub samples_per_prompt: usize,
+    /// Responses per step.
+    pub responses: usize,
+    /// Responses per optimizer step.
+    pub mini_batch_size: usize,
+    /// Passes over the responses.
+    pub epochs: usize,
+    /// Optimizer steps per step, over all epochs.
+    pub optimizer_steps: usize,
+    /// Steps of the run.
+    pub steps: usize,
+    /// Optimizer steps of the critic in the whole run.
+    pub critic_optimizer_steps: usize,
+    /// Optimizer steps of the actor in the whole run: none during the critic's warm-up.
+    pub actor_optimizer_steps: usize,
+    /// Optimizer steps over which the actor's learning rate rises.
+    pub actor_warmup_steps: usize,
+    /// Most tokens of a prompt.
+    pub max_prompt_tokens: usize,
+    /// Most tokens of a response.
+    pub max_new_tokens: usize,
+    /// Tokens per forward and backward pass on one device.
+    pub tokens_per_micro_batch: usize,
+    /// Devices in use, where the recipe says so.
+    pub workers: Option<usize>,
+    /// Devices per engine.
+    pub tensor_parallel_size: usize,
+}
+
+impl Recipe {
+    /// The sizes that follow from this recipe.
+    pub fn batch_arithmetic(&self) -> BatchArithmetic {
+        let responses = self.rollout.batch_size * self.rollout.samples_per_prompt;
+        let optimizer_steps = responses / self.ppo.mini_batch_size * self.ppo.epochs;
+        let actor_optimizer_steps = optimizer_steps * (self.train.steps - self.ppo.critic_warmup_steps);
+        BatchArithmetic {
+            prompts: self.rollout.batch_size,
+            samples_per_prompt: self.rollout.samples_per_prompt,
+            responses,
+            mini_batch_size: self.ppo.mini_batch_size,
+            epochs: self.ppo.epochs,
+            optimizer_steps,
+            steps: self.train.steps,
+            critic_optimizer_steps: optimizer_steps * self.train.steps,
+            actor_optimizer_steps,
+            actor_warmup_steps: self.actor.optimizer.warmup_steps(actor_optimizer_steps),
+            max_prompt_tokens: self.data.max_prompt_tokens,
+            max_new_tokens: self.rollout.max_new_tokens,
+            tokens_per_micro_batch: self.train.compute.tokens_per_micro_batch,
+            workers: self.placement.devices.count(),
+            tensor_parallel_size: self.generation.tensor_parallel_size,
+        }
+    }
+}
+
+impl Optimizer {
+    /// Optimizer steps of warm-up among `total`, a part of a step rounded up as OpenRLHF does.
+    pub fn warmup_steps(&self, total: usize) -> usize {
+        (total as f64 * self.warmup_ratio).ceil() as usize
+    }
+}
+
+impl BatchArithmetic {
+    /// Most micro-batches of one mini-batch on one of `workers` devices, when every sequence has full length.
+    pub fn micro_batches_at_most(&self, workers: usize) -> usize {
+        let rows = self.mini_batch_size.div_ceil(workers);
+        let sequence = self.max_prompt_tokens + self.max_new_tokens;
+        let rows_together = (self.tokens_per_micro_batch / sequence).max(1);
+        rows.div_ceil(rows_together)
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let mut lines = vec![self.rollout_line(), self.run_line(), self.micro_batch_line()];
+        if let Some(workers) = self.workers.filter(|workers| *workers > 1) {
+            lines.push(self.device_line(workers));
+            if self.tensor_parallel_size > 1 {
+                lines.push(self.engine_line(workers / self.tensor_parallel_size));
+            }
+        }
+        lines
+    }
+
+    fn rollout_line(&self) -> String {
+        let (prompts, samples) = (count(self.prompts, "prompt"), count(self.samples_per_prompt, "sample"));
+        let updates = count(self.responses / self.mini_batch_size, "optimizer step");
+        let line =
+            format!("{prompts} x {samples} = {} responses -> {updates} of {}", self.responses, self.mini_batch_size);
+        match self.epochs {
+            1 => line,
+            epochs => format!("{line}, {epochs} epochs: {}", self.optimizer_steps),
+        }
+    }
+
+    fn run_line(&self) -> String {
+        let (steps, actor) = (count(self.steps, "step"), count(self.actor_optimizer_steps, "optimizer step"));
+        let (warmup, critic) = (self.actor_warmup_steps, self.critic_optimizer_steps);
+        format!("{steps}: {actor} of the actor, {warmup} of them warm-up; {critic} of the critic")
+    }
+
+    fn micro_batch_line(&self) -> String {
+        let (prompt, response) = (self.max_prompt_tokens, self.max_new_tokens);
+        let at_most = self.micro_batches_at_most(self.workers.unwrap_or(1));
+        format!(
+            "up to {prompt} + {response} = {} tokens a sequence, micro-batches of {} tokens: at most {at_most} per optimizer step",
+            prompt + response,
+            self.tokens_per_micro_batch,
+        )
+    }
+
+    fn device_line(&self, workers: usize) -> String {
+        let [prompts, responses, rows] =
+            [self.prompts, self.responses, self.mini_batch_size].map(|rows| shown(rows, workers));
+        format!("{workers} devices: {prompts} prompts, {responses} responses and {rows} of each mini-batch on a device")
+    }
+
+    fn engine_line(&self, engines: usize) -> String {
+        let rows = shown(self.responses, engines);
+        format!("{} of {} devices, {rows} responses each", count(engines, "engine"), self.tensor_parallel_size)
+    }
+}
+
+impl fmt::Display for BatchArithmetic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.lines().join("\n"))
+    }
+}
+
+/// `rows / parts`, or both bounds where it is no whole number.
+fn shown(rows: usize, parts: usize) -> String {
+    let low = rows / parts;
+    if rows.is_multiple_of(parts) { low.to_string() } else { format!("{low} to {}", low + 1) }
+}
+
+fn count(number: usize, noun: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{plural}")
+}

@@ -1,0 +1,466 @@
+//! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
+
+use super::error::Problem;
+use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
+use super::tables::*;
+use super::value::{Auto, ModelSource};
+use super::{Origins, Root};
+
+/// Collects broken rules at the places of the keys they are about.
+pub struct Rules<'a> {
+    origins: &'a Origins,
+    problems: Vec<Problem>,
+}
+
+impl<'a> Rules<'a> {
+    /// No rule broken yet.
+    pub fn new(origins: &'a Origins) -> Self {
+        Self { origins, problems: Vec::new() }
+    }
+
+    /// The broken rules.
+    pub fn finish(self) -> Vec<Problem> {
+        self.problems
+    }
+
+    /// Reports `message` at the first of `keys` that the recipe has.
+    fn broken(&mut self, keys: &[&str], message: String, help: String) {
+        let written = keys.iter().find(|key| self.origins.places.contains_key(**key)).unwrap_or(&keys[0]);
+        self.problems.push(Problem::new(self.origins.place(written), message).help(help));
+    }
+
+    /// Whether a `--set` wrote `key`.
+    fn is_set(&self, key: &str) -> bool {
+        self.origins.places.get(key).is_some_and(|origin| origin.document > 0)
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.origins.places.contains_key(key)
+    }
+}
+
+impl Root for Recipe {
+    const PROGRAM: &'static str = "ppo";
+    const TABLE: &'static str = "actor";
+
+    fn common(&mut self) -> (&mut String, &mut Origins) {
+        (&mut self.name, &mut self.origins)
+    }
+
+    fn check(&self, rules: &mut Rules) {
+        check_name(&self.name, rules);
+        check_reward(&self.reward, self.labels(), rules);
+        check_prompts(&self.data, rules);
+        check_stop(&self.rollout, rules);
+        check_mini_batch(self, rules);
+        check_kl(self, rules);
+        check_clips(&self.ppo, rules);
+        check_devices(&self.placement.devices, rules);
+        check_parallelism(self, rules);
+        check_roles(&self.placement, rules);
+        check_eval(self, rules);
+        if self.ppo.critic_warmup_steps >= self.train.steps && self.ppo.critic_warmup_steps > 0 {
+            let (warmup, steps) = (self.ppo.critic_warmup_steps, self.train.steps);
+            let message = format!("`ppo.critic_warmup_steps` = {warmup} leaves the actor none of the {steps} steps");
+            rules.broken(
+                &["ppo.critic_warmup_steps", "train.steps"],
+                message,
+                "make it smaller than `train.steps`".into(),
+            );
+        }
+    }
+}
+
+impl Root for SftRecipe {
+    const PROGRAM: &'static str = "sft";
+    const TABLE: &'static str = "model";
+
+    fn common(&mut self) -> (&mut String, &mut Origins) {
+        (&mut self.name, &mut self.origins)
+    }
+
+    fn check(&self, rules: &mut Rules) {
+        check_name(&self.name, rules);
+        check_init(self.model.init, &self.model.model, rules);
+        check_supervised(&self.data, &self.train, self.checkpoint.best_metric.is_some(), rules);
+        check_devices(&self.placement, rules);
+    }
+}
+
+impl Root for RewardRecipe {
+    const PROGRAM: &'static str = "reward";
+    const TABLE: &'static str = "model";
+
+    fn common(&mut self) -> (&mut String, &mut Origins) {
+        (&mut self.name, &mut self.origins)
+    }
+
+    fn check(&self, rules: &mut Rules) {
+        check_name(&self.name, rules);
+        check_init(self.model.init, &self.model.model, rules);
+        check_supervised(&self.data, &self.train, self.checkpoint.best_metric.is_some(), rules);
+        check_devices(&self.placement, rules);
+        if self.data.chosen_key == self.data.rejected_key {
+            let message = format!("`data.chosen_key` and `data.rejected_key` are both \"{}\"", self.data.chosen_key);
+            rules.broken(&["data.rejected_key", "data.chosen_key"], message, String::new());
+        }
+    }
+}
+
+impl Recipe {
+    /// Whether every prompt source has labels.
+    fn labels(&self) -> bool {
+        let all_mixed = !self.data.mix.is_empty() && self.data.mix.iter().all(|source| source.label_key.is_some());
+        self.data.label_key.is_some() || all_mixed
+    }
+}
+
+fn check_name(name: &str, rules: &mut Rules) {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if rules.has("name") && (name.is_empty() || name.starts_with('.') || !name.chars().all(allowed)) {
+        let message = format!("`name` = \"{name}\" cannot name a folder");
+        rules.broken(&["name"], message, "use letters, digits, `-`, `_` and `.`".into());
+    }
+}
+
+fn check_reward(reward: &Reward, labels: bool, rules: &mut Rules) {
+    let single = source_keys(&reward.source);
+    if reward.mix.is_empty() {
+        check_source("reward", &reward.source, labels, rules);
+    } else {
+        if let Some(key) = single.first() {
+            let message = format!("[reward] has the source `{key}` and {} [[reward.mix]] tables", reward.mix.len());
+            rules.broken(&[&format!("reward.{key}")], message, "move it into a [[reward.mix]] table of its own".into());
+        }
+        for (index, part) in reward.mix.iter().enumerate() {
+            check_source(&format!("reward.mix.{index}"), &part.source, labels, rules);
+        }
+    }
+    let models = reward.source.model.is_some() || reward.mix.iter().any(|part| part.source.model.is_some());
+    if reward.normalize && !models {
+        let help = "rules, servers and commands score as they are: delete the key";
+        rules.broken(
+            &["reward.normalize"],
+            "`reward.normalize` needs a reward `model` with stored mean and std".into(),
+            help.into(),
+        );
+    }
+    if let Some([low, high]) = reward.clip_range.filter(|[low, high]| low >= high) {
+        let message = format!("`reward.clip_range` = [{low}, {high}] is empty");
+        rules.broken(&["reward.clip_range"], message, "write the smaller bound first".into());
+    }
+}
+
+/// The source keys that are set: exactly one should be.
+fn source_keys(source: &RewardSource) -> Vec<&'static str> {
+    let keys = [
+        ("model", source.model.is_some()),
+        ("rule", source.rule.is_some()),
+        ("url", source.url.is_some()),
+        ("command", source.command.is_some()),
+    ];
+    keys.into_iter().filter(|(_, set)| *set).map(|(key, _)| key).collect()
+}
+
+fn check_source(table: &str, source: &RewardSource, labels: bool, rules: &mut Rules) {
+    let key = |name: &str| format!("{table}.{name}");
+    match source_keys(source)[..] {
+        [] => {
+            let help = "give one of `model`, `rule`, `url` and `command`, or several [[reward.mix]] tables";
+            return rules.broken(&[table], format!("[{table}] has no source"), help.into());
+        }
+        [_] => {}
+        [first, second, ..] => {
+            let message = format!("[{table}] has two sources, `{first}` and `{second}`");
+            let replace = format!("--set '{table}={{{second}=\"…\"}}' replaces the whole table");
+            let both = "keep one, or give each its own [[reward.mix]] table with a weight".to_owned();
+            let by_set = [first, second].iter().any(|name| rules.is_set(&key(name)));
+            return rules.broken(&[&key(second)], message, if by_set { replace } else { both });
+        }
+    }
+    check_rule_keys(table, source, rules);
+    if source.rule == Some(RuleName::Math) && !labels {
+        let message = format!("`{}` = \"math\" compares with a label, and `data.label_key` is not set", key("rule"));
+        rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]".into());
+    }
+    if let Some(url) = source.url.as_ref().filter(|url| !url.starts_with("http://") && !url.starts_with("https://")) {
+        let message = format!("`{}` = \"{url}\" is no address", key("url"));
+        rules.broken(&[&key("url")], message, "it starts with http:// or https://".into());
+    }
+}
+
+/// Keys that belong to one kind of source, and what each kind cannot do without.
+fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
+    let key = |name: &str| format!("{table}.{name}");
+    let rule = |name| source.rule == Some(name);
+    let remote = source.url.is_some() || source.command.is_some();
+    let owned = [
+        ("shape", source.model.is_some(), "`model`"),
+        ("tolerance", rule(RuleName::Math), "`rule = \"math\"`"),
+        ("pattern", rule(RuleName::Regex), "`rule = \"regex\"`"),
+        ("structure", rule(RuleName::Format), "`rule = \"format\"`"),
+        ("target_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
+        ("min_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
+        ("max_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
+        ("lexicon", rule(RuleName::Sentiment), "`rule = \"sentiment\"`"),
+        ("command_dir", source.command.is_some(), "`command`"),
+        ("timeout_s", remote, "`url` and `command`"),
+        ("retries", remote, "`url` and `command`"),
+    ];
+    // Defaults written out by `recipe.resolved.toml` say nothing, so they may stand anywhere.
+    let plain = RewardSource::default();
+    let silent = |name| match name {
+        "timeout_s" => source.timeout_s == plain.timeout_s,
+        "retries" => source.retries == plain.retries,
+        "tolerance" => source.tolerance.is_none(),
+        "target_tokens" => source.target_tokens.is_none(),
+        "min_tokens" => source.min_tokens.is_none(),
+        "max_tokens" => source.max_tokens.is_none(),
+        _ => false,
+    };
+    for (name, fits, owner) in owned {
+        if !fits && rules.has(&key(name)) && !silent(name) {
+            let message = format!("`{name}` in [{table}] belongs to {owner}, which this source is not");
+            rules.broken(&[&key(name)], message, "delete it, or change the source".into());
+        }
+    }
+    let lacks = match source.rule {
+        Some(RuleName::Regex) if source.pattern.is_none() => "`pattern`, the regular expression",
+        Some(RuleName::Sentiment) if source.lexicon.is_none() => "`lexicon`, a file of words and their valence",
+        Some(RuleName::Length) if length_range(source).is_none() => "`target_tokens`, or `min_tokens` or `max_tokens`",
+        _ => return check_length(table, source, rules),
+    };
+    let word = source.rule.map(|rule| super::schema::Choice::word(&rule)).unwrap_or_default();
+    rules.broken(&[&key("rule")], format!("`{}` = \"{word}\" needs {lacks}", key("rule")), String::new());
+}
+
+/// Fewest and most tokens that score fully, where the recipe gives any.
+pub fn length_range(source: &RewardSource) -> Option<(usize, Option<usize>)> {
+    match (source.target_tokens, source.min_tokens, source.max_tokens) {
+        (Some(target), ..) => Some((target, Some(target))),
+        (None, None, None) => None,
+        (None, min, max) => Some((min.unwrap_or(0), max)),
+    }
+}
+
+fn check_length(table: &str, source: &RewardSource, rules: &mut Rules) {
+    let (min, max) = (source.min_tokens, source.max_tokens);
+    let keys = [format!("{table}.max_tokens"), format!("{table}.min_tokens")];
+    let keys = [keys[0].as_str(), keys[1].as_str()];
+    if source.target_tokens.is_some() && (min.is_some() || max.is_some()) {
+        let message = format!("[{table}] has `target_tokens` and a range of lengths");
+        rules.broken(&keys, message, "keep `target_tokens`, or `min_tokens` and `max_tokens`".into());
+    } else if let (Some(min), Some(max)) = (min, max)
+        && min > max
+    {
+        rules.broken(&keys, format!("[{table}] has `min_tokens` = {min} above `max_tokens` = {max}"), String::new());
+    }
+}
+
+fn check_prompts(data: &Data, rules: &mut Rules) {
+    if data.prompts.is_some() && !data.mix.is_empty() {
+        let message = format!("[data] has `prompts` and {} [[data.mix]] tables", data.mix.len());
+        rules.broken(&["data.prompts"], message, "move it into a [[data.mix]] table of its own".into());
+    } else if data.prompts.is_none() && data.mix.is_empty() {
+        let help = "give `prompts = \"file or folder\"`, or several [[data.mix]] tables";
+        rules.broken(&["data"], "[data] has no prompts".into(), help.into());
+    }
+    if data.system_prompt.is_some() && !data.apply_chat_template {
+        let message = "`data.system_prompt` has no place without a chat template".into();
+        rules.broken(&["data.system_prompt"], message, "set `apply_chat_template = true`, or delete it".into());
+    }
+}
+
+fn check_stop(rollout: &Rollout, rules: &mut Rules) {
+    if rollout.stop.iter().any(String::is_empty) {
+        rules.broken(
+            &["rollout.stop"],
+            "`rollout.stop` has an empty string, which would end every response".into(),
+            String::new(),
+        );
+    }
+}
+
+fn check_mini_batch(recipe: &Recipe, rules: &mut Rules) {
+    let (prompts, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
+    let mini_batch = recipe.ppo.mini_batch_size;
+    let keys = ["ppo.mini_batch_size", "rollout.batch_size", "rollout.samples_per_prompt"];
+    let Some(responses) = prompts.checked_mul(samples) else {
+        return rules.broken(&keys[1..], format!("{prompts} prompts x {samples} samples is too many"), String::new());
+    };
+    if !responses.is_multiple_of(mini_batch) {
+        let unit =
+            if responses < mini_batch { "less than one mini-batch" } else { "not a whole number of mini-batches" };
+        let message =
+            format!("{prompts} prompts x {samples} samples = {responses} responses, which is {unit} of {mini_batch}");
+        rules.broken(
+            &keys,
+            message,
+            format!("`mini_batch_size = {}` divides them", nearest_divisor(responses, mini_batch)),
+        );
+    }
+}
+
+/// The divisor of `number` nearest to `wanted`; the larger of two equally near.
+fn nearest_divisor(number: usize, wanted: usize) -> usize {
+    let small =
+        (1..).take_while(|divisor| divisor * divisor <= number).filter(|divisor| number.is_multiple_of(*divisor));
+    let all = small.flat_map(|divisor| [divisor, number / divisor]);
+    all.min_by_key(|divisor| (divisor.abs_diff(wanted), std::cmp::Reverse(*divisor))).unwrap_or(1)
+}
+
+fn check_kl(recipe: &Recipe, rules: &mut Rules) {
+    if recipe.ppo.kl_coef > 0.0 {
+        return;
+    }
+    if recipe.reference.model.is_some() {
+        let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0".into();
+        rules.broken(&["reference.model"], message, "delete it, or give `kl_coef` a value above 0".into());
+    }
+    if recipe.ppo.kl_target.is_some() {
+        let message = "`ppo.kl_target` cannot adapt `ppo.kl_coef` = 0: it is multiplied, and stays 0".into();
+        rules.broken(&["ppo.kl_target"], message, "start from a `kl_coef` above 0".into());
+    }
+}
+
+fn check_clips(ppo: &Ppo, rules: &mut Rules) {
+    if let Some(high) = ppo.policy_clip_high.filter(|high| *high < ppo.policy_clip) {
+        let message = format!("`ppo.policy_clip_high` = {high} is below `ppo.policy_clip` = {}", ppo.policy_clip);
+        rules.broken(&["ppo.policy_clip_high"], message, "the upper side of the clip is the wider one".into());
+    }
+}
+
+fn check_devices(devices: &Devices, rules: &mut Rules) {
+    if let (Auto::Fixed(gpus), Auto::Fixed(workers)) = (devices.gpus_per_node, devices.workers)
+        && devices.device != Device::Cpu
+        && workers > devices.nodes * gpus
+    {
+        let message = format!("{workers} workers do not fit on {} x {gpus} GPUs", devices.nodes);
+        rules.broken(&["placement.workers"], message, "one worker runs on one GPU".into());
+    }
+}
+
+impl Devices {
+    /// Devices in use, where the recipe says so.
+    pub fn count(&self) -> Option<usize> {
+        let gpus = self.gpus_per_node.fixed().filter(|_| self.device != Device::Cpu);
+        self.workers.fixed().or(gpus.map(|gpus| gpus * self.nodes))
+    }
+}
+
+fn check_parallelism(recipe: &Recipe, rules: &mut Rules) {
+    let size = recipe.generation.tensor_parallel_size;
+    let devices = &recipe.placement.devices;
+    if let Some(count) = devices.count().filter(|count| !count.is_multiple_of(size)) {
+        let message = format!("`generation.tensor_parallel_size` = {size} does not divide the {count} devices");
+        rules.broken(
+            &["generation.tensor_parallel_size"],
+            message,
+            "engines of this size must fill the devices".into(),
+        );
+    }
+}
+
+fn check_roles(placement: &Placement, rules: &mut Rules) {
+    let roles = [
+        ("actor", Role::Actor, &placement.actor),
+        ("critic", Role::Critic, &placement.critic),
+        ("reward", Role::Reward, &placement.reward),
+        ("reference", Role::Reference, &placement.reference),
+        ("generator", Role::Generator, &placement.generator),
+    ];
+    for (name, role, hand) in roles {
+        let key = |field: &str| format!("placement.{name}.{field}");
+        if hand.colocate_with == Some(role) {
+            let message = format!("[placement.{name}] is colocated with itself");
+            rules.broken(&[&key("colocate_with")], message, String::new());
+        }
+        if hand.colocate_with.is_some() && hand.devices.is_some() {
+            let message = format!("[placement.{name}] has `devices` and `colocate_with`");
+            rules.broken(&[&key("colocate_with")], message, "keep one: colocated roles share devices".into());
+        }
+        check_device_list(name, hand.devices.as_deref(), placement.devices.count(), rules);
+    }
+}
+
+fn check_device_list(role: &str, devices: Option<&[usize]>, count: Option<usize>, rules: &mut Rules) {
+    let Some(devices) = devices else { return };
+    let key = format!("placement.{role}.devices");
+    if devices.is_empty() {
+        let help = "delete the key to leave the choice to the planner";
+        rules.broken(&[&key], format!("[placement.{role}] has no devices"), help.into());
+    }
+    let count = count.unwrap_or(usize::MAX);
+    if let Some(device) = devices.iter().find(|device| **device >= count) {
+        let message = format!("device {device} in [placement.{role}] does not exist: there are {count}");
+        rules.broken(&[&key], message, "devices are counted from 0 through all machines".into());
+    }
+    if let Some(device) = repeated(devices) {
+        rules.broken(&[&key], format!("device {device} stands twice in [placement.{role}]"), String::new());
+    }
+}
+
+fn repeated(devices: &[usize]) -> Option<usize> {
+    devices.iter().enumerate().find(|(index, device)| devices[..*index].contains(device)).map(|(_, device)| *device)
+}
+
+fn check_eval(recipe: &Recipe, rules: &mut Rules) {
+    let eval = &recipe.eval;
+    if eval.every_steps.is_some() && eval.prompts.is_none() {
+        let help = "give `prompts = \"file or folder\"` in [eval]";
+        rules.broken(&["eval.every_steps"], "`eval.every_steps` has no prompts to evaluate on".into(), help.into());
+    }
+    let sources = std::iter::once(&recipe.reward.source).chain(recipe.reward.mix.iter().map(|part| &part.source));
+    let needs_label = sources.into_iter().any(|source| source.rule == Some(RuleName::Math));
+    if needs_label && eval.prompts.is_some() && recipe.data.label_key.is_none() {
+        let message = "`eval.prompts` has no labels for `rule = \"math\"`: `data.label_key` is not set".into();
+        rules.broken(&["eval.prompts"], message, "evaluation reads the keys of [data]".into());
+    }
+    if recipe.checkpoint.best_metric.is_some() && (eval.prompts.is_none() || eval.every_steps.is_none()) {
+        let help = "give [eval] `prompts` and `every_steps`";
+        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
+    }
+}
+
+fn check_init(init: Init, model: &ModelSource, rules: &mut Rules) {
+    if init == Init::Random && matches!(model, ModelSource::Hub(_)) {
+        let help = "name a folder with `config.json` and the tokenizer's files";
+        rules.broken(
+            &["model.model"],
+            format!("`init = \"random\"` needs a folder, and `{model}` is a hub id"),
+            help.into(),
+        );
+    }
+}
+
+fn check_supervised(data: &impl Sources, train: &SupervisedTrain, has_best: bool, rules: &mut Rules) {
+    let (single, mixed, held_out, fraction) = data.sources();
+    if single && mixed > 0 {
+        let message = format!("[data] has `train` and {mixed} [[data.mix]] tables");
+        rules.broken(&["data.train"], message, "move it into a [[data.mix]] table of its own".into());
+    } else if !single && mixed == 0 {
+        let help = "give `train = \"file or folder\"`, or several [[data.mix]] tables";
+        rules.broken(&["data"], "[data] has nothing to train on".into(), help.into());
+    }
+    if held_out && fraction > 0.0 {
+        let message = "[data] has an `eval` source and holds out a fraction as well".into();
+        rules.broken(&["data.eval_fraction"], message, "keep one".into());
+    }
+    if train.steps.is_some() && rules.has("train.epochs") && train.epochs != SupervisedTrain::default().epochs {
+        let message = "[train] has `steps` and `epochs`".into();
+        rules.broken(&["train.epochs"], message, "keep one: `steps` counts optimizer steps".into());
+    }
+    let evaluates = held_out || fraction > 0.0;
+    if train.eval_every_steps.is_some() && !evaluates {
+        let help = "give `eval`, or `eval_fraction`, in [data]";
+        rules.broken(
+            &["train.eval_every_steps"],
+            "`train.eval_every_steps` has no rows to evaluate on".into(),
+            help.into(),
+        );
+    }
+    if has_best && !(evaluates && train.eval_every_steps.is_some()) {
+        let help = "give held-out rows in [data] and `eval_every_steps` in [train]";
+        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
+    }
+}

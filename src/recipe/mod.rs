@@ -1,0 +1,208 @@
+//! Recipes: the TOML a person writes, checked, and the value the programs run on.
+//!
+//! [`Recipe::load`] reads a file and the `--set` arguments into typed tables, or says everything that is wrong
+//! with them at once. [`Recipe::resolve`] then decides what the recipe left open: its result is written to
+//! `recipe.resolved.toml` and loads again to the same value. `sft` and `reward` have recipes of their own.
+//!
+//! * RE-1: an unknown key, a wrong type, a number out of range or tables that contradict each other never start a run.
+//! * RE-2: keys, defaults, ranges and docs have one source, the [`table!`](schema::table) declarations.
+//! * RE-3: relative paths mean the recipe's folder, those of `--set` the working directory; in the value all are absolute.
+
+mod arithmetic;
+mod check;
+mod error;
+mod foreign;
+mod names;
+mod reader;
+mod reference;
+mod resolve;
+pub(crate) mod schema;
+pub(crate) mod source;
+mod supervised;
+mod tables;
+pub(crate) mod value;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+pub use arithmetic::BatchArithmetic;
+pub use error::{Diagnostic, RecipeError};
+pub use reference::reference_page;
+pub use resolve::{
+    PromptSource, ResolvedData, ResolvedRecipe, ResolvedReward, Rule, ScoreSource, StartModel, WeightedSource,
+};
+pub use schema::{Choice, to_toml};
+pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
+pub use tables::*;
+pub use value::{Auto, ModelSource};
+
+use check::Rules;
+use error::Problem;
+use reader::Reader;
+use schema::{Key, Table, Writer};
+use source::{Document, Documents, Item, Node, Origin, SET_PREFIX};
+
+/// Gives each kind of recipe the same methods; as a trait they would need an import at every call.
+macro_rules! recipe_methods {
+    ($($Recipe:ident),*) => {
+        $(
+            impl $Recipe {
+                /// Reads the recipe at `path` with the `--set` arguments `sets` (`table.key=value`) laid over it.
+                ///
+                /// # Errors
+                /// Everything wrong with it: syntax, unknown keys, types, ranges, rules between keys, missing files.
+                pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+                    load(path, sets, true)
+                }
+
+                /// As `load`, for `--plan`: files that the recipe names need not exist.
+                ///
+                /// # Errors
+                /// As `load`, but for missing files.
+                pub fn load_for_plan(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+                    load(path, sets, false)
+                }
+
+                /// An error found later, outside the recipe's own rules, shown at the place of `key` (`"data.prompts"`).
+                pub fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
+                    self.origins.error_at(key, message, help)
+                }
+            }
+        )*
+    };
+}
+
+recipe_methods!(Recipe, SftRecipe, RewardRecipe);
+
+/// Where each key of a loaded recipe was written. Not part of the recipe's value: two recipes that differ only
+/// here are equal.
+#[derive(Debug, Clone, Default)]
+pub struct Origins {
+    documents: Arc<Documents>,
+    places: BTreeMap<String, Origin>,
+}
+
+impl Origins {
+    fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
+        if self.documents.0.is_empty() {
+            let location = format!("`{key}`");
+            let help = vec![help.to_owned()];
+            return RecipeError::Invalid(vec![Diagnostic {
+                location,
+                message: message.into(),
+                snippet: String::new(),
+                help,
+            }]);
+        }
+        let problem = Problem::new(self.place(key), message).help(help);
+        RecipeError::from_problems(vec![problem], &self.documents)
+    }
+
+    /// The recipe's folder; empty for a recipe that was not loaded.
+    fn folder(&self) -> std::path::PathBuf {
+        self.documents.0.first().map_or_else(Default::default, |document| document.base.clone())
+    }
+
+    /// The place of `key`, else of the nearest table around it, else the start of the file.
+    fn place(&self, key: &str) -> Origin {
+        let mut name = key;
+        loop {
+            if let Some(origin) = self.places.get(name) {
+                return origin.clone();
+            }
+            match name.rsplit_once('.') {
+                Some((parent, _)) => name = parent,
+                None => return Origin { document: 0, span: 0..0 },
+            }
+        }
+    }
+}
+
+impl PartialEq for Origins {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Table for Origins {
+    const DOC: &'static str = "";
+
+    fn take(&mut self, _: &str, _: &Node, _: &mut Reader) -> bool {
+        false
+    }
+
+    fn describe(&self) -> Vec<Key> {
+        Vec::new()
+    }
+
+    fn write(&self, _: usize, _: &mut Writer) {}
+}
+
+/// A whole recipe of one of the programs.
+pub(crate) trait Root: Table {
+    /// The program that runs it.
+    const PROGRAM: &'static str;
+    /// The table that no recipe of this program is without.
+    const TABLE: &'static str;
+    /// The name and the places, which every recipe has.
+    fn common(&mut self) -> (&mut String, &mut Origins);
+    /// Checks the rules between keys.
+    fn check(&self, rules: &mut Rules);
+}
+
+fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, RecipeError> {
+    let documents = Arc::new(read_documents(path, sets)?);
+    let refuse = |problems: Vec<Problem>| match problems.is_empty() {
+        true => Ok(()),
+        false => Err(RecipeError::from_problems(problems, &documents)),
+    };
+    let (node, mut problems) =
+        documents.parse().map_err(|problems| RecipeError::from_problems(problems, &documents))?;
+    refuse(other_program::<T>(&node).into_iter().collect())?;
+    let mut recipe = T::default();
+    let mut reader = Reader::new(&documents, check_files, &recipe.describe());
+    reader.root(&mut recipe, &node);
+    problems.extend(reader.problems);
+    let origins = Origins { documents: documents.clone(), places: reader.origins };
+    refuse(problems)?;
+    let mut rules = Rules::new(&origins);
+    recipe.check(&mut rules);
+    refuse(rules.finish())?;
+    let (name, places) = recipe.common();
+    if name.is_empty() {
+        *name = path.file_stem().map_or_else(|| T::PROGRAM.to_owned(), |stem| stem.to_string_lossy().into_owned());
+    }
+    *places = origins;
+    Ok(recipe)
+}
+
+/// A recipe of another program gets one error, not one per key.
+fn other_program<T: Root>(root: &Node) -> Option<Problem> {
+    let Item::Table(entries) = &root.item else { return None };
+    let find = |name: &str| entries.iter().find(|entry| entry.key == name);
+    let foreign = ["actor", "model"].into_iter().filter(|table| *table != T::TABLE).find_map(find)?;
+    if find(T::TABLE).is_some() {
+        return None;
+    }
+    let message = format!("a recipe of `{}` has [{}], this one has [{}]", T::PROGRAM, T::TABLE, foreign.key);
+    let programs = if foreign.key == "actor" { "`ppo`" } else { "`sft` or `reward`" };
+    Some(Problem::new(foreign.key_origin.clone(), message).help(format!("run it with {programs}")))
+}
+
+fn read_documents(path: &Path, sets: &[String]) -> Result<Documents, RecipeError> {
+    let read_error = |source| RecipeError::Read { path: path.to_owned(), source };
+    let text = std::fs::read_to_string(path).map_err(read_error)?;
+    let folder = path.canonicalize().map_err(read_error)?;
+    let base = folder.parent().unwrap_or(Path::new("/")).to_owned();
+    let mut documents = vec![Document { label: path.display().to_string(), text, base, is_file: true }];
+    let working_directory = std::env::current_dir().map_err(read_error)?;
+    for set in sets {
+        let text = format!("{SET_PREFIX}{set}");
+        documents.push(Document { label: text.clone(), text, base: working_directory.clone(), is_file: false });
+    }
+    Ok(Documents(documents))
+}
+
+#[cfg(test)]
+mod tests;

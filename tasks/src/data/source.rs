@@ -1,0 +1,150 @@
+//! Loading a source: read each row, ask the caller's filter, keep or count.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use super::error::{DataError, Place};
+use super::file::{Row, visit_rows};
+use super::prompt::{PromptKeys, PromptRow};
+use super::training::{Pair, PairKeys, TrainingExample, TrainingKeys};
+
+/// What a filter says of a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    Keep,
+    /// Leave the row out, and count it under this reason, for example `longer than max_prompt_tokens = 512`.
+    Drop(String),
+}
+
+/// Why a filter could not judge a row, for example a chat template that refused it.
+pub type FilterError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The rows of one source, and how many were left out.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    /// Never empty.
+    pub rows: Vec<T>,
+    pub report: LoadReport,
+}
+
+/// How many rows were read, kept and dropped, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    pub num_read: usize,
+    pub num_kept: usize,
+    /// By reason.
+    pub dropped: BTreeMap<String, Dropped>,
+}
+
+/// The rows dropped for one reason.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dropped {
+    pub count: usize,
+    pub first: Place,
+}
+
+impl LoadReport {
+    /// Rows dropped for any reason.
+    pub fn num_dropped(&self) -> usize {
+        self.dropped.values().map(|dropped| dropped.count).sum()
+    }
+
+    fn drop(&mut self, reason: String, place: Place) {
+        self.dropped.entry(reason).or_insert(Dropped { count: 0, first: place }).count += 1;
+    }
+}
+
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows read, {} kept, {} dropped", self.num_read, self.num_kept, self.num_dropped())?;
+        for (index, (reason, Dropped { count, first })) in self.dropped.iter().enumerate() {
+            let separator = if index == 0 { ": " } else { "; " };
+            write!(f, "{separator}{count} {reason}, the first at {first}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The prompts of `path`, of source number `source`.
+///
+/// `filter` sees every prompt before it is held; what it drops is counted, never shortened. Reading stops once
+/// `max_samples` prompts are kept.
+///
+/// # Errors
+/// A file that cannot be read, a row without its keys, a filter that failed, or no row left: then the error says how
+/// many were dropped and why.
+pub fn load_prompts(
+    path: &Path,
+    keys: &PromptKeys,
+    source: usize,
+    max_samples: Option<usize>,
+    filter: &mut dyn FnMut(&PromptRow) -> Result<Verdict, FilterError>,
+) -> Result<Loaded<PromptRow>, DataError> {
+    load_rows(path, max_samples, &mut |row, index| PromptRow::read(row, keys, source, index), filter)
+}
+
+/// The examples of `path` for supervised fine-tuning, as [`load_prompts`] loads prompts.
+///
+/// # Errors
+/// As [`load_prompts`].
+pub fn load_training(
+    path: &Path,
+    keys: &TrainingKeys,
+    max_samples: Option<usize>,
+    filter: &mut dyn FnMut(&TrainingExample) -> Result<Verdict, FilterError>,
+) -> Result<Loaded<TrainingExample>, DataError> {
+    load_rows(path, max_samples, &mut |row, _| TrainingExample::read(row, keys), filter)
+}
+
+/// The preference pairs of `path`, as [`load_prompts`] loads prompts. Pairs whose sides are equal say nothing
+/// and are dropped and counted.
+///
+/// # Errors
+/// As [`load_prompts`].
+pub fn load_pairs(
+    path: &Path,
+    keys: &PairKeys,
+    max_samples: Option<usize>,
+    filter: &mut dyn FnMut(&Pair) -> Result<Verdict, FilterError>,
+) -> Result<Loaded<Pair>, DataError> {
+    load_rows(path, max_samples, &mut |row, _| Pair::read(row, keys), &mut |pair| {
+        if pair.chosen == pair.rejected {
+            return Ok(Verdict::Drop("with equal chosen and rejected sides".to_owned()));
+        }
+        filter(pair)
+    })
+}
+
+/// The rows of `path` as `read` makes them from a row and its index (from 0, dropped rows included), as
+/// [`load_prompts`] loads prompts.
+///
+/// # Errors
+/// As [`load_prompts`].
+pub fn load_rows<T>(
+    path: &Path,
+    max_samples: Option<usize>,
+    read: &mut dyn FnMut(&Row, usize) -> Result<T, DataError>,
+    filter: &mut dyn FnMut(&T) -> Result<Verdict, FilterError>,
+) -> Result<Loaded<T>, DataError> {
+    let mut rows = Vec::new();
+    let mut report = LoadReport::default();
+    visit_rows(path, &mut |row| {
+        if max_samples.is_some_and(|max| rows.len() >= max) {
+            return Ok(ControlFlow::Break(()));
+        }
+        let value = read(&row, report.num_read)?;
+        report.num_read += 1;
+        match filter(&value).map_err(|source| DataError::Filter { place: row.place.clone(), source })? {
+            Verdict::Keep => rows.push(value),
+            Verdict::Drop(reason) => report.drop(reason, row.place),
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    report.num_kept = rows.len();
+    if rows.is_empty() {
+        return Err(DataError::AllDropped { path: path.to_owned(), report: Box::new(report) });
+    }
+    Ok(Loaded { rows, report })
+}
