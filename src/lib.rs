@@ -1,1 +1,20 @@
+//! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`],
+//! [`supervised`]) and what a person sees of it ([`monitor`]).
 
+pub mod recipe;
+
+pub mod wire;
+
+pub mod run;
+
+//SUP
+
+pub mod program;
+
+pub mod checkpoint;
+pub mod host;
+pub mod models;
+pub mod monitor;
+pub mod prompts;
+pub mod reward;
+pub mod watch;

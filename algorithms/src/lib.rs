@@ -1,4 +1,11 @@
-//! PPO and its parts: the maths first, each file one formula of the paper.
+//! PPO and its parts: the step, the ranks' half of it, and the maths, each file one formula of the paper.
+
+pub mod ppo;
+
+pub mod update;
+
+pub mod reward_model;
+pub mod sft;
 
 pub mod masked;
 

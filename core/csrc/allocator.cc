@@ -115,3 +115,26 @@ size_t peak_bytes() { return peak.load(); }
 void reset_peak_bytes() { peak = live.load(); }
 
 }  // namespace echelon
+
+#include <ATen/ATen.h>
+#include <sys/mman.h>
+
+namespace echelon {
+
+// The kernel gives zero pages when they are first touched: state that a run may never use costs nothing at its start.
+std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype) {
+  auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(dtype)).device(at::kCPU);
+  size_t bytes = std::max<size_t>(numel * options.dtype().itemsize(), 1);
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK(data != MAP_FAILED, "out of memory: ", bytes, " bytes wanted");
+  size_t now = live += bytes;
+  for (size_t seen = peak.load(); now > seen && !peak.compare_exchange_weak(seen, now);) {
+  }
+  auto unmap = [bytes](void* data) {
+    munmap(data, bytes);
+    live -= bytes;
+  };
+  return std::make_unique<at::Tensor>(at::from_blob(data, {numel}, unmap, options));
+}
+
+}  // namespace echelon

@@ -20,6 +20,9 @@ void fused_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tens
                  const at::Tensor& exp_avg_sq, const at::Tensor& step, double lr, double beta1, double beta2,
                  double weight_decay, double eps);
 
+// A flat tensor of zeros whose memory is taken page by page when first touched.
+std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype);
+
 void install_cpu_allocator();
 size_t live_bytes();
 size_t peak_bytes();

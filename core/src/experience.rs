@@ -52,6 +52,17 @@ impl Experience {
         self.tokens.mask.sum(tch::Kind::Double).double_value(&[])
     }
 
+    pub fn to_device(&self, device: tch::Device) -> Experience {
+        Experience {
+            tokens: self.tokens.to_device(device),
+            old_logprobs: self.old_logprobs.to_device(device),
+            ref_logprobs: self.ref_logprobs.as_ref().map(|tensor| tensor.to_device(device)),
+            values: self.values.to_device(device),
+            advantages: self.advantages.to_device(device),
+            returns: self.returns.to_device(device),
+        }
+    }
+
     /// The rows at `indices`, cut to the longest of them.
     pub fn select(&self, indices: &[i64]) -> Experience {
         let tokens = self.tokens.select(indices);

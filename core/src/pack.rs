@@ -29,7 +29,7 @@ impl PackedRows {
     pub fn new(tokens: &Tokens, device: Device) -> PackedRows {
         let size = [tokens.num_rows() as i64, tokens.token_ids.size()[1]];
         let ids = to_vec_i64(&tokens.token_ids);
-        let mask: Vec<bool> = Vec::try_from(tokens.mask.flatten(0, -1)).expect("a bool mask");
+        let mask: Vec<bool> = Vec::try_from(tokens.mask.to_device(Device::Cpu).flatten(0, -1)).expect("a bool mask");
         let (mut token_ids, mut positions, mut last_tokens) = (Vec::new(), Vec::new(), Vec::new());
         let (mut predecessors, mut targets, mut columns) = (Vec::new(), Vec::new(), Vec::new());
         for (row, &length) in tokens.lengths.iter().enumerate() {
@@ -75,7 +75,7 @@ impl PackedRows {
 }
 
 fn to_vec_i64(tensor: &Tensor) -> Vec<i64> {
-    Vec::try_from(tensor.flatten(0, -1)).expect("int64 token ids")
+    Vec::try_from(tensor.to_device(Device::Cpu).flatten(0, -1)).expect("int64 token ids")
 }
 
 #[cfg(test)]

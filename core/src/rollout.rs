@@ -203,6 +203,14 @@ impl Tokens {
         self.lengths.len()
     }
 
+    pub fn to_device(&self, device: tch::Device) -> Tokens {
+        Tokens {
+            token_ids: self.token_ids.to_device(device),
+            lengths: self.lengths.clone(),
+            mask: self.mask.to_device(device),
+        }
+    }
+
     /// The rows at `indices`, cut to the longest of them.
     pub fn select(&self, indices: &[i64]) -> Tokens {
         let lengths: Vec<i64> = indices.iter().map(|&row| self.lengths[row as usize]).collect();

@@ -1,6 +1,6 @@
 //! The bridge to `csrc/`: libtorch calls that tch lacks, as safe functions over [`tch::Tensor`].
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Memory that a tensor was wrapped around; dropped with the tensor's storage.
 pub struct Mapping {
@@ -33,6 +33,7 @@ mod ffi {
             weight_decay: f64,
             eps: f64,
         ) -> Result<()>;
+        fn zeros_on_demand(numel: i64, dtype: i32) -> Result<UniquePtr<Tensor>>;
         fn install_cpu_allocator();
         fn live_bytes() -> usize;
         fn peak_bytes() -> usize;
@@ -73,8 +74,20 @@ pub unsafe fn from_mapping(
     owner: Box<dyn std::any::Any + Send + Sync>,
 ) -> Result<Tensor, TchError> {
     let tensor = ffi::from_mapping(address, shape, scalar_type(kind)?, Box::new(Mapping { _owner: owner })).map_err(torch_error)?;
-    // SAFETY: `clone_from_ptr` makes a second handle of the same tensor; the first is dropped with `tensor`.
-    Ok(unsafe { Tensor::clone_from_ptr(tensor.as_ptr().cast_mut().cast()) })
+    Ok(adopt(&tensor))
+}
+
+/// A flat tensor of `numel` zeros. On the CPU its memory is taken page by page, when it is first touched.
+pub fn zeros_on_demand(numel: i64, kind: Kind, device: Device) -> Result<Tensor, TchError> {
+    if device != Device::Cpu {
+        return Tensor::f_zeros([numel], (kind, device));
+    }
+    Ok(adopt(&ffi::zeros_on_demand(numel, scalar_type(kind)?).map_err(torch_error)?))
+}
+
+fn adopt(tensor: &cxx::UniquePtr<ffi::Tensor>) -> Tensor {
+    // SAFETY: `clone_from_ptr` makes a second handle of the same tensor; the first is dropped by its owner.
+    unsafe { Tensor::clone_from_ptr(tensor.as_ptr().cast_mut().cast()) }
 }
 
 /// Makes `grad` the gradient of `leaf`: backward passes add into it in place.

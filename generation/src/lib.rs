@@ -1,1 +1,19 @@
-//! x
+//! The generation engine: continuous batching over a fixed number of slots, on the weights the actor trains.
+//!
+//! Reading order: [`engine`] (the loop), [`sequence`] (what is being generated and what ends it), [`scheduler`] (who
+//! has a slot), [`kv_cache`] (what the slots remember), [`model_runner`] (prompts and steps through the model),
+//! [`sampler`] (logits to tokens). The engine knows tokens and log-probs, never rewards.
+
+pub mod engine;
+
+pub mod sequence;
+
+pub mod scheduler;
+
+pub mod kv_cache;
+
+pub mod model_runner;
+
+pub mod sampler;
+
+pub use engine::{Engine, EngineConfig, Policy};

@@ -1,7 +1,7 @@
 //! What reads the last hidden states: log-probs over a vocabulary in chunks, or one number per row.
 
 use echelon_core::pack::PackedRows;
-use echelon_core::zero::{Head, ParamWithGrad};
+use echelon_core::zero::{Head, ParamWithGrad, PolicyOutput, ScalarValues};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -207,6 +207,21 @@ impl Head for ScalarHead {
         let slope = defined_or_zeros(&output.leaf).to_kind(hidden.kind()).unsqueeze(1);
         let _ = grad.shallow_clone().g_add_(&slope.tr().matmul(hidden).to_kind(grad.kind()));
         Ok(slope.matmul(&self.weight.detach()))
+    }
+}
+
+impl PolicyOutput for LogprobOutput {
+    fn logprobs(&self) -> &Tensor {
+        &self.logprobs
+    }
+    fn entropy(&self) -> Option<&Tensor> {
+        self.entropy.as_ref()
+    }
+}
+
+impl ScalarValues for ScalarOutput {
+    fn values(&self) -> &Tensor {
+        &self.values
     }
 }
 

@@ -705,15 +705,11 @@ fn read_if_present(path: &Path) -> Result<Option<String>, MonitorError> {
     }
 }
 
+/// The resolved recipe has one key per line; `name` stands above the first table.
 fn recipe_name(recipe: &str) -> Option<String> {
-    Some(
-        recipe
-            .parse::<toml::Table>()
-            .ok()?
-            .get("name")?
-            .as_str()?
-            .to_owned(),
-    )
+    let mut top = recipe.lines().take_while(|line| !line.starts_with('['));
+    let value = top.find_map(|line| line.strip_prefix("name = "))?;
+    Some(value.trim().trim_matches('"').to_owned())
 }
 
 fn folder_name(run_dir: &Path) -> String {

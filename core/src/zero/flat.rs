@@ -46,7 +46,7 @@ impl FlatUnit {
         let (offsets, decayed, length) = layout(shape);
         let accumulate = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let weights = Tensor::zeros([length], (kind, device));
-        let grads = Tensor::zeros([length], (accumulate, device));
+        let grads = shim::zeros_on_demand(length, accumulate, device)?;
         let mut views = Vec::with_capacity(offsets.len());
         for (param, &offset) in shape.params.iter().zip(&offsets) {
             let view = |flat: &Tensor| flat.narrow(0, offset, param.numel()).view(param.shape.as_slice());

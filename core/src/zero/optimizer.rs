@@ -58,7 +58,8 @@ impl TrainingState {
         for unit in &shape.units {
             let flat = FlatUnit::new(unit, kind, device, load)?;
             let master = (flat.grads.kind() != kind).then(|| master_of(&flat, load)).transpose()?;
-            moments.push(Moments { master, exp_avg: flat.grads.zeros_like(), exp_avg_sq: flat.grads.zeros_like() });
+            let zeros = || shim::zeros_on_demand(flat.grads.size()[0], flat.grads.kind(), device);
+            moments.push(Moments { master, exp_avg: zeros()?, exp_avg_sq: zeros()? });
             units.push(flat);
         }
         Ok(TrainingState { role, units, moments, steps: 0, config })

@@ -1,0 +1,57 @@
+//! Reward-model training: Bradley–Terry on pairs, −log σ(score of chosen − score of rejected), averaged over pairs.
+//!
+//! `cargo run --bin reward -- RECIPE` runs it.
+
+use echelon_core::Result;
+use echelon_core::role::Role;
+use echelon_core::rollout::{Tokens, micro_batches};
+use echelon_core::zero::{Backbone, Head, ScalarValues, Trainable};
+
+use crate::bradley_terry::bradley_terry;
+use crate::update::finite;
+
+/// What one optimizer step saw.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RewardReport {
+    pub loss: f64,
+    /// Fraction of pairs whose chosen side scored higher.
+    pub accuracy: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    pub num_tokens: i64,
+}
+
+/// One optimizer step on pairs: rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
+pub fn step<B: Backbone, H: Head<Output: ScalarValues>>(
+    model: &mut Trainable<B, H>,
+    rows: &Tokens,
+    lr: f64,
+) -> Result<RewardReport> {
+    let num_pairs = (rows.num_rows() / 2) as f64;
+    let mut report = RewardReport { lr, ..RewardReport::default() };
+    for pairs in pair_batches(rows, model.pass.tokens_per_micro_batch) {
+        let batch = rows.select(&pairs).to_device(model.pass.device);
+        let mut correct = 0.0;
+        let loss = model.forward_backward(&batch, |output| {
+            let scores = output.values().view([-1, 2]);
+            let compared = bradley_terry(&scores.select(1, 0), &scores.select(1, 1));
+            correct = compared.num_correct;
+            Ok(compared.sum / num_pairs)
+        })?;
+        finite(Role::Reward, loss, model)?;
+        report.loss += loss;
+        report.accuracy += correct / num_pairs;
+        report.num_tokens += batch.lengths.iter().sum::<i64>();
+    }
+    report.grad_norm = model.optimizer_step(lr)?.grad_norm;
+    Ok(report)
+}
+
+/// Micro-batches that never part a pair.
+fn pair_batches(rows: &Tokens, budget: i64) -> Vec<Vec<i64>> {
+    let lengths: Vec<i64> = rows.lengths.chunks(2).map(|pair| pair.iter().sum()).collect();
+    micro_batches(&lengths, budget)
+        .into_iter()
+        .map(|pairs| pairs.into_iter().flat_map(|pair| [2 * pair, 2 * pair + 1]).collect())
+        .collect()
+}

@@ -1,0 +1,217 @@
+//! The loop: start waiting sequences in free slots, decode one token for every live one, hand out what is finished.
+
+use std::time::Instant;
+
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::rollout::{GenerationReport, Prompts, SamplingConfig, Sequence};
+use echelon_core::{Error, Result};
+use echelon_models::decoder::Decoder;
+use echelon_models::tokenizer::Tokenizer;
+use tch::Tensor;
+
+use crate::kv_cache::KvCache;
+use crate::model_runner::ModelRunner;
+use crate::sampler::{DrawKey, Sampler};
+use crate::scheduler::{Group, Scheduler};
+use crate::sequence::{EndConditions, Running};
+
+/// How much the engine does at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Slots: sequences decoded together, at most.
+    pub max_sequences: usize,
+    /// Tokens of prompts that go through the model in one pass, at most; a longer prompt goes alone.
+    pub max_batched_tokens: usize,
+    /// Bytes of the KV cache, at most. None bounds it by the slots alone.
+    pub kv_cache_bytes: Option<usize>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> EngineConfig {
+        EngineConfig { max_sequences: 64, max_batched_tokens: 8192, kv_cache_bytes: None }
+    }
+}
+
+/// What responses are sampled from. Borrowed: no weight is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy<'a> {
+    pub model: &'a Decoder,
+    /// `[V, H]`, the embedding where the two are tied.
+    pub head: &'a Tensor,
+    /// Gives the end-of-sequence ids and the texts; without it sequences end at `max_new_tokens` and have no text.
+    pub tokenizer: Option<&'a Tokenizer>,
+}
+
+/// Samples responses. It holds nothing between calls: the KV cache lives as long as a call.
+#[derive(Clone, Debug, Default)]
+pub struct Engine {
+    config: EngineConfig,
+}
+
+impl Engine {
+    pub fn new(config: EngineConfig) -> Engine {
+        Engine { config }
+    }
+
+    /// Samples `samples_per_prompt` responses to each prompt, ordered by prompt, then by sample.
+    ///
+    /// Log-probs are log-softmax(logits / temperature) over the full vocabulary; greedy (temperature 0) uses 1. Tells
+    /// `progress` of each finished response as phase `generate`.
+    ///
+    /// # Errors
+    /// A prompt without tokens or with an id outside the vocabulary, sampling parameters out of range, a
+    /// `kv_cache_bytes` that does not hold one sequence, logits that are not finite, [`Error::Interrupted`].
+    pub fn generate(
+        &self,
+        policy: Policy,
+        prompts: &Prompts,
+        sampling: &SamplingConfig,
+        progress: &dyn Progress,
+        interrupt: &Interrupt,
+    ) -> Result<(Vec<Sequence>, GenerationReport)> {
+        let _guard = tch::no_grad_guard();
+        let started = Instant::now();
+        check_prompts(prompts, policy.model.config().vocab_size)?;
+        if prompts.rows.is_empty() || prompts.samples_per_prompt == 0 {
+            return Ok((Vec::new(), GenerationReport::default()));
+        }
+        let mut generation = Generation::new(&self.config, policy, prompts, sampling, progress)?;
+        loop {
+            interrupt.check()?;
+            generation.start_waiting(interrupt)?;
+            if generation.scheduler.num_live() == 0 {
+                break;
+            }
+            generation.decode_step()?;
+        }
+        generation.report.seconds = started.elapsed().as_secs_f64();
+        let sequences =
+            generation.finished.into_iter().map(|done| done.expect("every sequence had its turn")).collect();
+        Ok((sequences, generation.report))
+    }
+}
+
+/// One call in progress.
+struct Generation<'a> {
+    prompts: &'a Prompts,
+    tokenizer: Option<&'a Tokenizer>,
+    progress: &'a dyn Progress,
+    scheduler: Scheduler,
+    runner: ModelRunner<'a>,
+    sampler: Sampler,
+    ends: EndConditions<'a>,
+    /// By prompt, then by sample.
+    finished: Vec<Option<Sequence>>,
+    num_finished: usize,
+    report: GenerationReport,
+}
+
+impl<'a> Generation<'a> {
+    fn new(
+        engine: &EngineConfig,
+        policy: Policy<'a>,
+        prompts: &'a Prompts,
+        sampling: &'a SamplingConfig,
+        progress: &'a dyn Progress,
+    ) -> Result<Generation<'a>> {
+        let sampler = Sampler::new(sampling, prompts.seed, prompts.evaluation)?;
+        let ends = EndConditions::new(sampling, policy.tokenizer)?;
+        let groups = Group::of(prompts);
+        let total = prompts.rows.len() * prompts.samples_per_prompt;
+        let cache = KvCache::plan(engine, policy.model, &groups, sampling.max_new_tokens)?;
+        let scheduler = Scheduler::new(groups, cache.num_slots(), engine.max_batched_tokens);
+        Ok(Generation {
+            prompts,
+            tokenizer: policy.tokenizer,
+            progress,
+            scheduler,
+            runner: ModelRunner::new(policy.model, policy.head, sampler.logits_temperature(), cache),
+            sampler,
+            ends,
+            finished: std::iter::repeat_with(|| None).take(total).collect(),
+            num_finished: 0,
+            report: GenerationReport::default(),
+        })
+    }
+
+    /// Fills the free slots, and again where a first token already ended its sequence.
+    fn start_waiting(&mut self, interrupt: &Interrupt) -> Result<()> {
+        loop {
+            let admissions = self.scheduler.admit();
+            if admissions.is_empty() {
+                break;
+            }
+            interrupt.check()?;
+            let logits = self.runner.start(&admissions)?;
+            self.report.prefill_tokens +=
+                admissions.iter().filter_map(|a| a.prefill.as_ref()).map(Vec::len).sum::<usize>();
+            let slots: Vec<usize> = admissions.iter().flat_map(|admission| admission.slots.clone()).collect();
+            for (slot, member) in admissions.iter().flat_map(|a| a.slots.iter().zip(&a.members)) {
+                let prompt_length = self.prompts.rows[member.prompt_index].token_ids.len();
+                self.scheduler.occupy(*slot, Running::new(*member, prompt_length, &self.ends));
+            }
+            self.sample(&slots, &logits)?;
+        }
+        for (from, to) in self.scheduler.compact() {
+            self.runner.move_slot(from, to, self.scheduler.sequence(to).cached_tokens());
+        }
+        Ok(())
+    }
+
+    /// One more token for every live sequence.
+    fn decode_step(&mut self) -> Result<()> {
+        let live: Vec<usize> = (0..self.scheduler.num_live()).collect();
+        let (tokens, positions): (Vec<i64>, Vec<i64>) = live
+            .iter()
+            .map(|&slot| self.scheduler.sequence(slot))
+            .map(|sequence| (sequence.last_token(), sequence.cached_tokens() as i64))
+            .unzip();
+        let logits = self.runner.decode(&tokens, &positions)?;
+        self.report.decode_steps += 1;
+        self.sample(&live, &logits)
+    }
+
+    /// Draws a token for each of `slots` from its row of `[slots, V]` logits, and frees the slots whose sequence ended.
+    fn sample(&mut self, slots: &[usize], logits: &Tensor) -> Result<()> {
+        let keys: Vec<DrawKey> = slots
+            .iter()
+            .map(|&slot| self.scheduler.sequence(slot))
+            .map(|sequence| DrawKey {
+                prompt_id: self.prompts.rows[sequence.member().prompt_index].id,
+                sample: sequence.member().sample as u32,
+                position: sequence.num_generated() as u32,
+            })
+            .collect();
+        let drawn = self.sampler.sample(logits, &keys)?;
+        self.report.generated_tokens += drawn.len();
+        for (&slot, drawn) in slots.iter().zip(drawn) {
+            if let Some(reason) = self.scheduler.sequence_mut(slot).push(drawn, &self.ends)? {
+                let sequence = self.scheduler.release(slot);
+                let member = sequence.member();
+                let prompt = &self.prompts.rows[member.prompt_index];
+                let row = member.prompt_index * self.prompts.samples_per_prompt + member.sample;
+                self.finished[row] = Some(sequence.finish(prompt, reason, self.tokenizer)?);
+                self.num_finished += 1;
+                self.progress.advance("generate", self.num_finished, self.finished.len());
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_prompts(prompts: &Prompts, vocab_size: i64) -> Result<()> {
+    for (index, prompt) in prompts.rows.iter().enumerate() {
+        if prompt.token_ids.is_empty() {
+            return Err(Error::Refused(format!(
+                "prompt {index} has no tokens: a response needs at least one to follow"
+            )));
+        }
+        if let Some(id) = prompt.token_ids.iter().find(|&&id| !(0..vocab_size).contains(&id)) {
+            return Err(Error::Refused(format!(
+                "prompt {index} has token id {id}, but the model's vocabulary has {vocab_size} tokens: \
+                 tokenise it with the model's own tokenizer"
+            )));
+        }
+    }
+    Ok(())
+}

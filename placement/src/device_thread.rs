@@ -1,0 +1,95 @@
+//! One operating-system thread that owns everything on a device and runs one job at a time.
+//!
+//! `tch::Tensor` is `Send` but not `Sync`, and libtorch keeps per-thread state: models never leave this thread.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use echelon_core::{Error, Result};
+use tokio::sync::oneshot;
+
+/// Work for the thread; it answers through whatever it captured.
+pub type Job<H> = Box<dyn FnOnce(&mut H) + Send>;
+
+/// Jobs that may wait; one more is refused instead of growing the queue.
+const QUEUE: usize = 64;
+
+/// Dropping it ends the thread after the job in progress.
+pub struct DeviceThread<H> {
+    jobs: Option<SyncSender<Job<H>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl<H: 'static> DeviceThread<H> {
+    /// Starts the thread and waits until `build` has made the host there.
+    ///
+    /// # Errors
+    /// What `build` says, or that the thread could not start.
+    pub async fn start(
+        name: &str,
+        build: impl FnOnce() -> Result<H> + Send + 'static,
+    ) -> Result<(DeviceThread<H>, oneshot::Receiver<String>)> {
+        let (jobs, queue) = sync_channel::<Job<H>>(QUEUE);
+        let (ready, built) = oneshot::channel();
+        let (ended, end) = oneshot::channel();
+        let body = move || {
+            let cause = match catch_unwind(AssertUnwindSafe(build)) {
+                Ok(Ok(host)) => {
+                    let _ = ready.send(Ok(()));
+                    serve(host, &queue)
+                }
+                Ok(Err(error)) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+                Err(panic) => {
+                    let _ = ready.send(Err(Error::WorkerGone(panic_message(panic.as_ref()))));
+                    return;
+                }
+            };
+            let _ = ended.send(cause);
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .stack_size(16 << 20) // autograd recurses
+            .spawn(body)
+            .map_err(|error| Error::other("starting a device thread", error))?;
+        built.await.map_err(|_| Error::WorkerGone("it ended while loading".into()))??;
+        Ok((DeviceThread { jobs: Some(jobs), thread: Some(thread) }, end))
+    }
+
+    /// Queues a job.
+    pub fn submit(&self, job: Job<H>) -> Result<()> {
+        let jobs = self.jobs.as_ref().expect("open until drop");
+        jobs.try_send(job).map_err(|error| match error {
+            TrySendError::Full(_) => Error::Refused(format!("{QUEUE} requests are waiting for this device already")),
+            TrySendError::Disconnected(_) => Error::WorkerGone("it has ended".into()),
+        })
+    }
+}
+
+impl<H> Drop for DeviceThread<H> {
+    fn drop(&mut self) {
+        self.jobs.take();
+        // Joining frees the models before libtorch's own statics go.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Runs jobs until the queue closes or one panics; says why it ended.
+fn serve<H>(mut host: H, queue: &Receiver<Job<H>>) -> String {
+    while let Ok(job) = queue.recv() {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&mut host))) {
+            return panic_message(panic.as_ref());
+        }
+    }
+    "stopped".into()
+}
+
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".into())
+}

@@ -1,0 +1,207 @@
+//! Checkpoints of a run: `checkpoints/step-N/`, written beside, synced and renamed, so that a folder of that name is
+//! whole or has been damaged since.
+//!
+//! * CK-1: a checkpoint is taken at a step's end and holds all that the next step depends on.
+//! * CK-2: `manifest.json` has every file's length and checksum; a checkpoint that does not match is not used.
+//! * CK-3: the newest `keep` and the best by the eval metric stay; nothing is deleted before its successor is whole.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use echelon_algorithms::kl::KlController;
+use echelon_tasks::data::StreamPosition;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::program::Failure;
+
+/// What a run needs to go on, beside the roles' training states.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunState {
+    /// The last finished step.
+    pub step: u64,
+    pub policy_version: u64,
+    /// Where the prompts stand.
+    pub data: StreamPosition,
+    pub kl: KlController,
+    /// libtorch's CPU threads: sums round by how work is split.
+    pub num_threads: i32,
+    /// What `strftime_now` shows in chat templates.
+    pub render_time: Option<String>,
+    /// Value of the eval metric, where one was taken at this step.
+    pub metric: Option<f64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    files: Vec<FileEntry>,
+}
+
+#[derive(Serialize, Deserialize, PartialEq, Debug)]
+struct FileEntry {
+    name: String,
+    bytes: u64,
+    crc32c: u32,
+}
+
+/// The checkpoints of one run folder.
+pub struct Checkpoints {
+    folder: PathBuf,
+    keep: usize,
+}
+
+/// A checkpoint being written; dropping it unfinished leaves nothing.
+pub struct Unfinished {
+    temporary: PathBuf,
+    done: PathBuf,
+}
+
+impl Checkpoints {
+    pub fn new(run_folder: &Path, keep: usize) -> Checkpoints {
+        Checkpoints { folder: run_folder.join("checkpoints"), keep }
+    }
+
+    /// A folder to write the roles' states into.
+    pub fn begin(&self, step: u64) -> Result<Unfinished, Failure> {
+        let temporary = self.folder.join(format!("step-{step}.partial"));
+        if temporary.exists() {
+            std::fs::remove_dir_all(&temporary).map_err(|error| failed(&temporary, error))?;
+        }
+        std::fs::create_dir_all(&temporary).map_err(|error| failed(&temporary, error))?;
+        Ok(Unfinished { temporary, done: self.folder.join(format!("step-{step}")) })
+    }
+
+    /// Deletes what is neither among the newest nor the best.
+    pub fn prune(&self) -> Result<(), Failure> {
+        let steps = self.steps();
+        let best = steps
+            .iter()
+            .filter_map(|&step| Some((self.state(step).ok()?.metric?, step)))
+            .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)))
+            .map(|(_, step)| step);
+        for &step in steps.iter().skip(self.keep).filter(|step| Some(**step) != best) {
+            let path = self.path(step);
+            std::fs::remove_dir_all(&path).map_err(|error| failed(&path, error))?;
+        }
+        Ok(())
+    }
+
+    /// The newest whole checkpoint, and a sentence about each newer one that is damaged.
+    pub fn newest(&self) -> (Option<(PathBuf, RunState)>, Vec<String>) {
+        let mut damaged = Vec::new();
+        for step in self.steps() {
+            let path = self.path(step);
+            match verify(&path).and_then(|()| self.state(step).map_err(|error| error.to_string())) {
+                Ok(state) => return (Some((path, state)), damaged),
+                Err(reason) => damaged.push(format!("checkpoint {} is damaged: {reason}", path.display())),
+            }
+        }
+        (None, damaged)
+    }
+
+    fn state(&self, step: u64) -> Result<RunState, Failure> {
+        read_json(&self.path(step).join("state.json"))
+    }
+
+    fn path(&self, step: u64) -> PathBuf {
+        self.folder.join(format!("step-{step}"))
+    }
+
+    /// Steps with a checkpoint, newest first.
+    fn steps(&self) -> Vec<u64> {
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let mut steps: Vec<u64> =
+            entries.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()).collect();
+        steps.sort_unstable_by(|a, b| b.cmp(a));
+        steps
+    }
+}
+
+impl Unfinished {
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.temporary.join(name)
+    }
+
+    /// Adds the run's own state and the manifest, syncs everything, and gives the folder its name.
+    pub fn finish(self, state: &RunState) -> Result<PathBuf, Failure> {
+        write_json(&self.file("state.json"), state)?;
+        let manifest = Manifest { files: entries(&self.temporary).map_err(|error| failed(&self.temporary, error))? };
+        write_json(&self.file("manifest.json"), &manifest)?;
+        let parent = self.done.parent().expect("inside the checkpoints folder");
+        if self.done.exists() {
+            std::fs::remove_dir_all(&self.done).map_err(|error| failed(&self.done, error))?;
+        }
+        let publish = || {
+            File::open(&self.temporary)?.sync_all()?;
+            std::fs::rename(&self.temporary, &self.done)?;
+            File::open(parent)?.sync_all()
+        };
+        publish().map_err(|error| failed(&self.done, error))?;
+        Ok(self.done.clone())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.temporary); // gone already once it was renamed
+    }
+}
+
+fn verify(path: &Path) -> Result<(), String> {
+    let manifest: Manifest = read_json(&path.join("manifest.json")).map_err(|error| error.to_string())?;
+    for expected in manifest.files {
+        let file = path.join(&expected.name);
+        let found = entry(&file).map_err(|error| format!("{}: {error}", file.display()))?;
+        if found != expected {
+            return Err(format!(
+                "{}: expected {} bytes with checksum {:08x}, found {} bytes with {:08x}",
+                file.display(),
+                expected.bytes,
+                expected.crc32c,
+                found.bytes,
+                found.crc32c
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn entries(folder: &Path) -> std::io::Result<Vec<FileEntry>> {
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
+    files.sort();
+    files.iter().map(|file| entry(file)).collect()
+}
+
+fn entry(path: &Path) -> std::io::Result<FileEntry> {
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0; 1 << 20];
+    let (mut bytes, mut checksum) = (0, 0);
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            break;
+        }
+        bytes += read as u64;
+        checksum = crc32c::crc32c_append(checksum, &buffer[..read]);
+    }
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_string();
+    Ok(FileEntry { name, bytes, crc32c: checksum })
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| failed(path, error.into()))? + "\n";
+    let write = || {
+        std::fs::write(path, text)?;
+        File::open(path)?.sync_all()
+    };
+    write().map_err(|error| failed(path, error))
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| failed(path, error))?;
+    serde_json::from_str(&text).map_err(|error| failed(path, error.into()))
+}
+
+fn failed(path: &Path, error: std::io::Error) -> Failure {
+    Failure::Other(format!("checkpoint {}: {error}", path.display()))
+}

@@ -1,0 +1,288 @@
+//! What one device's thread owns: the roles placed on it, and how each verb is answered.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use echelon_algorithms::update::{ActorConfig, CriticConfig, update_actor, update_critic};
+use echelon_core::experience::Experience;
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::role::Role;
+use echelon_core::rollout::{Rollout, Tokens};
+use echelon_core::verb::*;
+use echelon_core::zero::{Head, PolicyOutput, ScalarValues, forward_rows, stack_rows, write_tensors};
+use echelon_core::{Error, Result};
+use echelon_generation::Engine;
+use echelon_models::config::HeadKind;
+use echelon_models::decoder::Decoder;
+use echelon_models::head::{LogprobOutput, ScalarOutput};
+use echelon_models::tokenizer::Tokenizer;
+use tch::{Device, Tensor};
+
+use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
+
+/// The roles of one device. A role that is placed elsewhere is `None` here.
+pub struct DeviceRoles {
+    pub actor: Option<LearningActor>,
+    pub critic: Option<Deferred<LearningCritic>>,
+    pub reference: Option<Deferred<FrozenPolicy>>,
+    pub reward: Option<Deferred<RewardModel>>,
+    /// Samples with the actor's own weights.
+    pub engine: Engine,
+    pub tokenizer: Arc<Tokenizer>,
+    pub held: Held,
+    pub policy_version: u64,
+    pub interrupt: Interrupt,
+    pub progress: Arc<dyn Progress>,
+    /// Where a batch that made a loss non-finite is written for inspection.
+    pub run_folder: PathBuf,
+}
+
+pub struct LearningActor {
+    pub policy: Policy,
+    pub config: ActorConfig,
+    /// The folder it started from.
+    pub folder: PathBuf,
+}
+
+pub struct LearningCritic {
+    pub model: Scorer,
+    pub config: CriticConfig,
+    pub folder: PathBuf,
+}
+
+pub struct RewardModel {
+    pub model: FrozenScorer,
+    /// Its tokenizer, where it is not the actor's: then it gets the text.
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// A role that is loaded when it is first asked: the first rollout does not wait for models that only score.
+pub struct Deferred<T>(DeferredState<T>);
+
+enum DeferredState<T> {
+    Waiting(Option<Build<T>>),
+    Loaded(T),
+}
+
+type Build<T> = Box<dyn FnOnce() -> Result<T>>;
+
+impl<T> Deferred<T> {
+    pub fn new(build: impl FnOnce() -> Result<T> + 'static) -> Deferred<T> {
+        Deferred(DeferredState::Waiting(Some(Box::new(build))))
+    }
+
+    /// # Errors
+    /// What loading says; a later call says that it failed before.
+    pub fn get(&mut self) -> Result<&mut T> {
+        if let DeferredState::Waiting(build) = &mut self.0 {
+            let build = build.take().ok_or_else(|| Error::Refused("this model could not be loaded before".into()))?;
+            self.0 = DeferredState::Loaded(build()?);
+        }
+        match &mut self.0 {
+            DeferredState::Loaded(value) => Ok(value),
+            DeferredState::Waiting(_) => unreachable!("loaded above"),
+        }
+    }
+}
+
+impl DeviceRoles {
+    fn actor(&mut self) -> Result<&mut LearningActor> {
+        self.actor.as_mut().ok_or_else(|| not_here(Role::Actor))
+    }
+
+    fn critic(&mut self) -> Result<&mut LearningCritic> {
+        self.critic.as_mut().ok_or_else(|| not_here(Role::Critic))?.get()
+    }
+
+    /// What a forward pass without learning needs beside a model.
+    fn asking(&self, phase: &'static str) -> Asking {
+        Asking { phase, held: self.held, interrupt: self.interrupt.clone(), progress: self.progress.clone() }
+    }
+
+    /// Writes the batch of a refused optimizer step beside the run's other files and says where.
+    fn keep_evidence(&self, error: Error, experience: &Experience) -> Error {
+        let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
+        let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}.safetensors"));
+        let named = |name: &str, tensor: &Tensor| (name.to_string(), tensor.shallow_clone());
+        let tensors = [
+            named("token_ids", &experience.tokens.token_ids),
+            named("response_mask", &experience.tokens.mask),
+            named("old_logprobs", &experience.old_logprobs),
+            named("values", &experience.values),
+            named("advantages", &experience.advantages),
+            named("returns", &experience.returns),
+        ];
+        match write_tensors(&path, &tensors, &[]) {
+            Ok(()) => Error::other(format!("the batch is in {}", path.display()), error),
+            Err(_) => error,
+        }
+    }
+}
+
+struct Asking {
+    phase: &'static str,
+    held: Held,
+    interrupt: Interrupt,
+    progress: Arc<dyn Progress>,
+}
+
+impl Asking {
+    /// Outputs of a model, one per micro-batch, in the order of the rows.
+    fn ask<H: Head>(
+        &self,
+        model: (&Decoder, &H),
+        tokens: &Tokens,
+        read: impl Fn(&H::Output) -> Tensor,
+    ) -> Result<Vec<Tensor>> {
+        let mut parts = Vec::new();
+        let mut done = 0;
+        forward_rows(model, &self.held.pass, tokens, &self.interrupt, |rows, output| {
+            parts.push(read(&output));
+            done += rows.len();
+            self.progress.advance(self.phase, done, tokens.num_rows());
+        })?;
+        Ok(parts)
+    }
+}
+
+fn not_here(role: Role) -> Error {
+    Error::Refused(format!("the {role} is not placed on this device"))
+}
+
+fn size(tokens: &Tokens) -> [i64; 2] {
+    [tokens.num_rows() as i64, tokens.token_ids.size()[1]]
+}
+
+impl Serve<Generate> for DeviceRoles {
+    fn serve(&mut self, request: Generate) -> Result<Rollout> {
+        let actor = self.actor.as_ref().ok_or_else(|| not_here(Role::Actor))?;
+        let policy = echelon_generation::Policy {
+            model: &actor.policy.model,
+            head: actor.policy.head.weight(),
+            tokenizer: Some(&self.tokenizer),
+        };
+        let (prompts, sampling) = (&request.prompts, &request.sampling);
+        let (sequences, report) =
+            self.engine.generate(policy, prompts, sampling, self.progress.as_ref(), &self.interrupt)?;
+        Ok(Rollout::from_sequences(prompts, &sequences, self.policy_version, report))
+    }
+}
+
+impl Serve<Logprobs> for DeviceRoles {
+    fn serve(&mut self, request: Logprobs) -> Result<Tensor> {
+        let tokens = &request.tokens;
+        let read = |output: &LogprobOutput| output.logprobs().shallow_clone();
+        let parts = match request.role {
+            Role::Reference => {
+                let asking = self.asking("reference");
+                let reference = self.reference.as_mut().ok_or_else(|| not_here(Role::Reference))?.get()?;
+                asking.ask((&reference.model, &reference.head), tokens, read)?
+            }
+            _ => {
+                let asking = self.asking("logprobs");
+                let policy = &self.actor()?.policy;
+                asking.ask((&policy.model, &policy.head), tokens, read)?
+            }
+        };
+        Ok(stack_rows(&parts, size(tokens)))
+    }
+}
+
+impl Serve<Values> for DeviceRoles {
+    fn serve(&mut self, request: Values) -> Result<Tensor> {
+        let asking = self.asking("values");
+        let critic = &self.critic()?.model;
+        let read = |output: &ScalarOutput| output.values().shallow_clone();
+        let parts = asking.ask((&critic.model, &critic.head), &request.tokens, read)?;
+        Ok(stack_rows(&parts, size(&request.tokens)))
+    }
+}
+
+impl Serve<Scores> for DeviceRoles {
+    fn serve(&mut self, request: Scores) -> Result<Tensor> {
+        let asking = self.asking("scores");
+        let reward = self.reward.as_mut().ok_or_else(|| not_here(Role::Reward))?.get()?;
+        let tokens = match &reward.tokenizer {
+            None => request.tokens,
+            Some(tokenizer) => encode_texts(tokenizer, &request.prompts, &request.responses)?,
+        };
+        let read = |output: &ScalarOutput| output.values().to_device(Device::Cpu);
+        Ok(Tensor::cat(&asking.ask((&reward.model.model, &reward.model.head), &tokens, read)?, 0))
+    }
+}
+
+/// Prompt and response in the words of another tokenizer, ended as its own training ended them.
+fn encode_texts(tokenizer: &Tokenizer, prompts: &[String], responses: &[String]) -> Result<Tokens> {
+    let rows = prompts.iter().zip(responses).map(|(prompt, response)| {
+        let mut ids = tokenizer
+            .encode(&format!("{prompt}{response}"))
+            .map_err(|error| Error::other("the reward model's tokenizer", error))?;
+        ids.extend(tokenizer.eos_ids().first());
+        let mask = vec![false; ids.len()];
+        Ok((ids, mask))
+    });
+    Ok(Tokens::from_rows(&rows.collect::<Result<Vec<_>>>()?))
+}
+
+impl Serve<UpdateActor> for DeviceRoles {
+    fn serve(&mut self, request: UpdateActor) -> Result<ActorReport> {
+        let UpdateActor { experience, num_tokens, kl_coef } = request;
+        let actor = self.actor()?;
+        let updated = update_actor(&mut actor.policy, &experience, num_tokens, kl_coef, &actor.config);
+        self.progress.advance("train actor", experience.num_rows(), experience.num_rows());
+        updated.map_err(|error| self.keep_evidence(error, &experience))
+    }
+}
+
+impl Serve<UpdateCritic> for DeviceRoles {
+    fn serve(&mut self, request: UpdateCritic) -> Result<CriticReport> {
+        let UpdateCritic { experience, num_tokens } = request;
+        let critic = self.critic()?;
+        let updated = update_critic(&mut critic.model, &experience, num_tokens, &critic.config);
+        self.progress.advance("train critic", experience.num_rows(), experience.num_rows());
+        updated.map_err(|error| self.keep_evidence(error, &experience))
+    }
+}
+
+/// The generator computes on the actor's own tensors: publishing copies nothing.
+impl Serve<Publish> for DeviceRoles {
+    fn serve(&mut self, _request: Publish) -> Result<u64> {
+        self.policy_version += 1;
+        Ok(self.policy_version)
+    }
+}
+
+impl Serve<Save> for DeviceRoles {
+    fn serve(&mut self, request: Save) -> Result<()> {
+        match request.role {
+            Role::Critic => save_state(&self.critic()?.model.state, &request.file),
+            _ => save_state(&self.actor()?.policy.state, &request.file),
+        }
+    }
+}
+
+impl Serve<Restore> for DeviceRoles {
+    fn serve(&mut self, request: Restore) -> Result<()> {
+        match request.role {
+            Role::Critic => restore_state(&mut self.critic()?.model.state, &request.file),
+            _ => restore_state(&mut self.actor()?.policy.state, &request.file),
+        }
+    }
+}
+
+impl Serve<Export> for DeviceRoles {
+    fn serve(&mut self, request: Export) -> Result<()> {
+        let Export { role, folder } = request;
+        match role {
+            Role::Critic => {
+                let critic = self.critic()?;
+                export(&critic.model.state, HeadKind::Score, &critic.folder, &folder, &[])?;
+            }
+            _ => {
+                let actor = self.actor()?;
+                export(&actor.policy.state, HeadKind::Logits, &actor.folder, &folder, &[])?;
+            }
+        }
+        self.tokenizer.save(&folder).map_err(|error| Error::other("saving the tokenizer", error))
+    }
+}

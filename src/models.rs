@@ -1,0 +1,199 @@
+//! Roles' models from Hugging Face folders: trainable ones in flat buffers, frozen ones around the mapped file.
+
+use std::path::{Path, PathBuf};
+
+use echelon_core::random::{Domain, normal};
+use echelon_core::role::Role;
+use echelon_core::zero::{OptimizerConfig, ParamWithGrad, PassConfig, TensorFile, Trainable, TrainingState, write_tensors};
+use echelon_core::{Error, Result};
+use echelon_models::checkpoint::{Checkpoint, random_parameter, save_pretrained};
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_models::decoder::Decoder;
+use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+/// How a model is held: dtype, device and passes.
+#[derive(Clone, Copy, Debug)]
+pub struct Held {
+    pub kind: Kind,
+    pub pass: PassConfig,
+}
+
+
+pub type Policy = Trainable<Decoder, LogprobHead>;
+pub type Scorer = Trainable<Decoder, ScalarHead>;
+
+/// Checks that a folder's config is readable, has the wanted head, and that every parameter is there in its shape. Only
+/// headers are read.
+pub fn check_folder(folder: &Path, head: Option<HeadKind>) -> Result<()> {
+    let config = DecoderConfig::read(folder)?;
+    if head.is_some_and(|head| head != config.head) {
+        let (has, needs) = match config.head {
+            HeadKind::Score => ("a score head (ForSequenceClassification)", "a causal language model (ForCausalLM)"),
+            HeadKind::Logits => {
+                ("a language-model head (ForCausalLM)", "a score head (ForSequenceClassification, num_labels = 1)")
+            }
+        };
+        return Err(Error::Refused(format!("{}: this role needs {needs}, the model has {has}", folder.display())));
+    }
+    let checkpoint = Checkpoint::open(folder)?;
+    for param in config.shape().units.iter().flat_map(|unit| &unit.params) {
+        let _ = checkpoint.tensor(&param.name, &param.shape)?; // wrapping checks name, shape and dtype
+    }
+    Ok(())
+}
+
+/// A causal language model that learns; log-probs at `temperature`.
+pub fn trainable_policy(
+    role: Role,
+    folder: &Path,
+    random: Option<u64>,
+    held: Held,
+    optimizer: OptimizerConfig,
+    temperature: f64,
+) -> Result<Policy> {
+    let config = DecoderConfig::read(folder)?;
+    if config.head != HeadKind::Logits {
+        return Err(Error::Refused(format!("{}: a {role} needs a causal language model, this has a score head", folder.display())));
+    }
+    let state = match random {
+        Some(seed) => state(role, &config, held, optimizer, &mut |name, shape| {
+            Ok(random_parameter(name, shape, config.initializer_range, seed))
+        })?,
+        None => {
+            let checkpoint = Checkpoint::open(folder)?;
+            state(role, &config, held, optimizer, &mut |name, shape| Ok(checkpoint.tensor(name, shape)?))?
+        }
+    };
+    let params = state.params();
+    let model = decoder_of(&config, &params)?;
+    let head = if config.tied_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+    let head = LogprobHead::trained(params[head].shallow_clone(), temperature);
+    Ok(Trainable { state, model, head, pass: held.pass })
+}
+
+/// A model with one number per position (critic) or per sequence (reward model) that learns. A folder without a score
+/// head gets a fresh one, N(0, 1/(H+1)) as OpenRLHF draws it.
+pub fn trainable_scorer(
+    role: Role,
+    folder: &Path,
+    random: Option<u64>,
+    seed: u64,
+    held: Held,
+    optimizer: OptimizerConfig,
+    reads: ScalarRows,
+) -> Result<Scorer> {
+    let config = DecoderConfig { head: HeadKind::Score, ..DecoderConfig::read(folder)? };
+    let fresh_head = |shape: &[i64]| {
+        let deviation = 1.0 / (config.hidden_size + 1) as f64;
+        let values: Vec<f32> =
+            (0..config.hidden_size).map(|i| (deviation * normal(seed, Domain::Weights, i as u64, 0, 1)) as f32).collect();
+        Tensor::from_slice(&values).view(shape)
+    };
+    let checkpoint = if random.is_some() { None } else { Some(Checkpoint::open(folder)?) };
+    let state = state(role, &config, held, optimizer, &mut |name, shape| match (&checkpoint, random) {
+        (Some(checkpoint), _) if checkpoint.contains(name) || name != "score.weight" => Ok(checkpoint.tensor(name, shape)?),
+        (None, Some(seed)) if name != "score.weight" => Ok(random_parameter(name, shape, config.initializer_range, seed)),
+        _ => Ok(fresh_head(shape)),
+    })?;
+    let params = state.params();
+    let model = decoder_of(&config, &params)?;
+    let head = ScalarHead::trained(params["score.weight"].shallow_clone(), reads);
+    Ok(Trainable { state, model, head, pass: held.pass })
+}
+
+type Params = std::collections::HashMap<String, ParamWithGrad>;
+
+fn state(
+    role: Role,
+    config: &DecoderConfig,
+    held: Held,
+    optimizer: OptimizerConfig,
+    load: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
+) -> Result<TrainingState> {
+    let shape = config.shape();
+    let shapes: std::collections::HashMap<&str, &[i64]> =
+        shape.units.iter().flat_map(|unit| &unit.params).map(|p| (p.name.as_str(), p.shape.as_slice())).collect();
+    TrainingState::new(role, &shape, optimizer, (held.kind, held.pass.device), &mut |name| load(name, shapes[name]))
+}
+
+fn decoder_of(config: &DecoderConfig, params: &Params) -> Result<Decoder> {
+    Ok(Decoder::new(config, &mut |name| Ok(params[name].weight.shallow_clone()))?)
+}
+
+/// A causal language model that does not learn.
+pub struct FrozenPolicy {
+    pub model: Decoder,
+    pub head: LogprobHead,
+}
+
+/// Wraps the mapped file where dtype and device allow.
+pub fn frozen_policy(folder: &Path, held: Held, temperature: f64) -> Result<FrozenPolicy> {
+    let config = DecoderConfig { head: HeadKind::Logits, ..DecoderConfig::read(folder)? };
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut load = checkpoint.loader(&config, held.kind, held.pass.device);
+    let model = Decoder::new(&config, &mut load)?;
+    let weight = if config.tied_embeddings { model.embedding().shallow_clone() } else { load("lm_head.weight")? };
+    Ok(FrozenPolicy { model, head: LogprobHead::frozen(weight, temperature) })
+}
+
+/// A reward model that does not learn.
+pub struct FrozenScorer {
+    pub model: Decoder,
+    pub head: ScalarHead,
+    /// Mean and standard deviation of its scores on its training data, as `reward` (and OpenRLHF) store them.
+    pub statistics: Option<(f64, f64)>,
+}
+
+pub fn frozen_scorer(folder: &Path, held: Held) -> Result<FrozenScorer> {
+    let config = DecoderConfig::read(folder)?;
+    if config.head != HeadKind::Score {
+        let what = "a reward model needs a ForSequenceClassification architecture with one label (score.weight)";
+        return Err(Error::Refused(format!("{}: {what}", folder.display())));
+    }
+    let checkpoint = Checkpoint::open(folder)?;
+    let mut load = checkpoint.loader(&config, held.kind, held.pass.device);
+    let model = Decoder::new(&config, &mut load)?;
+    let head = ScalarHead::frozen(load("score.weight")?, ScalarRows::LastTokens);
+    Ok(FrozenScorer { model, head, statistics: score_statistics(folder) })
+}
+
+/// `mean` and `std` in a reward model's `config.json`.
+pub fn score_statistics(folder: &Path) -> Option<(f64, f64)> {
+    let text = std::fs::read_to_string(folder.join("config.json")).ok()?;
+    let config: Value = serde_json::from_str(&text).ok()?;
+    Some((config.get("mean")?.as_f64()?, config.get("std")?.as_f64()?))
+}
+
+/// Writes a learner's weights as a Hugging Face folder, in the dtype of the folder it started from.
+pub fn export(
+    state: &TrainingState,
+    head: HeadKind,
+    like: &Path,
+    folder: &Path,
+    extra: &[(&str, Value)],
+) -> Result<()> {
+    let weights: Vec<(String, Tensor)> = state
+        .tensors()
+        .into_iter()
+        .filter_map(|(name, tensor)| name.strip_prefix("weights.").map(|name| (name.to_string(), tensor)))
+        .collect();
+    let kind = DecoderConfig::read(like)?.dtype.unwrap_or(Kind::Float);
+    Ok(save_pretrained(folder, like, head, &weights, kind, extra)?)
+}
+
+/// Writes a learner's whole training state.
+pub fn save_state(state: &TrainingState, file: &Path) -> Result<()> {
+    let metadata = [("optimizer_steps", state.steps.to_string())];
+    write_tensors(file, &state.tensors(), &metadata).map_err(|error| Error::other("saving a checkpoint", error))
+}
+
+/// Takes up what [`save_state`] wrote.
+pub fn restore_state(state: &mut TrainingState, file: &PathBuf) -> Result<()> {
+    let failed = |error| Error::other("resuming", error);
+    let tensors = TensorFile::open(file).map_err(failed)?;
+    let steps = tensors.metadata().map_err(failed)?.get("optimizer_steps").and_then(|steps| steps.parse().ok());
+    let steps = steps.ok_or_else(|| Error::Refused(format!("{}: no optimizer_steps in its metadata", file.display())))?;
+    state.restore(steps, &mut |name| tensors.tensor(name).map_err(failed))
+}

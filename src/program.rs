@@ -1,0 +1,174 @@
+//! What all programs share: arguments, exit codes, signals, and the process's settings.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use echelon_core::progress::Interrupt;
+
+use crate::recipe::RecipeError;
+
+/// Why a program ends without having done its work.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The recipe or an input is wrong; nothing was started. Exit code 2.
+    #[error("{0}")]
+    Input(String),
+    /// A worker failed. Exit code 3.
+    #[error("{0}")]
+    Worker(String),
+    /// Anything else. Exit code 1.
+    #[error("{0}")]
+    Other(String),
+    /// Stopped by a signal, after saving what there was. Exit code 130 or 143.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
+}
+
+impl Failure {
+    /// An input that cannot be used, with everything that its error says.
+    pub fn input(error: impl std::fmt::Display) -> Failure {
+        Failure::Input(error.to_string())
+    }
+
+    pub fn other(error: impl std::fmt::Display) -> Failure {
+        Failure::Other(error.to_string())
+    }
+
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Input(_) => 2,
+            Failure::Worker(_) => 3,
+            Failure::Other(_) => 1,
+            Failure::Interrupted(_) => SIGNAL.load(Ordering::SeqCst) as u8,
+        }
+    }
+}
+
+impl From<RecipeError> for Failure {
+    fn from(error: RecipeError) -> Failure {
+        Failure::Input(error.to_string())
+    }
+}
+
+impl From<echelon_core::Error> for Failure {
+    fn from(error: echelon_core::Error) -> Failure {
+        match error.root() {
+            echelon_core::Error::Interrupted => Failure::Interrupted("nothing was lost".into()),
+            echelon_core::Error::WorkerGone(_) => Failure::Worker(error.to_string()),
+            _ => Failure::Other(error.to_string()),
+        }
+    }
+}
+
+impl From<crate::monitor::MonitorError> for Failure {
+    fn from(error: crate::monitor::MonitorError) -> Failure {
+        Failure::Other(error.to_string())
+    }
+}
+
+/// Runs a program's work and turns its end into an exit code; the message goes to stderr.
+pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
+    echelon_core::shim::install_cpu_allocator();
+    match work() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            match &failure {
+                Failure::Interrupted(_) => eprintln!("{failure}"),
+                failure => eprintln!("error: {failure}"),
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+/// `PROGRAM RECIPE [--set table.key=value]… [--output-dir DIR] [--plan[=json]] [--resume]`.
+#[derive(Debug, Default)]
+pub struct Arguments {
+    pub recipe: PathBuf,
+    pub sets: Vec<String>,
+    pub output_dir: Option<PathBuf>,
+    pub resume: bool,
+    pub plan: bool,
+}
+
+impl Arguments {
+    /// Reads the process's arguments.
+    ///
+    /// # Errors
+    /// What is wrong, with the usage.
+    pub fn read(program: &str) -> Result<Arguments, Failure> {
+        let usage = format!("usage: {program} RECIPE [--set table.key=value]... [--output-dir DIR] [--resume] [--plan]");
+        let wrong = |message: String| Failure::Input(format!("{message}\n{usage}"));
+        let mut arguments = Arguments::default();
+        let mut given = std::env::args().skip(1);
+        let mut recipe = None;
+        while let Some(argument) = given.next() {
+            let (name, attached) = match argument.split_once('=') {
+                Some((name, value)) if name.starts_with("--") => (name.to_string(), Some(value.to_string())),
+                _ => (argument.clone(), None),
+            };
+            let mut value = |what: &str| {
+                attached.clone().or_else(|| given.next()).ok_or_else(|| wrong(format!("{name} needs {what}")))
+            };
+            match name.as_str() {
+                "--set" => arguments.sets.push(value("table.key=value")?),
+                "--output-dir" => arguments.output_dir = Some(value("a folder")?.into()),
+                "--resume" => arguments.resume = true,
+                "--plan" => arguments.plan = true,
+                "-h" | "--help" => {
+                    println!("{usage}");
+                    std::process::exit(0);
+                }
+                _ if name.starts_with('-') => return Err(wrong(format!("unknown option `{argument}`"))),
+                _ if recipe.is_some() => return Err(wrong(format!("one recipe at a time, found `{argument}` too"))),
+                _ => recipe = Some(PathBuf::from(argument)),
+            }
+        }
+        arguments.recipe = recipe.ok_or_else(|| wrong("no recipe given".into()))?;
+        Ok(arguments)
+    }
+}
+
+/// Exit code of the signal that came, 0 before.
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+/// Raises `interrupt` at the first Ctrl-C or SIGTERM; at the second the process exits at once.
+pub fn watch_signals(interrupt: Interrupt) {
+    tokio::spawn(async move {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (Ok(mut ctrl_c), Ok(mut term)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) else {
+            return;
+        };
+        loop {
+            let code = tokio::select! {
+                _ = ctrl_c.recv() => 130,
+                _ = term.recv() => 143,
+            };
+            if interrupt.is_raised() {
+                std::process::exit(code);
+            }
+            SIGNAL.store(code, Ordering::SeqCst);
+            interrupt.raise();
+        }
+    });
+}
+
+/// The folder of a run: given, or `runs/<name>`.
+///
+/// # Errors
+/// It has files already and this is no `--resume`.
+pub fn run_folder(name: &str, arguments: &Arguments) -> Result<PathBuf, Failure> {
+    let folder = arguments.output_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
+    let occupied = std::fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied && !arguments.resume {
+        let folder = folder.display();
+        return Err(Failure::Input(format!(
+            "the run folder {folder} is not empty: add --resume to continue that run, or choose another with --output-dir"
+        )));
+    }
+    if folder.exists() && !folder.is_dir() {
+        return Err(Failure::Input(format!("the run folder {} is a file", folder.display())));
+    }
+    Ok(folder)
+}

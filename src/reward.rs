@@ -1,0 +1,98 @@
+//! What scores responses in a run: reward models on their workers, rules and programs on threads of their own, summed
+//! by weight.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
+use echelon_core::rollout::{FinishReason, Rollout};
+use echelon_core::{Error, Result};
+use echelon_tasks::reward::{CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked};
+use tch::{Kind, Tensor};
+
+use crate::program::Failure;
+use crate::recipe::{Rule, ScoreSource};
+
+/// One source of scores.
+pub enum Source {
+    Model(RewardGroup),
+    Task(Arc<dyn RewardSource>),
+}
+
+/// Sources with weights.
+pub struct WeightedSources(pub Vec<(String, f64, Source)>);
+
+impl Reward for WeightedSources {
+    fn scores<'a>(&'a self, rollout: &'a Rollout) -> Answer<'a, ScoredRollout> {
+        Box::pin(async move {
+            let mut total = Tensor::zeros([rollout.num_rows() as i64], tch::kind::DOUBLE_CPU);
+            let mut source_means = Vec::new();
+            for (name, weight, source) in &self.0 {
+                let scores = source.scores(rollout).await?;
+                source_means.push((name.clone(), scores.mean(Kind::Double).double_value(&[])));
+                total += scores * *weight;
+            }
+            if source_means.len() == 1 {
+                source_means.clear();
+            }
+            Ok(ScoredRollout { scores: total, source_means })
+        })
+    }
+}
+
+impl Source {
+    /// `[B]` f64.
+    async fn scores(&self, rollout: &Rollout) -> Result<Tensor> {
+        match self {
+            Source::Model(group) => Ok(group.scores(rollout).await?.to_kind(Kind::Double)),
+            Source::Task(task) => {
+                let (task, requests) = (task.clone(), requests(rollout));
+                let scored = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests)).await;
+                let scored = scored.map_err(|error| Error::other("reward", error))?;
+                Ok(Tensor::from_slice(&scored.map_err(|error| Error::other("reward", error))?))
+            }
+        }
+    }
+}
+
+fn requests(rollout: &Rollout) -> Vec<RewardRequest> {
+    let lengths: Vec<f64> = Vec::try_from(rollout.response_lengths()).expect("a vector of lengths");
+    (0..rollout.num_rows())
+        .map(|row| RewardRequest {
+            prompt: rollout.prompts[row].clone(),
+            response: rollout.responses[row].clone(),
+            label: rollout.labels[row].clone(),
+            num_response_tokens: lengths[row] as usize,
+            finished: rollout.finish_reasons[row] == FinishReason::Stop,
+        })
+        .collect()
+}
+
+/// Starts a source that needs no model, with its name for metrics; `None` for a reward model.
+pub fn task_source(source: &ScoreSource) -> Result<Option<(String, Arc<dyn RewardSource>)>, Failure> {
+    let task: Arc<dyn RewardSource> = match source {
+        ScoreSource::Model(_) => return Ok(None),
+        ScoreSource::Rule(rule) => rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?.into(),
+        ScoreSource::Url { url, timeout_s, retries } => {
+            let timeout = Duration::from_secs_f64(*timeout_s);
+            let config = UrlConfig { attempts: (*retries).max(1), timeout, ..UrlConfig::default() };
+            Arc::new(UrlReward::new(url, config).map_err(Failure::input)?)
+        }
+        ScoreSource::Command { command, folder, timeout_s, .. } => {
+            let timeout = Duration::from_secs_f64(*timeout_s);
+            let config = CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
+            Arc::new(CommandReward::start(config).map_err(Failure::input)?)
+        }
+    };
+    Ok(Some((task.name(), task)))
+}
+
+fn rule_config(rule: &Rule) -> RuleConfig {
+    match rule.clone() {
+        Rule::Math { tolerance } => RuleConfig::Math { tolerance },
+        Rule::Regex { pattern } => RuleConfig::Regex { pattern },
+        Rule::Format { structure } => RuleConfig::Format { structure },
+        Rule::Length { min_tokens, max_tokens } => RuleConfig::Length { min: min_tokens, max: max_tokens },
+        Rule::Sentiment { lexicon } => RuleConfig::Sentiment { lexicon },
+    }
+}

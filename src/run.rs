@@ -1,0 +1,294 @@
+//! The outer loop of a PPO run: step, log, evaluate, checkpoint, stop.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use echelon_algorithms::kl::KlController;
+use echelon_algorithms::ppo::{self, Moment, StepReport};
+use echelon_core::progress::Interrupt;
+use echelon_core::role::Role;
+use echelon_core::verb::{Export, Restore, Save};
+use echelon_core::{Error, shim};
+use echelon_models::tokenizer::Tokenizer;
+
+use crate::checkpoint::{Checkpoints, RunState};
+use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
+use crate::program::{Arguments, Failure, run_folder, watch_signals};
+use crate::prompts::{TrainingPrompts, evaluation_prompts};
+use crate::recipe::{Recipe, ResolvedRecipe};
+use crate::watch::Watch;
+use crate::wire::{self, Wired};
+
+mod evaluate;
+mod metrics;
+
+use evaluate::{Evaluator, eval_metrics};
+use metrics::{Work, samples_of, step_metrics};
+
+/// `ppo RECIPE`: everything from the arguments to the report.
+///
+/// # Errors
+/// See [`Failure`].
+pub fn main(arguments: &Arguments) -> Result<(), Failure> {
+    if arguments.plan {
+        let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
+        print!("{recipe}");
+        return Ok(());
+    }
+    let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?.resolve();
+    let folder = run_folder(&recipe.name, arguments)?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
+    // The driver's tensors are Send but not Sync: the loop stays on this thread.
+    runtime.block_on(async {
+        let mut run = Run::prepare(recipe, folder, arguments.resume).await?;
+        let outcome = run.steps().await;
+        run.wired.worker.stop();
+        let _ = (&mut run.wired.worker_task).await;
+        outcome
+    })
+}
+
+/// A run between its first line and its last.
+struct Run {
+    recipe: ResolvedRecipe,
+    folder: PathBuf,
+    wired: Wired,
+    prompts: TrainingPrompts,
+    evaluator: Option<Evaluator>,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    kl: KlController,
+    tokenizer: Arc<Tokenizer>,
+    terminal: Arc<Terminal>,
+    watch: Arc<Watch>,
+    interrupt: Interrupt,
+    work: Work,
+    begun: Instant,
+    /// The last finished step.
+    step: u64,
+    policy_version: u64,
+}
+
+impl Run {
+    /// Loads and checks everything; only then is the run folder made.
+    async fn prepare(recipe: ResolvedRecipe, folder: PathBuf, resume: bool) -> Result<Run, Failure> {
+        let begun = Instant::now();
+        let folders = wire::model_folders(&recipe)?;
+        let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices)?;
+        let mut tokenizer = Tokenizer::load(&folders.actor).map_err(Failure::input)?;
+        let checkpoints = Checkpoints::new(&folder, recipe.checkpoint.keep);
+        let (saved, damaged) = if resume { checkpoints.newest() } else { (None, Vec::new()) };
+        if let Some((_, state)) = &saved {
+            tch::set_num_threads(state.num_threads);
+            if let Some(time) = &state.render_time {
+                tokenizer.set_render_time(time).map_err(Failure::input)?;
+            }
+        }
+        let tokenizer = Arc::new(tokenizer);
+        let format = wire::prompt_format(&recipe, tokenizer.clone());
+        let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
+        let evaluator = evaluation_prompts(&recipe, &format)?.map(|prompts| Evaluator::new(prompts, &recipe));
+
+        let terminal = Arc::new(Terminal::new(recipe.train.steps as u64));
+        let watch = Arc::new(Watch::new(terminal.clone()));
+        let interrupt = Interrupt::default();
+        watch_signals(interrupt.clone());
+        let work = Work::new(&wire::shape(&folders.actor)?, recipe.reference.is_some(), &recipe);
+        header(&terminal, &recipe, &folder, held, warning.as_deref(), &prompts);
+        damaged.iter().for_each(|sentence| terminal.note(&format!("{sentence}; the one before it is taken")));
+        let parts = (interrupt.clone(), watch.clone() as _);
+        let wired = wire::wire(&recipe, folders, held, tokenizer.clone(), parts, folder.clone()).await?;
+
+        std::fs::create_dir_all(&folder).map_err(|error| Failure::Other(format!("{}: {error}", folder.display())))?;
+        let step = saved.as_ref().map_or(0, |(_, state)| state.step);
+        let log = if resume { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
+        write_file(&folder.join("recipe.resolved.toml"), &recipe.to_toml())?;
+        let kl = kl_controller(&recipe);
+        let mut run = Run {
+            folder, wired, prompts, evaluator, checkpoints, log, kl, tokenizer, terminal, watch, interrupt, work, begun,
+            step, policy_version: 0, recipe,
+        };
+        if let Some((path, state)) = saved {
+            run.restore(&path, state).await?;
+        }
+        Ok(run)
+    }
+
+    /// Takes up a checkpoint.
+    async fn restore(&mut self, path: &Path, state: RunState) -> Result<(), Failure> {
+        for (role, file) in [(Role::Actor, "actor.safetensors"), (Role::Critic, "critic.safetensors")] {
+            let request = Restore { role, file: path.join(file) };
+            match role {
+                Role::Critic => self.wired.roles.critic.restore(request).await?,
+                _ => self.wired.roles.actor.restore(request).await?,
+            }
+        }
+        self.prompts.restore(&state.data)?;
+        self.kl = state.kl;
+        self.policy_version = state.policy_version;
+        self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
+        Ok(())
+    }
+
+    /// Every step that is left, with what surrounds it.
+    async fn steps(&mut self) -> Result<(), Failure> {
+        let before = self.evaluate_once("eval_before.json").await?;
+        while self.step < self.recipe.train.steps as u64 {
+            let position = self.prompts.position();
+            match self.step().await {
+                Err(error) if matches!(error.root(), Error::Interrupted) => {
+                    self.prompts.restore(&position)?;
+                    return self.stop().await;
+                }
+                outcome => outcome?,
+            }
+            if self.interrupt.is_raised() {
+                return self.stop().await;
+            }
+        }
+        let after = self.evaluate_once("eval_after.json").await?;
+        self.finish(before, after).await
+    }
+
+    /// One step: learn, then log, evaluate and save as the recipe says.
+    async fn step(&mut self) -> Result<(), Error> {
+        let step = self.step + 1;
+        let begun = Instant::now();
+        let recipe = &self.recipe;
+        let (size, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
+        let prompts = self.prompts.next_batch(step, size, samples, recipe.seed).map_err(|e| Error::Refused(e.to_string()))?;
+        shim::reset_peak_bytes();
+        let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
+        let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
+        self.watch.clear();
+        let mut metrics = step_metrics(&report, self.kl.coef());
+        self.kl.update(report.kl, report.scores.len());
+        self.step = step;
+        self.policy_version = report.policy_version;
+        self.work.record(&mut metrics, &report, begun.elapsed().as_secs_f64());
+        let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
+            (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => Some(evaluator.run(&self.wired).await?),
+            _ => None,
+        };
+        if let Some(evaluation) = &evaluation {
+            metrics.extend(eval_metrics(evaluation));
+        }
+        self.record(&metrics, &report).await.map_err(|error| Error::other("logging", error))?;
+        let last = step == self.recipe.train.steps as u64;
+        let checkpoint = &self.recipe.checkpoint;
+        if checkpoint.every_steps.is_some_and(|every| last || step.is_multiple_of(every as u64)) {
+            let metric = checkpoint.best_metric.as_ref().and_then(|name| metrics.get(name));
+            self.save(metric).await.map_err(|error| Error::other("saving", error))?;
+        }
+        Ok(())
+    }
+
+    async fn record(&mut self, metrics: &Metrics, report: &StepReport) -> Result<(), Failure> {
+        let samples = samples_of(self.step, report, self.recipe.rollout.samples_per_prompt);
+        self.log.write(self.step, metrics, &samples)?;
+        self.terminal.step(&StepLine::ppo(self.step, metrics));
+        Ok(())
+    }
+
+    async fn save(&mut self, metric: Option<f64>) -> Result<PathBuf, Failure> {
+        self.log.sync()?;
+        let unfinished = self.checkpoints.begin(self.step)?;
+        let (actor, critic) = (unfinished.file("actor.safetensors"), unfinished.file("critic.safetensors"));
+        self.wired.roles.actor.save(Save { role: Role::Actor, file: actor }).await?;
+        self.wired.roles.critic.save(Save { role: Role::Critic, file: critic }).await?;
+        let state = RunState {
+            step: self.step,
+            policy_version: self.policy_version,
+            data: self.prompts.position(),
+            kl: self.kl,
+            num_threads: tch::get_num_threads(),
+            render_time: self.tokenizer.render_time(),
+            metric,
+        };
+        let path = unfinished.finish(&state)?;
+        self.checkpoints.prune()?;
+        Ok(path)
+    }
+
+    /// After a signal: the last finished step is saved.
+    async fn stop(&mut self) -> Result<(), Failure> {
+        self.watch.clear();
+        if self.step == 0 {
+            return Err(Failure::Interrupted("no step was finished, nothing to save".into()));
+        }
+        let path = self.save(None).await?;
+        Err(Failure::Interrupted(format!("step {} is saved in {}; --resume continues", self.step, path.display())))
+    }
+
+    /// The held-out evaluation of this name, unless it is there already (from before a resume).
+    async fn evaluate_once(&mut self, name: &str) -> Result<Option<Evaluation>, Failure> {
+        let path = self.folder.join(name);
+        let Some(evaluator) = &self.evaluator else { return Ok(None) };
+        if name == "eval_before.json" && self.step > 0 {
+            return Ok(Evaluation::read(&path)?);
+        }
+        let evaluation = evaluator.run(&self.wired).await?;
+        self.watch.clear();
+        let reward = format!("{:.3} ±{:.3}", evaluation.mean_reward, evaluation.std_reward);
+        let when = if name == "eval_before.json" { "before" } else { "after" };
+        self.terminal.note(&format!("{when} training: reward {reward} on {} held-out prompts", evaluation.num_prompts));
+        evaluation.write(&path)?;
+        Ok(Some(evaluation))
+    }
+
+    /// The trained actor as a Hugging Face folder, the report, the last lines.
+    async fn finish(&mut self, before: Option<Evaluation>, after: Option<Evaluation>) -> Result<(), Failure> {
+        let actor = self.folder.join("actor");
+        self.wired.roles.actor.export(Export { role: Role::Actor, folder: actor.clone() }).await?;
+        let report = write_report(&self.folder)?;
+        let reward = |evaluation: &Evaluation| (evaluation.mean_reward, evaluation.std_reward);
+        self.terminal.summary(&Outcome {
+            steps: self.step,
+            seconds: self.begun.elapsed().as_secs_f64(),
+            num_prompts: after.as_ref().map_or(0, |evaluation| evaluation.num_prompts),
+            reward_before: before.as_ref().map(reward),
+            reward_after: after.as_ref().map(reward),
+            kl: self.work.last_kl,
+            report: Some(report),
+            model: Some(actor),
+            tensorboard: Some(self.folder.join("tensorboard")),
+        });
+        Ok(())
+    }
+}
+
+fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
+    match recipe.ppo.kl_target {
+        Some(target) => KlController::adaptive(recipe.ppo.kl_coef, target, recipe.ppo.kl_horizon),
+        None => KlController::fixed(recipe.ppo.kl_coef),
+    }
+}
+
+fn header(
+    terminal: &Terminal,
+    recipe: &ResolvedRecipe,
+    folder: &Path,
+    held: crate::models::Held,
+    warning: Option<&str>,
+    prompts: &TrainingPrompts,
+) {
+    let threads = tch::get_num_threads();
+    let mut rows = vec![
+        ("actor", recipe.actor.model.to_string()),
+        ("device", format!("{:?}, {:?}, {threads} threads", held.pass.device, held.kind)),
+        ("prompts", format!("{} to learn from", prompts.num_rows())),
+        ("batch", recipe.batch.to_string()),
+        ("run folder", folder.display().to_string()),
+    ];
+    rows.extend(warning.map(|warning| ("warning", warning.to_string())));
+    for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {
+        rows.push(("left out", format!("{name}: {report}")));
+    }
+    terminal.header(&format!("ppo {}", recipe.name), &rows);
+}
+
+fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
+    std::fs::write(path, text).map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
+}
+

@@ -1,0 +1,317 @@
+//! Puts a run together: the one place that names models, algorithm and placement at once.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use echelon_algorithms::losses::PolicyClip;
+use echelon_algorithms::ppo::{KlPlacement, PpoConfig};
+use echelon_algorithms::reward_shaping::ScoreShaping;
+use echelon_algorithms::schedule::{Decay, LrSchedule};
+use echelon_algorithms::update::{ActorConfig, CriticConfig};
+use echelon_algorithms::{kl, ppo};
+use echelon_core::device::{self, DeviceChoice};
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::role::{ActorGroup, CriticGroup, GeneratorGroup, ReferenceGroup, RewardGroup, Role, Roles, WorkerGroup};
+use echelon_core::rollout::SamplingConfig;
+use echelon_core::zero::{OptimizerConfig, PassConfig};
+use echelon_generation::{Engine, EngineConfig};
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_models::head::ScalarRows;
+use echelon_models::hub::resolve_model;
+use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::{Worker, start_worker};
+use tch::{Device, Kind};
+
+use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
+use crate::models::{Held, check_folder, frozen_policy, frozen_scorer, score_statistics, trainable_policy, trainable_scorer};
+use crate::program::Failure;
+use crate::prompts::PromptFormat;
+use crate::recipe::{
+    self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
+};
+use crate::reward::{Source, WeightedSources, task_source};
+
+/// A run's parts, ready to step.
+pub struct Wired {
+    pub roles: Roles,
+    pub ppo: PpoConfig,
+    pub worker: Worker<DeviceRoles>,
+    pub worker_task: tokio::task::JoinHandle<()>,
+}
+
+/// Folders of the models that a run needs, fetched where the recipe names a hub id.
+pub struct ModelFolders {
+    pub actor: PathBuf,
+    pub critic: PathBuf,
+    pub reference: Option<PathBuf>,
+    pub reward: Option<PathBuf>,
+}
+
+/// Finds (or fetches) and checks every model folder; no weight is read yet.
+///
+/// # Errors
+/// A model that is not there or does not fit its role: [`Failure::Input`].
+pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
+    let reward = recipe.reward.sources.iter().find_map(|source| match &source.source {
+        ScoreSource::Model(start) => Some(&start.model),
+        _ => None,
+    });
+    let folders = ModelFolders {
+        actor: model_folder(&recipe.actor.model)?,
+        critic: model_folder(&recipe.critic.model)?,
+        reference: recipe.reference.as_ref().map(|start| model_folder(&start.model)).transpose()?,
+        reward: reward.map(model_folder).transpose()?,
+    };
+    check_folder(&folders.actor, Some(HeadKind::Logits)).map_err(Failure::input)?;
+    check_folder(&folders.critic, None).map_err(Failure::input)?;
+    for (folder, head) in [(&folders.reference, HeadKind::Logits), (&folders.reward, HeadKind::Score)] {
+        if let Some(folder) = folder {
+            check_folder(folder, Some(head)).map_err(Failure::input)?;
+        }
+    }
+    Ok(folders)
+}
+
+pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
+    match source {
+        ModelSource::Folder(folder) => Ok(folder.clone()),
+        ModelSource::Hub(id) => resolve_model(id, Path::new("")).map_err(Failure::input),
+    }
+}
+
+/// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests.
+pub fn held(compute: &Compute, devices: &Devices) -> Result<(Held, Option<String>), Failure> {
+    let choice = match devices.device {
+        recipe::Device::Auto => DeviceChoice::Auto,
+        recipe::Device::Cpu => DeviceChoice::Cpu,
+        recipe::Device::Cuda => DeviceChoice::Cuda,
+    };
+    if devices.workers.fixed().is_some_and(|workers| workers > 1) || devices.nodes > 1 {
+        return Err(Failure::Input(format!(
+            "placement: {} nodes with {} workers are asked for; runs use one device so far, --plan resolves larger recipes",
+            devices.nodes,
+            devices.workers.fixed().map_or("auto".into(), |workers| workers.to_string())
+        )));
+    }
+    let chosen = device::choose(choice).map_err(Failure::input)?;
+    let kind = match compute.dtype {
+        Dtype::Float32 => Kind::Float,
+        Dtype::Bfloat16 => Kind::BFloat16,
+        Dtype::Float64 => Kind::Double,
+        Dtype::Auto if chosen.device == Device::Cpu => Kind::Float,
+        Dtype::Auto => Kind::BFloat16,
+    };
+    let pass = PassConfig {
+        device: chosen.device,
+        tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
+        activation_checkpointing: compute.activation_checkpointing,
+    };
+    Ok((Held { kind, pass }, chosen.warning))
+}
+
+/// How rows of data become prompts of this run.
+pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> PromptFormat {
+    PromptFormat {
+        tokenizer,
+        apply_chat_template: recipe.data.apply_chat_template,
+        system_prompt: recipe.data.system_prompt.clone(),
+        max_prompt_tokens: recipe.data.max_prompt_tokens,
+    }
+}
+
+/// What the host is built from; crosses to the device thread.
+struct HostPlan {
+    folders: ModelFolders,
+    held: Held,
+    seed: u64,
+    temperature: f64,
+    actor: ActorConfig,
+    critic: CriticConfig,
+    actor_optimizer: OptimizerConfig,
+    critic_optimizer: OptimizerConfig,
+    engine: EngineConfig,
+}
+
+/// Starts the worker that holds every role of a one-device run, and the handles to them.
+///
+/// # Errors
+/// A model that cannot be loaded, a reward source that cannot be started.
+pub async fn wire(
+    recipe: &ResolvedRecipe,
+    folders: ModelFolders,
+    held: Held,
+    tokenizer: Arc<Tokenizer>,
+    (interrupt, progress): (Interrupt, Arc<dyn Progress>),
+    run_folder: PathBuf,
+) -> Result<Wired, Failure> {
+    let statistics = folders.reward.as_deref().and_then(score_statistics);
+    if recipe.reward.normalize && statistics.is_none() {
+        let message = "reward.normalize = true needs a reward model whose config.json has `mean` and `std` (the reward program stores them)";
+        return Err(Failure::Input(message.into()));
+    }
+    let ppo = ppo_config(recipe, statistics);
+    let tasks = recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
+    let has_reference = folders.reference.is_some();
+    let plan = HostPlan {
+        held,
+        seed: recipe.seed,
+        temperature: recipe.rollout.temperature,
+        actor: actor_config(recipe),
+        critic: critic_config(recipe),
+        actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
+        critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
+        engine: EngineConfig {
+            max_sequences: recipe.generation.max_sequences,
+            max_batched_tokens: recipe.generation.max_batched_tokens,
+            kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed(),
+        },
+        folders,
+    };
+    let build = move || build_host(plan, tokenizer, interrupt, progress, run_folder);
+    let (worker, worker_task) = start_worker("device 0", build).await.map_err(Failure::input)?;
+    let sources = tasks.into_iter().zip(&recipe.reward.sources).map(|(task, source)| match task {
+        Some((name, task)) => (name, source.weight, Source::Task(task)),
+        None => {
+            let group: RewardGroup = WorkerGroup::new(Role::Reward, vec![Arc::new(worker.clone())]);
+            ("model".to_string(), source.weight, Source::Model(group))
+        }
+    });
+    let reference: Option<ReferenceGroup> =
+        has_reference.then(|| WorkerGroup::new(Role::Reference, vec![Arc::new(worker.clone()) as _]));
+    let actor: ActorGroup = WorkerGroup::new(Role::Actor, vec![Arc::new(worker.clone())]);
+    let critic: CriticGroup = WorkerGroup::new(Role::Critic, vec![Arc::new(worker.clone())]);
+    let generator: GeneratorGroup = WorkerGroup::new(Role::Generator, vec![Arc::new(worker.clone())]);
+    let reward = Box::new(WeightedSources(sources.collect()));
+    Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, worker, worker_task })
+}
+
+/// Runs on the device thread. Only the actor is loaded now: the first rollout needs no other role.
+fn build_host(
+    plan: HostPlan,
+    tokenizer: Arc<Tokenizer>,
+    interrupt: Interrupt,
+    progress: Arc<dyn Progress>,
+    run_folder: PathBuf,
+) -> echelon_core::Result<DeviceRoles> {
+    let HostPlan { folders, held, seed, temperature, .. } = plan;
+    let policy =
+        trainable_policy(Role::Actor, &folders.actor, None, held, plan.actor_optimizer, temperature)?;
+    let critic = Deferred::new(move || {
+        let reads = ScalarRows::Predecessors;
+        let model = trainable_scorer(Role::Critic, &folders.critic, None, seed, held, plan.critic_optimizer, reads)?;
+        Ok(LearningCritic { model, config: plan.critic, folder: folders.critic })
+    });
+    let reference =
+        folders.reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
+    let actor_tokenizer = tokenizer.clone();
+    let reward = folders.reward.map(|folder| {
+        Deferred::new(move || {
+            let own = Tokenizer::load(&folder).map_err(|error| echelon_core::Error::other("reward model", error))?;
+            let same = own.fingerprint() == actor_tokenizer.fingerprint();
+            Ok(RewardModel { model: frozen_scorer(&folder, held)?, tokenizer: (!same).then_some(own) })
+        })
+    });
+    Ok(DeviceRoles {
+        actor: Some(LearningActor { policy, config: plan.actor, folder: folders.actor }),
+        critic: Some(critic),
+        reference,
+        reward,
+        engine: Engine::new(plan.engine),
+        tokenizer,
+        held,
+        policy_version: 0,
+        interrupt,
+        progress,
+        run_folder,
+    })
+}
+
+fn ppo_config(recipe: &ResolvedRecipe, statistics: Option<(f64, f64)>) -> PpoConfig {
+    PpoConfig {
+        sampling: sampling(recipe, recipe.rollout.temperature),
+        epochs: recipe.ppo.epochs,
+        mini_batch_size: recipe.ppo.mini_batch_size,
+        gamma: recipe.ppo.gamma,
+        gae_lambda: recipe.ppo.gae_lambda,
+        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
+        kl_placement: match recipe.ppo.kl_placement {
+            recipe::KlPlacement::Reward => KlPlacement::Reward,
+            recipe::KlPlacement::Loss => ppo::KlPlacement::Loss,
+        },
+        score_shaping: ScoreShaping {
+            normalization: if recipe.reward.normalize { statistics } else { None },
+            missing_eos_penalty: recipe.reward.missing_eos_penalty,
+            clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
+        },
+        critic_warmup_steps: recipe.ppo.critic_warmup_steps as u64,
+        seed: recipe.seed,
+    }
+}
+
+/// Sampling of the rollout, or of an evaluation at another temperature.
+pub fn sampling(recipe: &ResolvedRecipe, temperature: f64) -> SamplingConfig {
+    SamplingConfig {
+        temperature,
+        top_k: recipe.rollout.top_k.map_or(0, |top_k| top_k as i64),
+        top_p: recipe.rollout.top_p,
+        min_p: recipe.rollout.min_p,
+        max_new_tokens: recipe.rollout.max_new_tokens,
+        stop: recipe.rollout.stop.clone(),
+        ignore_eos: false,
+    }
+}
+
+fn kl_estimator(estimator: KlEstimator) -> kl::KlEstimator {
+    match estimator {
+        KlEstimator::K1 => kl::KlEstimator::K1,
+        KlEstimator::K2 => kl::KlEstimator::K2,
+        KlEstimator::K3 => kl::KlEstimator::K3,
+    }
+}
+
+fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
+    ActorConfig {
+        clip: PolicyClip {
+            low: recipe.ppo.policy_clip,
+            high: recipe.ppo.policy_clip_high.unwrap_or(recipe.ppo.policy_clip),
+            dual: recipe.ppo.dual_clip,
+        },
+        entropy_coef: recipe.ppo.entropy_coef,
+        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
+        lr: recipe.actor.optimizer.lr,
+        schedule: schedule(&recipe.actor.optimizer, recipe.batch.actor_optimizer_steps),
+    }
+}
+
+fn critic_config(recipe: &ResolvedRecipe) -> CriticConfig {
+    CriticConfig {
+        value_clip: recipe.ppo.value_clip,
+        lr: recipe.critic_optimizer.lr,
+        schedule: schedule(&recipe.critic_optimizer, recipe.batch.critic_optimizer_steps),
+    }
+}
+
+/// The learning rate's course over `total` optimizer steps.
+pub fn schedule(optimizer: &Optimizer, total: usize) -> LrSchedule {
+    let decay = match optimizer.schedule {
+        Schedule::Constant => Decay::Constant,
+        Schedule::Linear => Decay::Linear,
+        Schedule::Cosine => Decay::CosineWithMinLr,
+    };
+    LrSchedule::new(decay, total, optimizer.warmup_ratio, optimizer.min_lr_ratio)
+}
+
+/// AdamW's settings.
+pub fn optimizer(optimizer: &Optimizer, compute: &Compute) -> OptimizerConfig {
+    OptimizerConfig {
+        betas: (optimizer.betas[0], optimizer.betas[1]),
+        eps: optimizer.eps,
+        weight_decay: optimizer.weight_decay,
+        max_grad_norm: compute.max_grad_norm.unwrap_or(0.0),
+    }
+}
+
+/// The shape of a folder's model, for arithmetic.
+pub fn shape(folder: &Path) -> Result<DecoderConfig, Failure> {
+    DecoderConfig::read(folder).map_err(Failure::input)
+}

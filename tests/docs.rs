@@ -1,0 +1,79 @@
+//! What README.md and docs/ point at is there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+#[test]
+fn every_link_names_an_existing_file() {
+    let mut num_links = 0;
+    for page in pages() {
+        let text = without_comments(&fs::read_to_string(&page).unwrap());
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let target = link.split('#').next().unwrap_or(link);
+            if !target.is_empty() && !target.contains("://") {
+                let file = page.parent().unwrap().join(target);
+                assert!(file.exists(), "{} links to {link}, and there is no {}", page.display(), file.display());
+                num_links += 1;
+            }
+        }
+    }
+    assert!(num_links > 10, "only {num_links} links were found");
+}
+
+#[test]
+fn every_inclusion_has_its_anchor() {
+    let page = root().join("docs/algorithms/ppo.md");
+    let text = fs::read_to_string(&page).unwrap();
+    let (path, anchor) =
+        text.split("{{#include ").nth(1).and_then(|rest| rest.split("}}").next()).unwrap().split_once(':').unwrap();
+    let source = fs::read_to_string(page.parent().unwrap().join(path)).unwrap();
+    let included = source.split(&format!("// ANCHOR: {anchor}\n")).nth(1).expect("the anchor");
+    let included = included.split(&format!("// ANCHOR_END: {anchor}\n")).next().expect("its end");
+    assert!(included.contains("pub async fn step("), "{included}");
+}
+
+#[test]
+fn every_page_is_in_the_summary() {
+    let summary = fs::read_to_string(root().join("docs/SUMMARY.md")).unwrap();
+    for page in pages() {
+        let Ok(name) = page.strip_prefix(root().join("docs")) else { continue };
+        let name = name.to_str().unwrap();
+        assert!(name == "SUMMARY.md" || summary.contains(&format!("({name})")), "{name} is not in docs/SUMMARY.md");
+    }
+}
+
+#[test]
+fn the_readme_names_every_recipe_and_every_folder() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let recipes = names(&root().join("recipes")).into_iter().filter(|name| name.ends_with(".toml"));
+    for name in recipes.filter(|name| !name.contains("n8g")) {
+        assert!(readme.contains(&format!("`{name}`")), "README.md has no line for recipes/{name}");
+    }
+    let manifest: toml::Table = fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    for member in manifest["workspace"]["members"].as_array().unwrap() {
+        let line = format!("\n{}/ ", member.as_str().unwrap());
+        assert!(readme.contains(&line), "README.md's tree has no line for {member}");
+    }
+}
+
+/// The text outside `<!-- … -->`.
+fn without_comments(text: &str) -> String {
+    let mut parts = text.split("<!--");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once("-->").map_or("", |(_, after)| after))
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn pages() -> Vec<PathBuf> {
+    let folders = [root().join("docs"), root().join("docs/algorithms")];
+    let in_folder = |folder: &PathBuf| names(folder).into_iter().map(|name| folder.join(name)).collect::<Vec<_>>();
+    let pages = folders.iter().flat_map(in_folder).filter(|page| page.extension() == Some("md".as_ref()));
+    pages.chain([root().join("README.md")]).collect()
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
