@@ -23,7 +23,8 @@ pub struct RunState {
     pub policy_version: u64,
     /// Where the prompts stand.
     pub data: StreamPosition,
-    pub kl: KlController,
+    /// Of a PPO run.
+    pub kl: Option<KlController>,
     /// libtorch's CPU threads: sums round by how work is split.
     pub num_threads: i32,
     /// What `strftime_now` shows in chat templates.

@@ -7,7 +7,7 @@ pub mod wire;
 
 pub mod run;
 
-//SUP
+pub mod supervised;
 
 pub mod program;
 

@@ -125,7 +125,7 @@ impl Run {
             }
         }
         self.prompts.restore(&state.data)?;
-        self.kl = state.kl;
+        self.kl = state.kl.unwrap_or(self.kl);
         self.policy_version = state.policy_version;
         self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
         Ok(())
@@ -201,7 +201,7 @@ impl Run {
             step: self.step,
             policy_version: self.policy_version,
             data: self.prompts.position(),
-            kl: self.kl,
+            kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
             render_time: self.tokenizer.render_time(),
             metric,

@@ -1,6 +1,6 @@
 """Writes the text of the quickstart: short reviews, some kind, some not, by a grammar with a fixed seed.
 
-Run it with any Python 3: `python3 recipes/quickstart/make_text.py`. Every run writes the same bytes.
+Run it with Python 3.6 or later: `python3 recipes/quickstart/make_text.py`. Every run writes the same bytes.
 
     text/sft-train.jsonl, text/sft-held-out.jsonl      {"prompt", "completion"}           what the language model learns
     text/pairs-train.jsonl, text/pairs-held-out.jsonl  {"prompt", "chosen", "rejected"}   what the reward model learns
@@ -8,8 +8,8 @@ Run it with any Python 3: `python3 recipes/quickstart/make_text.py`. Every run w
 
 A review is an opinion, a detail and often a closing sentence. Each of these has a kindness from -2 to 2, drawn mostly
 on the side of the review's mood, so that reviews range from all bad through mixed to all good, half of them on either
-side; the chosen review of a pair is the one with the larger sum. The held-out prompts and pairs share no word with the
-training ones but those in FUNCTION_WORDS. The language model alone reads reviews of both, to know the words.
+side; the chosen review of a pair is the one with the larger sum. The prompts of the held-out files share no word with
+the training ones but those in FUNCTION_WORDS. The language model alone reads reviews of both, to know the words.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Writes start/tokenizer.json and start/tokenizer_config.json: byte-level BPE learned from text/sft-train.jsonl.
 
-Run `make_text.py` first, then this with any Python 3. The method and the file format are those of the `tokenizers`
+Run `make_text.py` first, then this with Python 3.9 or later. The method and the file format are those of the `tokenizers`
 library; ties between equally frequent pairs are broken by their spelling, so that every run writes the same bytes.
 """
 
