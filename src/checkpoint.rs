@@ -51,6 +51,15 @@ pub struct Checkpoints {
     keep: usize,
 }
 
+/// Where a run continues.
+#[derive(Default)]
+pub struct Resumed {
+    /// The newest whole checkpoint.
+    pub saved: Option<(PathBuf, RunState)>,
+    /// Sentences for the person who resumes.
+    pub notes: Vec<String>,
+}
+
 /// A checkpoint being written; dropping it unfinished leaves nothing.
 pub struct Unfinished {
     temporary: PathBuf,
@@ -62,12 +71,15 @@ impl Checkpoints {
         Checkpoints { folder: run_folder.join("checkpoints"), keep }
     }
 
-    /// A folder to write the roles' states into.
+    /// A folder to write the roles' states into. What killed runs left unfinished is removed first.
     pub fn begin(&self, step: u64) -> Result<Unfinished, Failure> {
-        let temporary = self.folder.join(format!("step-{step}.partial"));
-        if temporary.exists() {
-            std::fs::remove_dir_all(&temporary).map_err(|error| failed(&temporary, error))?;
+        for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let left = entry.path();
+            if left.extension().is_some_and(|extension| extension == "partial") {
+                std::fs::remove_dir_all(&left).map_err(|error| failed(&left, error))?;
+            }
         }
+        let temporary = self.folder.join(format!("step-{step}.partial"));
         std::fs::create_dir_all(&temporary).map_err(|error| failed(&temporary, error))?;
         Ok(Unfinished { temporary, done: self.folder.join(format!("step-{step}")) })
     }
@@ -87,17 +99,32 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// The newest whole checkpoint, and a sentence about each newer one that is damaged.
-    pub fn newest(&self) -> (Option<(PathBuf, RunState)>, Vec<String>) {
+    /// The newest whole checkpoint, with a note about each newer one that is damaged.
+    ///
+    /// # Errors
+    /// There are checkpoints and none is whole: starting over would overwrite what the run has logged.
+    pub fn newest(&self) -> Result<Resumed, Failure> {
         let mut damaged = Vec::new();
         for step in self.steps() {
             let path = self.path(step);
             match verify(&path).and_then(|()| self.state(step).map_err(|error| error.to_string())) {
-                Ok(state) => return (Some((path, state)), damaged),
+                Ok(state) => {
+                    let taken = |sentence| format!("{sentence}; the newest whole one is taken, of step {step}");
+                    let notes = damaged.into_iter().map(taken).collect();
+                    return Ok(Resumed { saved: Some((path, state)), notes });
+                }
                 Err(reason) => damaged.push(format!("checkpoint {} is damaged: {reason}", path.display())),
             }
         }
-        (None, damaged)
+        let folder = self.folder.display();
+        if damaged.is_empty() {
+            let note = format!("no checkpoint in {folder}: the run starts at its first step");
+            return Ok(Resumed { saved: None, notes: vec![note] });
+        }
+        Err(Failure::Input(format!(
+            "{}\nno whole checkpoint is left in {folder}: put one back, or start a new run with another --output-dir",
+            damaged.join("\n")
+        )))
     }
 
     fn state(&self, step: u64) -> Result<RunState, Failure> {

@@ -265,7 +265,10 @@ impl Serve<Restore> for DeviceRoles {
     fn serve(&mut self, request: Restore) -> Result<()> {
         match request.role {
             Role::Critic => restore_state(&mut self.critic()?.model.state, &request.file),
-            _ => restore_state(&mut self.actor()?.policy.state, &request.file),
+            _ => {
+                self.policy_version = request.policy_version;
+                restore_state(&mut self.actor()?.policy.state, &request.file)
+            }
         }
     }
 }

@@ -13,8 +13,11 @@ pub mod program;
 
 pub mod checkpoint;
 pub mod host;
+pub mod inference;
+pub mod json_lines;
 pub mod models;
 pub mod monitor;
+pub mod options;
 pub mod prompts;
 pub mod reward;
 pub mod watch;

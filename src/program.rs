@@ -146,7 +146,8 @@ pub fn watch_signals(interrupt: Interrupt) {
                 _ = term.recv() => 143,
             };
             if interrupt.is_raised() {
-                std::process::exit(code);
+                // SAFETY: ends the process at once; exit handlers must not run beside a device thread at work.
+                unsafe { libc::_exit(code) };
             }
             SIGNAL.store(code, Ordering::SeqCst);
             interrupt.raise();

@@ -12,7 +12,7 @@ use echelon_core::verb::{Export, Restore, Save};
 use echelon_core::{Error, shim};
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::checkpoint::{Checkpoints, RunState};
+use crate::checkpoint::{Checkpoints, Resumed, RunState};
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::program::{Arguments, Failure, run_folder, watch_signals};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
@@ -40,13 +40,15 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     let folder = run_folder(&recipe.name, arguments)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
     // The driver's tensors are Send but not Sync: the loop stays on this thread.
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let mut run = Run::prepare(recipe, folder, arguments.resume).await?;
         let outcome = run.steps().await;
         run.wired.worker.stop();
         let _ = (&mut run.wired.worker_task).await;
         outcome
-    })
+    });
+    runtime.shutdown_background(); // a reward program that is still thinking is not waited for
+    outcome
 }
 
 /// A run between its first line and its last.
@@ -68,6 +70,10 @@ struct Run {
     /// The last finished step.
     step: u64,
     policy_version: u64,
+    /// What `checkpoint.best_metric` was at that step, where it was measured.
+    metric: Option<f64>,
+    /// The newest checkpoint that is known to be whole, with its step.
+    saved: Option<(u64, PathBuf)>,
 }
 
 impl Run {
@@ -78,7 +84,7 @@ impl Run {
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices)?;
         let mut tokenizer = Tokenizer::load(&folders.actor).map_err(Failure::input)?;
         let checkpoints = Checkpoints::new(&folder, recipe.checkpoint.keep);
-        let (saved, damaged) = if resume { checkpoints.newest() } else { (None, Vec::new()) };
+        let Resumed { saved, notes } = if resume { checkpoints.newest()? } else { Resumed::default() };
         if let Some((_, state)) = &saved {
             tch::set_num_threads(state.num_threads);
             if let Some(time) = &state.render_time {
@@ -96,7 +102,7 @@ impl Run {
         watch_signals(interrupt.clone());
         let work = Work::new(&wire::shape(&folders.actor)?, recipe.reference.is_some(), &recipe);
         header(&terminal, &recipe, &folder, held, warning.as_deref(), &prompts);
-        damaged.iter().for_each(|sentence| terminal.note(&format!("{sentence}; the one before it is taken")));
+        notes.iter().for_each(|note| terminal.note(note));
         let parts = (interrupt.clone(), watch.clone() as _);
         let wired = wire::wire(&recipe, folders, held, tokenizer.clone(), parts, folder.clone()).await?;
 
@@ -107,7 +113,7 @@ impl Run {
         let kl = kl_controller(&recipe);
         let mut run = Run {
             folder, wired, prompts, evaluator, checkpoints, log, kl, tokenizer, terminal, watch, interrupt, work, begun,
-            step, policy_version: 0, recipe,
+            step, policy_version: 0, metric: None, saved: None, recipe,
         };
         if let Some((path, state)) = saved {
             run.restore(&path, state).await?;
@@ -118,7 +124,7 @@ impl Run {
     /// Takes up a checkpoint.
     async fn restore(&mut self, path: &Path, state: RunState) -> Result<(), Failure> {
         for (role, file) in [(Role::Actor, "actor.safetensors"), (Role::Critic, "critic.safetensors")] {
-            let request = Restore { role, file: path.join(file) };
+            let request = Restore { role, file: path.join(file), policy_version: state.policy_version };
             match role {
                 Role::Critic => self.wired.roles.critic.restore(request).await?,
                 _ => self.wired.roles.actor.restore(request).await?,
@@ -127,6 +133,8 @@ impl Run {
         self.prompts.restore(&state.data)?;
         self.kl = state.kl.unwrap_or(self.kl);
         self.policy_version = state.policy_version;
+        self.metric = state.metric;
+        self.saved = Some((state.step, path.into()));
         self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
         Ok(())
     }
@@ -147,8 +155,10 @@ impl Run {
                 return self.stop().await;
             }
         }
-        let after = self.evaluate_once("eval_after.json").await?;
-        self.finish(before, after).await
+        match self.evaluate_once("eval_after.json").await {
+            Err(Failure::Interrupted(_)) => self.stop().await,
+            after => self.finish(before, after?).await,
+        }
     }
 
     /// One step: learn, then log, evaluate and save as the recipe says.
@@ -161,6 +171,7 @@ impl Run {
         shim::reset_peak_bytes();
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
+        let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done
         self.watch.clear();
         let mut metrics = step_metrics(&report, self.kl.coef());
         self.kl.update(report.kl, report.scores.len());
@@ -174,24 +185,24 @@ impl Run {
         if let Some(evaluation) = &evaluation {
             metrics.extend(eval_metrics(evaluation));
         }
-        self.record(&metrics, &report).await.map_err(|error| Error::other("logging", error))?;
+        self.record(&metrics, &report).map_err(|error| Error::other("logging", error))?;
         let last = step == self.recipe.train.steps as u64;
         let checkpoint = &self.recipe.checkpoint;
+        self.metric = checkpoint.best_metric.as_ref().and_then(|name| metrics.get(name));
         if checkpoint.every_steps.is_some_and(|every| last || step.is_multiple_of(every as u64)) {
-            let metric = checkpoint.best_metric.as_ref().and_then(|name| metrics.get(name));
-            self.save(metric).await.map_err(|error| Error::other("saving", error))?;
+            self.save().await.map_err(|error| Error::other("saving", error))?;
         }
         Ok(())
     }
 
-    async fn record(&mut self, metrics: &Metrics, report: &StepReport) -> Result<(), Failure> {
+    fn record(&mut self, metrics: &Metrics, report: &StepReport) -> Result<(), Failure> {
         let samples = samples_of(self.step, report, self.recipe.rollout.samples_per_prompt);
         self.log.write(self.step, metrics, &samples)?;
         self.terminal.step(&StepLine::ppo(self.step, metrics));
         Ok(())
     }
 
-    async fn save(&mut self, metric: Option<f64>) -> Result<PathBuf, Failure> {
+    async fn save(&mut self) -> Result<PathBuf, Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
         let (actor, critic) = (unfinished.file("actor.safetensors"), unfinished.file("critic.safetensors"));
@@ -204,9 +215,10 @@ impl Run {
             kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
             render_time: self.tokenizer.render_time(),
-            metric,
+            metric: self.metric,
         };
         let path = unfinished.finish(&state)?;
+        self.saved = Some((self.step, path.clone()));
         self.checkpoints.prune()?;
         Ok(path)
     }
@@ -217,7 +229,10 @@ impl Run {
         if self.step == 0 {
             return Err(Failure::Interrupted("no step was finished, nothing to save".into()));
         }
-        let path = self.save(None).await?;
+        let path = match &self.saved {
+            Some((step, path)) if *step == self.step => path.clone(),
+            _ => self.save().await?,
+        };
         Err(Failure::Interrupted(format!("step {} is saved in {}; --resume continues", self.step, path.display())))
     }
 

@@ -12,7 +12,7 @@ use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoints, RunState};
+use crate::checkpoint::{Checkpoints, Resumed, RunState};
 use crate::models::{restore_state, save_state};
 use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::program::{Arguments, Failure, run_folder, watch_signals};
@@ -133,14 +133,14 @@ impl<'a> Plan<'a> {
         let total = self.train.optimizer_steps(num_rows);
         let (learner, speed) = start(total)?;
         let checkpoints = Checkpoints::new(&self.folder, self.checkpoint.keep);
-        let (saved, damaged) = if self.resume { checkpoints.newest() } else { (None, Vec::new()) };
+        let Resumed { saved, notes } = if self.resume { checkpoints.newest()? } else { Resumed::default() };
         let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
         let _guard = runtime.enter();
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         let terminal = Arc::new(Terminal::new(total as u64));
         self.header(&terminal, &data, num_rows, total);
-        damaged.iter().for_each(|sentence| terminal.note(&format!("{sentence}; the one before it is taken")));
+        notes.iter().for_each(|note| terminal.note(note));
 
         std::fs::create_dir_all(&self.folder).map_err(|e| Failure::Other(format!("{}: {e}", self.folder.display())))?;
         let resolved = self.folder.join("recipe.resolved.toml");
@@ -217,6 +217,7 @@ impl<L: Learner> Run<'_, L> {
     fn one_step(&mut self) -> Result<(), Failure> {
         let begun = Instant::now();
         let step = self.step + 1;
+        let _whole = self.interrupt.defer(); // a step is short: it is finished, with its evaluation
         let draws = self.stream.next_batch(self.plan.train.batch_size);
         let rows = rows_of(draws.iter().map(|draw| self.stream.row(draw.id)));
         let lr = self.speed.lr * self.speed.schedule.factor(self.step as usize);

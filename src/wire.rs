@@ -52,10 +52,15 @@ pub struct ModelFolders {
 /// # Errors
 /// A model that is not there or does not fit its role: [`Failure::Input`].
 pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
-    let reward = recipe.reward.sources.iter().find_map(|source| match &source.source {
+    let mut models = recipe.reward.sources.iter().filter_map(|source| match &source.source {
         ScoreSource::Model(start) => Some(&start.model),
         _ => None,
     });
+    let reward = models.next();
+    if let (Some(first), Some(second)) = (reward, models.next()) {
+        let message = format!("[[reward.mix]]: one source may be a `model`, found {first} and {second}");
+        return Err(Failure::Input(format!("{message}; serve the other as a `command` or `url`")));
+    }
     let folders = ModelFolders {
         actor: model_folder(&recipe.actor.model)?,
         critic: model_folder(&recipe.critic.model)?,

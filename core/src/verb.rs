@@ -73,6 +73,8 @@ pub struct Save {
 pub struct Restore {
     pub role: Role,
     pub file: PathBuf,
+    /// Version of the policy then.
+    pub policy_version: u64,
 }
 
 /// Write a role's weights as a Hugging Face folder.

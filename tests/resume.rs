@@ -1,0 +1,311 @@
+//! A run that is killed, interrupted or finds a damaged checkpoint continues as if nothing had happened: CK-1 to CK-3 of
+//! `src/checkpoint.rs`, driven through the real program. "The same" means every deterministic metric digit by digit, every
+//! sample, both evaluations and every trained weight.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use common::{Workplace, assert_same, copy_folder, metrics, num_lines, said, send, series, wait_for};
+
+/// An undisturbed run of the small recipe, made once for all tests.
+fn undisturbed() -> &'static Path {
+    static RUN: OnceLock<(Workplace, PathBuf)> = OnceLock::new();
+    let (_, run) = RUN.get_or_init(|| {
+        let workplace = Workplace::new();
+        workplace.finish("undisturbed", &[]);
+        let run = workplace.path("undisturbed");
+        (workplace, run)
+    });
+    run
+}
+
+/// A number in 0..1 that depends on `seed` alone (splitmix64).
+fn uniform(seed: u64) -> f64 {
+    let mut z = seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run() {
+    let workplace = Workplace::new();
+    workplace.finish("again", &[]);
+    assert_same(&workplace.path("again"), undisturbed(), "the second run");
+    workplace.finish("other", &["--set", "seed=8"]);
+    let rewards = |run: &Path| series(run, "train/reward");
+    assert_ne!(rewards(&workplace.path("other")), rewards(undisturbed()), "another seed is another run");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_run_on_all_threads() {
+    let workplace = Workplace::new();
+    for run in ["one", "two"] {
+        let output = workplace.ppo(run, &["--set", "train.steps=3"]).env_remove("OMP_NUM_THREADS").output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+    }
+    assert_same(&workplace.path("two"), &workplace.path("one"), "the second run");
+}
+
+/// Where a run is killed.
+#[derive(Debug)]
+enum Moment {
+    /// So long after it started.
+    After(Duration),
+    /// After the line of this step in metrics.jsonl (0: the first evaluation) and this part of a step's time.
+    Inside { step: usize, part: f64 },
+    /// So long after the checkpoint of this step was begun.
+    Saving { step: usize, after: Duration },
+}
+
+impl Moment {
+    /// False when the run ended first.
+    fn wait(&self, child: &mut Child, run: &Path, step_s: f64) -> bool {
+        let (reached, pause) = match self {
+            Moment::After(pause) => (true, *pause),
+            Moment::Inside { step, part } => {
+                let begun = || num_lines(&run.join("metrics.jsonl")) >= *step && run.join("eval_before.json").exists();
+                (wait_for(child, begun), Duration::from_secs_f64(part * step_s))
+            }
+            Moment::Saving { step, after } => {
+                let partial = run.join(format!("checkpoints/step-{step}.partial"));
+                (wait_for(child, || partial.exists()), *after)
+            }
+        };
+        std::thread::sleep(pause);
+        reached && child.try_wait().unwrap().is_none()
+    }
+}
+
+/// Kills a run with SIGKILL at each moment, resumes it, and compares; whether each was killed while it saved.
+fn kill_and_resume(moments: &[Moment]) -> Vec<bool> {
+    let whole = undisturbed();
+    let step_s = series(whole, "train/timing/step_total").iter().sum::<f64>() / 6.0;
+    let workplace = Workplace::new();
+    let kill = |(index, moment): (usize, &Moment)| {
+        let name = format!("killed-{index}");
+        let run = workplace.path(&name);
+        let mut child = workplace.ppo(&name, &[]).spawn().unwrap();
+        assert!(moment.wait(&mut child, &run, step_s), "{moment:?}: the run ended before it could be killed");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let entries = fs::read_dir(run.join("checkpoints")).into_iter().flatten().map(Result::unwrap);
+        let saving = entries.filter(|entry| entry.path().extension().is_some()).count() > 0;
+        workplace.finish(&name, &["--resume"]);
+        assert_same(&run, whole, &format!("killed at {moment:?}"));
+        fs::remove_dir_all(&run).unwrap();
+        saving
+    };
+    moments.iter().enumerate().map(kill).collect()
+}
+
+#[test]
+fn a_run_killed_at_any_time_resumes_as_if_undisturbed() {
+    let early = (0..3).map(|seed| Moment::After(Duration::from_secs_f64(0.4 * uniform(seed))));
+    let later = (3..10).map(|seed| Moment::Inside { step: (seed as usize * 5) % 6, part: uniform(seed) });
+    kill_and_resume(&early.chain(later).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_run_killed_inside_an_update_or_a_checkpoint_resumes_as_if_undisturbed() {
+    // The update is the last two thirds of a step, and an odd step is followed by no evaluation and no checkpoint.
+    let timing = |name: &str| series(undisturbed(), &format!("train/timing/{name}")).iter().sum::<f64>();
+    let before_update = (timing("generation") + timing("make_experience")) / timing("step_total");
+    assert!(before_update < 0.6, "{before_update}");
+    let inside_update = |seed: u64| before_update + (1.0 - before_update) * (0.3 + 0.5 * uniform(seed));
+    let updates = (10..15).map(|seed| Moment::Inside { step: [1, 3, 5][seed as usize % 3], part: inside_update(seed) });
+    let after = |seed| Duration::from_secs_f64(0.01 * uniform(seed));
+    let saves = (15..20).map(|seed| Moment::Saving { step: [2, 4, 6][seed as usize % 3], after: after(seed) });
+    let saving = kill_and_resume(&updates.chain(saves).collect::<Vec<_>>());
+    assert!(saving[5..].iter().any(|&saving| saving), "no kill left an unfinished checkpoint: {saving:?}");
+}
+
+#[test]
+fn a_finished_run_resumes_to_the_same_end() {
+    let workplace = Workplace::new();
+    copy_folder(undisturbed(), &workplace.path("run"));
+    workplace.finish("run", &["--resume"]);
+    assert_same(&workplace.path("run"), undisturbed(), "resumed after its end");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named_and_the_one_before_it_taken() {
+    let flip = |path: &Path| {
+        let mut bytes = fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    let cut = |path: &Path| fs::File::options().write(true).open(path).unwrap().set_len(1000).unwrap();
+    let gone = |path: &Path| fs::remove_file(path).unwrap();
+    let damages: [(&[(&str, &dyn Fn(&Path))], usize); 3] = [
+        (&[("step-6/critic.safetensors", &flip)], 4),
+        (&[("step-6/actor.safetensors", &cut), ("step-4/manifest.json", &gone)], 2),
+        (&[("step-6/state.json", &flip), ("step-4/actor.safetensors", &gone)], 2),
+    ];
+    for (index, (damage, taken)) in damages.into_iter().enumerate() {
+        let workplace = Workplace::new();
+        let run = workplace.path("run");
+        copy_folder(undisturbed(), &run);
+        damage.iter().for_each(|(file, damage)| damage(&run.join("checkpoints").join(file)));
+        let said = workplace.finish("run", &["--resume"]);
+        for (file, _) in damage {
+            let (checkpoint, file) = file.split_once('/').unwrap();
+            let line = said.lines().find(|line| line.contains(&format!("{checkpoint} is damaged"))).unwrap_or_else(|| panic!("{said}"));
+            assert!(line.contains(file) && line.contains(&format!("of step {taken}")), "{line}");
+        }
+        assert!(said.contains(&format!("resumed after step {taken}")), "{said}");
+        assert_same(&run, undisturbed(), &format!("damage {index}"));
+    }
+}
+
+#[test]
+fn without_any_whole_checkpoint_nothing_is_overwritten() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    copy_folder(undisturbed(), &run);
+    for step in [2, 4, 6] {
+        fs::write(run.join(format!("checkpoints/step-{step}/manifest.json")), "{").unwrap();
+    }
+    let output = workplace.ppo("run", &["--resume"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("no whole checkpoint is left"), "{}", said(&output));
+    assert_same(&run, undisturbed(), "after the refusal");
+}
+
+/// Answers 1 for every response, but asks for the file `go` before the answer that is number $1 (`asked` says so).
+const WAITING_REWARD: &str = r#"
+n=0
+while read -r line; do
+    n=$((n + 1))
+    if [ "$n" = "$1" ]; then
+        : >asked
+        while [ ! -e go ]; do sleep 0.01; done
+    fi
+    printf '{"reward": %s}\n' "${#line}"
+done
+"#;
+
+/// The small recipe with a reward program that waits at its `answer`th answer; each step asks for 8, an evaluation for 4.
+fn waiting(answer: usize) -> Workplace {
+    let workplace = Workplace::new();
+    workplace.write("reward.sh", WAITING_REWARD);
+    let recipe = common::SMALL.replace("normalize = true\n", "");
+    let recipe = recipe.replace("model = \"QUICKSTART/reward-model\"", &format!("command = \"sh reward.sh {answer}\""));
+    workplace.write("small.toml", &recipe);
+    workplace
+}
+
+/// Stops a run in the scoring of step 4, before that step's first optimizer move; its exit code and output.
+fn stop_in_scoring(workplace: &Workplace, signals: &[i32]) -> (Option<i32>, String) {
+    let mut child = workplace.ppo("run", &[]).spawn().unwrap();
+    let asked = workplace.path("asked");
+    assert!(wait_for(&mut child, || asked.exists()), "{}", said(&child.wait_with_output().unwrap()));
+    for &signal in signals {
+        send(&child, signal);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    if signals.len() == 1 {
+        workplace.write("go", "");
+    }
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), said(&output))
+}
+
+/// Steps with a checkpoint.
+fn checkpoints(run: &Path) -> Vec<String> {
+    let entries = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<String> = entries.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Answers before the fifth of step 4's scoring: one evaluation before the run, three steps, one evaluation in step 2.
+const IN_STEP_4: usize = 4 + 3 * 8 + 4 + 5;
+
+#[test]
+fn a_signal_before_the_first_optimizer_move_abandons_the_step() {
+    for (signal, code) in [(libc::SIGINT, 130), (libc::SIGTERM, 143)] {
+        let workplace = waiting(IN_STEP_4);
+        let run = workplace.path("run");
+        let (exit, said) = stop_in_scoring(&workplace, &[signal]);
+        assert_eq!(exit, Some(code), "{said}");
+        assert!(said.contains("step 3 is saved in") && said.contains("--resume continues"), "{said}");
+        assert_eq!(checkpoints(&run), ["step-2", "step-3"]);
+        assert_eq!(metrics(&run).len(), 3);
+        workplace.finish("run", &["--resume"]);
+        workplace.finish("whole", &[]);
+        assert_same(&run, &workplace.path("whole"), "abandoned and resumed");
+    }
+}
+
+#[test]
+fn a_second_signal_ends_the_program_at_once() {
+    let workplace = waiting(IN_STEP_4);
+    let (exit, said) = stop_in_scoring(&workplace, &[libc::SIGINT, libc::SIGINT]);
+    assert_eq!(exit, Some(130), "{said}");
+    assert!(!said.contains("is saved in"), "{said}");
+    assert_eq!(checkpoints(&workplace.path("run")), ["step-2"]);
+}
+
+#[test]
+fn a_signal_before_the_first_step_leaves_nothing_to_save() {
+    let workplace = waiting(2);
+    let (exit, said) = stop_in_scoring(&workplace, &[libc::SIGINT]);
+    assert_eq!(exit, Some(130), "{said}");
+    workplace.finish("run", &["--resume"]);
+    workplace.finish("whole", &[]);
+    assert_same(&workplace.path("run"), &workplace.path("whole"), "resumed from nothing");
+}
+
+#[test]
+fn a_signal_inside_generation_abandons_and_one_inside_the_update_finishes_the_step() {
+    // Eight epochs: nine tenths of a step are its update.
+    let settings = ["--set", "ppo.epochs=8", "--set", "train.steps=4", "--set", "checkpoint.every_steps=4"];
+    let workplace = Workplace::new();
+    workplace.finish("whole", &settings);
+    let step_s = series(&workplace.path("whole"), "train/timing/step_total")[1];
+    for (part, saved) in [(0.0, "step-1"), (0.5, "step-2")] {
+        let run = workplace.path(saved);
+        let mut child = workplace.ppo(saved, &settings).spawn().unwrap();
+        assert!(Moment::Inside { step: 1, part }.wait(&mut child, &run, step_s));
+        send(&child, libc::SIGINT);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+        assert_eq!(checkpoints(&run), [saved], "{}", said(&output));
+        workplace.finish(saved, &[&settings[..], &["--resume"]].concat());
+        assert_same(&run, &workplace.path("whole"), saved);
+    }
+}
+
+#[test]
+fn a_signal_in_a_steps_evaluation_finishes_the_step() {
+    // Step 2 is learned from; its evaluation asks for the answers after 4 + 2 * 8.
+    let workplace = waiting(4 + 2 * 8 + 2);
+    let (exit, said) = stop_in_scoring(&workplace, &[libc::SIGINT]);
+    assert_eq!(exit, Some(130), "{said}");
+    assert_eq!(checkpoints(&workplace.path("run")), ["step-2"]);
+    workplace.finish("run", &["--resume"]);
+    workplace.finish("whole", &[]);
+    assert_same(&workplace.path("run"), &workplace.path("whole"), "interrupted in an evaluation");
+}
+
+#[test]
+fn the_newest_and_the_best_checkpoints_stay() {
+    let workplace = Workplace::new();
+    let settings = ["--set", "checkpoint.keep=1", "--set", "checkpoint.best_metric=eval/reward", "--set", "eval.every_steps=1"];
+    let settings = [&settings[..], &["--set", "checkpoint.every_steps=1"]].concat();
+    workplace.finish("run", &settings);
+    let run = workplace.path("run");
+    let rewards = series(&run, "eval/reward");
+    let best = (1..=6).rev().max_by(|&a, &b| rewards[a - 1].total_cmp(&rewards[b - 1])).unwrap();
+    let mut expected = vec![format!("step-{best}"), "step-6".to_owned()];
+    expected.dedup();
+    assert_eq!(checkpoints(&run), expected, "{rewards:?}");
+    assert_ne!(best, 6, "a seed whose best step is the last shows nothing: {rewards:?}");
+}
