@@ -195,7 +195,8 @@ fn verify(path: &Path) -> Result<(), String> {
 }
 
 fn entries(folder: &Path) -> std::io::Result<Vec<FileEntry>> {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
     files.sort();
     files.iter().map(|file| entry(file)).collect()
 }

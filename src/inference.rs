@@ -87,8 +87,7 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
     let mut output = LineWriter::create(Path::new(options.required("output")?))?;
 
     let policy = frozen_policy(&reader.folder, held, 1.0).map_err(Failure::input)?;
-    let policy =
-        Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
+    let policy = Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
     let engine = Engine::new(EngineConfig { max_sequences, ..defaults });
     let (sequences, report) =
         interruptible(|interrupt| Ok(engine.generate(policy, &prompts, &sampling, &Unwatched, interrupt)?))?;
@@ -228,14 +227,20 @@ impl Reader {
         }
         let vocabulary = self.config.vocab_size;
         match token_ids.iter().find(|id| !(0..vocabulary).contains(id)) {
-            Some(id) => Err(format!("token id {id} is outside the model's vocabulary of {vocabulary} tokens (0 to {})", vocabulary - 1)),
+            Some(id) => Err(format!(
+                "token id {id} is outside the model's vocabulary of {vocabulary} tokens (0 to {})",
+                vocabulary - 1
+            )),
             None => Ok((token_ids, given)),
         }
     }
 
     fn encode(&self, ids: &str, text: &str) -> Result<Vec<i64>, String> {
         let Some(tokenizer) = &self.tokenizer else {
-            return Err(format!("a text needs a tokenizer, but {} has no tokenizer.json: give `{ids}`", self.folder.display()));
+            return Err(format!(
+                "a text needs a tokenizer, but {} has no tokenizer.json: give `{ids}`",
+                self.folder.display()
+            ));
         };
         tokenizer.encode(text).map_err(|error| error.to_string())
     }
@@ -272,7 +277,10 @@ fn held(options: &Options) -> Result<Held, Failure> {
 
 fn check_counts(sampling: &SamplingConfig, max_sequences: usize) -> Result<(), Failure> {
     if !(sampling.temperature.is_finite() && sampling.temperature >= 0.0) {
-        return Err(Failure::Input(format!("--temperature: expected a number from 0, found `{}`", sampling.temperature)));
+        return Err(Failure::Input(format!(
+            "--temperature: expected a number from 0, found `{}`",
+            sampling.temperature
+        )));
     }
     for (name, count) in [("max-new-tokens", sampling.max_new_tokens), ("max-sequences", max_sequences)] {
         if count == 0 {
@@ -297,7 +305,9 @@ fn interruptible<T>(work: impl FnOnce(&Interrupt) -> Result<T, Failure>) -> Resu
 
 fn check_finite(row: i64, numbers: &[f64]) -> Result<(), Failure> {
     match numbers.iter().find(|number| !number.is_finite()) {
-        Some(number) => Err(Failure::Other(format!("row {row}: the model's output is {number}: are its weights whole?"))),
+        Some(number) => {
+            Err(Failure::Other(format!("row {row}: the model's output is {number}: are its weights whole?")))
+        }
         None => Ok(()),
     }
 }

@@ -14,7 +14,10 @@ use crate::program::Failure;
 /// # Errors
 /// [`Failure::Input`] for an unreadable file, a line that is no object or that `parse` refuses (named as `FILE:LINE`),
 /// and a file without lines.
-pub fn read<T>(path: &Path, mut parse: impl FnMut(&Map<String, Value>) -> Result<T, String>) -> Result<Vec<T>, Failure> {
+pub fn read<T>(
+    path: &Path,
+    mut parse: impl FnMut(&Map<String, Value>) -> Result<T, String>,
+) -> Result<Vec<T>, Failure> {
     let unreadable = |error: std::io::Error| Failure::Input(format!("{}: {error}", path.display()));
     let file = File::open(path).map_err(unreadable)?;
     let mut rows = Vec::new();
@@ -26,7 +29,8 @@ pub fn read<T>(path: &Path, mut parse: impl FnMut(&Map<String, Value>) -> Result
         }
         let value: Value = serde_json::from_str(&line)
             .map_err(|error| refused(format!("expected a JSON object on one line: {error}")))?;
-        let object = value.as_object().ok_or_else(|| refused(format!("expected a JSON object, found {}", kind_of(&value))))?;
+        let object =
+            value.as_object().ok_or_else(|| refused(format!("expected a JSON object, found {}", kind_of(&value))))?;
         rows.push(parse(object).map_err(refused)?);
     }
     if rows.is_empty() {

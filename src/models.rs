@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
-use echelon_core::zero::{OptimizerConfig, ParamWithGrad, PassConfig, TensorFile, Trainable, TrainingState, write_tensors};
+use echelon_core::zero::{
+    OptimizerConfig, ParamWithGrad, PassConfig, TensorFile, Trainable, TrainingState, write_tensors,
+};
 use echelon_core::{Error, Result};
 use echelon_models::checkpoint::{Checkpoint, random_parameter, save_pretrained};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -19,7 +21,6 @@ pub struct Held {
     pub kind: Kind,
     pub pass: PassConfig,
 }
-
 
 pub type Policy = Trainable<Decoder, LogprobHead>;
 pub type Scorer = Trainable<Decoder, ScalarHead>;
@@ -55,7 +56,10 @@ pub fn trainable_policy(
 ) -> Result<Policy> {
     let config = DecoderConfig::read(folder)?;
     if config.head != HeadKind::Logits {
-        return Err(Error::Refused(format!("{}: a {role} needs a causal language model, this has a score head", folder.display())));
+        return Err(Error::Refused(format!(
+            "{}: a {role} needs a causal language model, this has a score head",
+            folder.display()
+        )));
     }
     let state = match random {
         Some(seed) => state(role, &config, held, optimizer, &mut |name, shape| {
@@ -87,14 +91,19 @@ pub fn trainable_scorer(
     let config = DecoderConfig { head: HeadKind::Score, ..DecoderConfig::read(folder)? };
     let fresh_head = |shape: &[i64]| {
         let deviation = 1.0 / (config.hidden_size + 1) as f64;
-        let values: Vec<f32> =
-            (0..config.hidden_size).map(|i| (deviation * normal(seed, Domain::Weights, i as u64, 0, 1)) as f32).collect();
+        let values: Vec<f32> = (0..config.hidden_size)
+            .map(|i| (deviation * normal(seed, Domain::Weights, i as u64, 0, 1)) as f32)
+            .collect();
         Tensor::from_slice(&values).view(shape)
     };
     let checkpoint = if random.is_some() { None } else { Some(Checkpoint::open(folder)?) };
     let state = state(role, &config, held, optimizer, &mut |name, shape| match (&checkpoint, random) {
-        (Some(checkpoint), _) if checkpoint.contains(name) || name != "score.weight" => Ok(checkpoint.tensor(name, shape)?),
-        (None, Some(seed)) if name != "score.weight" => Ok(random_parameter(name, shape, config.initializer_range, seed)),
+        (Some(checkpoint), _) if checkpoint.contains(name) || name != "score.weight" => {
+            Ok(checkpoint.tensor(name, shape)?)
+        }
+        (None, Some(seed)) if name != "score.weight" => {
+            Ok(random_parameter(name, shape, config.initializer_range, seed))
+        }
         _ => Ok(fresh_head(shape)),
     })?;
     let params = state.params();
@@ -194,6 +203,7 @@ pub fn restore_state(state: &mut TrainingState, file: &PathBuf) -> Result<()> {
     let failed = |error| Error::other("resuming", error);
     let tensors = TensorFile::open(file).map_err(failed)?;
     let steps = tensors.metadata().map_err(failed)?.get("optimizer_steps").and_then(|steps| steps.parse().ok());
-    let steps = steps.ok_or_else(|| Error::Refused(format!("{}: no optimizer_steps in its metadata", file.display())))?;
+    let steps =
+        steps.ok_or_else(|| Error::Refused(format!("{}: no optimizer_steps in its metadata", file.display())))?;
     state.restore(steps, &mut |name| tensors.tensor(name).map_err(failed))
 }

@@ -98,7 +98,8 @@ impl Arguments {
     /// # Errors
     /// What is wrong, with the usage.
     pub fn read(program: &str) -> Result<Arguments, Failure> {
-        let usage = format!("usage: {program} RECIPE [--set table.key=value]... [--output-dir DIR] [--resume] [--plan]");
+        let usage =
+            format!("usage: {program} RECIPE [--set table.key=value]... [--output-dir DIR] [--resume] [--plan]");
         let wrong = |message: String| Failure::Input(format!("{message}\n{usage}"));
         let mut arguments = Arguments::default();
         let mut given = std::env::args().skip(1);

@@ -26,7 +26,9 @@ impl PromptFormat {
     /// Token ids and text of a row.
     pub fn encode(&self, prompt: &PromptText) -> Result<(Vec<i64>, String), TokenizerError> {
         let messages = match prompt {
-            PromptText::Chat(messages) => self.with_system(messages.iter().map(|m| Message::new(&m.role, &m.content)).collect()),
+            PromptText::Chat(messages) => {
+                self.with_system(messages.iter().map(|m| Message::new(&m.role, &m.content)).collect())
+            }
             PromptText::Plain(text) if self.apply_chat_template => self.with_system(vec![Message::new("user", text)]),
             PromptText::Plain(text) => return Ok((self.tokenizer.encode(text)?, text.clone())),
         };
@@ -40,7 +42,13 @@ impl PromptFormat {
         system.into_iter().chain(messages).collect()
     }
 
-    fn load(&self, path: &Path, keys: &PromptKeys, source: usize, max_samples: Option<usize>) -> Result<Loaded, Failure> {
+    fn load(
+        &self,
+        path: &Path,
+        keys: &PromptKeys,
+        source: usize,
+        max_samples: Option<usize>,
+    ) -> Result<Loaded, Failure> {
         let limit = self.max_prompt_tokens;
         let loaded = load_prompts(path, keys, source, max_samples, &mut |row| {
             let (ids, _) = self.encode(&row.prompt)?;
@@ -86,11 +94,18 @@ impl TrainingPrompts {
     }
 
     /// The prompts of `step`; their ids are of this step alone, so a prompt drawn again is sampled anew.
-    pub fn next_batch(&mut self, step: u64, size: usize, samples_per_prompt: usize, seed: u64) -> Result<Prompts, Failure> {
+    pub fn next_batch(
+        &mut self,
+        step: u64,
+        size: usize,
+        samples_per_prompt: usize,
+        seed: u64,
+    ) -> Result<Prompts, Failure> {
         let draws = self.stream.next_batch(size);
-        let rows = draws.iter().enumerate().map(|(index, draw)| {
-            prompt(&self.format, self.stream.row(draw.id), (step << 32) | index as u64)
-        });
+        let rows = draws
+            .iter()
+            .enumerate()
+            .map(|(index, draw)| prompt(&self.format, self.stream.row(draw.id), (step << 32) | index as u64));
         Ok(Prompts { rows: rows.collect::<Result<_, _>>()?, samples_per_prompt, seed, evaluation: false })
     }
 

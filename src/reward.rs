@@ -4,10 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use echelon_core::progress::Interrupt;
 use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
 use echelon_core::rollout::{FinishReason, Rollout};
 use echelon_core::{Error, Result};
-use echelon_tasks::reward::{CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked};
+use echelon_tasks::reward::{
+    CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
+};
 use tch::{Kind, Tensor};
 
 use crate::program::Failure;
@@ -20,15 +23,22 @@ pub enum Source {
 }
 
 /// Sources with weights.
-pub struct WeightedSources(pub Vec<(String, f64, Source)>);
+pub struct WeightedSources {
+    pub sources: Vec<(String, f64, Source)>,
+    /// A program or server that is slow to answer is not waited for after a signal.
+    pub interrupt: Interrupt,
+}
+
+/// How often a wait for scores looks at the interrupt.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 impl Reward for WeightedSources {
     fn scores<'a>(&'a self, rollout: &'a Rollout) -> Answer<'a, ScoredRollout> {
         Box::pin(async move {
             let mut total = Tensor::zeros([rollout.num_rows() as i64], tch::kind::DOUBLE_CPU);
             let mut source_means = Vec::new();
-            for (name, weight, source) in &self.0 {
-                let scores = source.scores(rollout).await?;
+            for (name, weight, source) in &self.sources {
+                let scores = source.scores(rollout, &self.interrupt).await?;
                 source_means.push((name.clone(), scores.mean(Kind::Double).double_value(&[])));
                 total += scores * *weight;
             }
@@ -42,13 +52,18 @@ impl Reward for WeightedSources {
 
 impl Source {
     /// `[B]` f64.
-    async fn scores(&self, rollout: &Rollout) -> Result<Tensor> {
+    async fn scores(&self, rollout: &Rollout, interrupt: &Interrupt) -> Result<Tensor> {
         match self {
             Source::Model(group) => Ok(group.scores(rollout).await?.to_kind(Kind::Double)),
             Source::Task(task) => {
                 let (task, requests) = (task.clone(), requests(rollout));
-                let scored = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests)).await;
-                let scored = scored.map_err(|error| Error::other("reward", error))?;
+                let mut scoring = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests));
+                let scored = loop {
+                    match tokio::time::timeout(LOOK_EVERY, &mut scoring).await {
+                        Ok(scored) => break scored.map_err(|error| Error::other("reward", error))?,
+                        Err(_) => interrupt.check()?,
+                    }
+                };
                 Ok(Tensor::from_slice(&scored.map_err(|error| Error::other("reward", error))?))
             }
         }
@@ -80,7 +95,8 @@ pub fn task_source(source: &ScoreSource) -> Result<Option<(String, Arc<dyn Rewar
         }
         ScoreSource::Command { command, folder, timeout_s, .. } => {
             let timeout = Duration::from_secs_f64(*timeout_s);
-            let config = CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
+            let config =
+                CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
             Arc::new(CommandReward::start(config).map_err(Failure::input)?)
         }
     };

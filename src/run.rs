@@ -112,8 +112,24 @@ impl Run {
         write_file(&folder.join("recipe.resolved.toml"), &recipe.to_toml())?;
         let kl = kl_controller(&recipe);
         let mut run = Run {
-            folder, wired, prompts, evaluator, checkpoints, log, kl, tokenizer, terminal, watch, interrupt, work, begun,
-            step, policy_version: 0, metric: None, saved: None, recipe,
+            folder,
+            wired,
+            prompts,
+            evaluator,
+            checkpoints,
+            log,
+            kl,
+            tokenizer,
+            terminal,
+            watch,
+            interrupt,
+            work,
+            begun,
+            step,
+            policy_version: 0,
+            metric: None,
+            saved: None,
+            recipe,
         };
         if let Some((path, state)) = saved {
             run.restore(&path, state).await?;
@@ -167,7 +183,8 @@ impl Run {
         let begun = Instant::now();
         let recipe = &self.recipe;
         let (size, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
-        let prompts = self.prompts.next_batch(step, size, samples, recipe.seed).map_err(|e| Error::Refused(e.to_string()))?;
+        let prompts =
+            self.prompts.next_batch(step, size, samples, recipe.seed).map_err(|e| Error::Refused(e.to_string()))?;
         shim::reset_peak_bytes();
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
@@ -179,7 +196,9 @@ impl Run {
         self.policy_version = report.policy_version;
         self.work.record(&mut metrics, &report, begun.elapsed().as_secs_f64());
         let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
-            (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => Some(evaluator.run(&self.wired).await?),
+            (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => {
+                Some(evaluator.run(&self.wired).await?)
+            }
             _ => None,
         };
         if let Some(evaluation) = &evaluation {
@@ -306,4 +325,3 @@ fn header(
 fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
     std::fs::write(path, text).map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
 }
-

@@ -128,7 +128,11 @@ impl<'a> Plan<'a> {
         Ok(Plan { program, name, seed, train, checkpoint, recipe_text, folder, resume: arguments.resume })
     }
 
-    fn run<L: Learner>(&self, data: Data, start: impl FnOnce(usize) -> Result<(L, Speed), Failure>) -> Result<(), Failure> {
+    fn run<L: Learner>(
+        &self,
+        data: Data,
+        start: impl FnOnce(usize) -> Result<(L, Speed), Failure>,
+    ) -> Result<(), Failure> {
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
         let total = self.train.optimizer_steps(num_rows);
         let (learner, speed) = start(total)?;
@@ -144,12 +148,25 @@ impl<'a> Plan<'a> {
 
         std::fs::create_dir_all(&self.folder).map_err(|e| Failure::Other(format!("{}: {e}", self.folder.display())))?;
         let resolved = self.folder.join("recipe.resolved.toml");
-        std::fs::write(&resolved, &self.recipe_text).map_err(|e| Failure::Other(format!("{}: {e}", resolved.display())))?;
+        std::fs::write(&resolved, &self.recipe_text)
+            .map_err(|e| Failure::Other(format!("{}: {e}", resolved.display())))?;
         let step = saved.as_ref().map_or(0, |(_, state)| state.step);
         let log = if self.resume { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
         let held_out = rows_of(data.held_out.iter());
         let stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, self.seed);
-        let mut run = Run { plan: self, learner, speed, stream, held_out, checkpoints, log, terminal, interrupt, step, total: total as u64 };
+        let mut run = Run {
+            plan: self,
+            learner,
+            speed,
+            stream,
+            held_out,
+            checkpoints,
+            log,
+            terminal,
+            interrupt,
+            step,
+            total: total as u64,
+        };
         if let Some((path, state)) = saved {
             run.restore(&path, &state)?;
         }
@@ -236,7 +253,10 @@ impl<L: Learner> Run<'_, L> {
         line.tokens_per_second = Some(tokens as f64 / seconds);
         for name in self.learner.shown() {
             if let Some(value) = metrics.get(name) {
-                line = line.field(name.rsplit_once('/').map_or(name, |_| name.trim_start_matches("train/")), format!("{value:.4}"));
+                line = line.field(
+                    name.rsplit_once('/').map_or(name, |_| name.trim_start_matches("train/")),
+                    format!("{value:.4}"),
+                );
             }
         }
         self.terminal.step(&line);

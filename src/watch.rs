@@ -33,7 +33,8 @@ impl Watch {
 impl Progress for Watch {
     fn advance(&self, phase: &'static str, done: usize, total: usize) {
         let mut current = self.current.lock().expect("never held over a panic");
-        let same = current.as_ref().is_some_and(|shown| shown.name == phase && shown.total == total && shown.done < done);
+        let same =
+            current.as_ref().is_some_and(|shown| shown.name == phase && shown.total == total && shown.done < done);
         if !same {
             *current = None; // ends the former bar before the next begins
             *current = Some(Shown { name: phase, done: 0, total, bar: self.terminal.phase(phase, total as u64) });

@@ -11,7 +11,9 @@ use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_algorithms::{kl, ppo};
 use echelon_core::device::{self, DeviceChoice};
 use echelon_core::progress::{Interrupt, Progress};
-use echelon_core::role::{ActorGroup, CriticGroup, GeneratorGroup, ReferenceGroup, RewardGroup, Role, Roles, WorkerGroup};
+use echelon_core::role::{
+    ActorGroup, CriticGroup, GeneratorGroup, ReferenceGroup, RewardGroup, Role, Roles, WorkerGroup,
+};
 use echelon_core::rollout::SamplingConfig;
 use echelon_core::zero::{OptimizerConfig, PassConfig};
 use echelon_generation::{Engine, EngineConfig};
@@ -23,7 +25,9 @@ use echelon_placement::{Worker, start_worker};
 use tch::{Device, Kind};
 
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
-use crate::models::{Held, check_folder, frozen_policy, frozen_scorer, score_statistics, trainable_policy, trainable_scorer};
+use crate::models::{
+    Held, check_folder, frozen_policy, frozen_scorer, score_statistics, trainable_policy, trainable_scorer,
+};
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
 use crate::recipe::{
@@ -155,7 +159,8 @@ pub async fn wire(
         return Err(Failure::Input(message.into()));
     }
     let ppo = ppo_config(recipe, statistics);
-    let tasks = recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
+    let tasks =
+        recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
     let has_reference = folders.reference.is_some();
     let plan = HostPlan {
         held,
@@ -172,7 +177,8 @@ pub async fn wire(
         },
         folders,
     };
-    let build = move || build_host(plan, tokenizer, interrupt, progress, run_folder);
+    let host_interrupt = interrupt.clone();
+    let build = move || build_host(plan, tokenizer, host_interrupt, progress, run_folder);
     let (worker, worker_task) = start_worker("device 0", build).await.map_err(Failure::input)?;
     let sources = tasks.into_iter().zip(&recipe.reward.sources).map(|(task, source)| match task {
         Some((name, task)) => (name, source.weight, Source::Task(task)),
@@ -186,7 +192,7 @@ pub async fn wire(
     let actor: ActorGroup = WorkerGroup::new(Role::Actor, vec![Arc::new(worker.clone())]);
     let critic: CriticGroup = WorkerGroup::new(Role::Critic, vec![Arc::new(worker.clone())]);
     let generator: GeneratorGroup = WorkerGroup::new(Role::Generator, vec![Arc::new(worker.clone())]);
-    let reward = Box::new(WeightedSources(sources.collect()));
+    let reward = Box::new(WeightedSources { sources: sources.collect(), interrupt: interrupt.clone() });
     Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, worker, worker_task })
 }
 
@@ -199,15 +205,13 @@ fn build_host(
     run_folder: PathBuf,
 ) -> echelon_core::Result<DeviceRoles> {
     let HostPlan { folders, held, seed, temperature, .. } = plan;
-    let policy =
-        trainable_policy(Role::Actor, &folders.actor, None, held, plan.actor_optimizer, temperature)?;
+    let policy = trainable_policy(Role::Actor, &folders.actor, None, held, plan.actor_optimizer, temperature)?;
     let critic = Deferred::new(move || {
         let reads = ScalarRows::Predecessors;
         let model = trainable_scorer(Role::Critic, &folders.critic, None, seed, held, plan.critic_optimizer, reads)?;
         Ok(LearningCritic { model, config: plan.critic, folder: folders.critic })
     });
-    let reference =
-        folders.reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
+    let reference = folders.reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
     let actor_tokenizer = tokenizer.clone();
     let reward = folders.reward.map(|folder| {
         Deferred::new(move || {

@@ -81,10 +81,10 @@ pub async fn step(ppo: &PpoConfig, roles: &Roles, prompts: Prompts, now: Moment<
 
     // Score: forward passes over the same tokens. Groups on different devices run at once.
     let (old_logprobs, ref_logprobs, values, scored) = tokio::try_join!(
-        roles.actor.logprobs(&rollout),    // [B, T] log pi_old(token | prefix), before this step
+        roles.actor.logprobs(&rollout),      // [B, T] log pi_old(token | prefix), before this step
         reference_logprobs(roles, &rollout), // [B, T] log pi_ref(token | prefix), frozen
-        roles.critic.values(&rollout),     // [B, T] V(prefix)
-        roles.reward.scores(&rollout),     // [B]    one score per response
+        roles.critic.values(&rollout),       // [B, T] V(prefix)
+        roles.reward.scores(&rollout),       // [B]    one score per response
     )?;
 
     // Advantages: plain tensor maths on the driver, where the whole batch is visible.

@@ -31,8 +31,8 @@ pub fn step<B: Backbone, H: Head<Output: PolicyOutput>>(
     let mut report = SftReport { lr, ..SftReport::default() };
     for micro_batch in micro_batches(&rows.lengths, model.pass.tokens_per_micro_batch) {
         let batch = rows.select(&micro_batch).to_device(model.pass.device);
-        let loss = model
-            .forward_backward(&batch, |output| Ok(-masked_sum(output.logprobs(), &batch.mask) / num_tokens))?;
+        let loss =
+            model.forward_backward(&batch, |output| Ok(-masked_sum(output.logprobs(), &batch.mask) / num_tokens))?;
         finite(Role::Actor, loss, model)?;
         report.loss += loss;
         report.num_tokens += batch.lengths.iter().sum::<i64>();

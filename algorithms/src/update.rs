@@ -52,8 +52,7 @@ pub fn update_actor<B: Backbone, H: Head<Output: PolicyOutput>>(
         let batch = rows.select(&micro_batch).to_device(actor.pass.device);
         let loss = actor.forward_backward(&batch.tokens, |output| {
             let mask = &batch.tokens.mask;
-            let surrogate =
-                policy_loss(output.logprobs(), &batch.old_logprobs, &batch.advantages, mask, config.clip);
+            let surrogate = policy_loss(output.logprobs(), &batch.old_logprobs, &batch.advantages, mask, config.clip);
             report.policy_loss += surrogate.sum.double_value(&[]) / num_tokens;
             report.ratios.extend(ratios_of(&surrogate.ratio, mask));
             stats += surrogate.stats;

@@ -7,10 +7,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// libtorch refused an operation (out of memory, a shape that does not fit).
     #[error("{operation}: {source}")]
-    Torch {
-        operation: &'static str,
-        source: tch::TchError,
-    },
+    Torch { operation: &'static str, source: tch::TchError },
     /// A tensor does not have the shape its neighbours promise.
     #[error("{what}: expected shape {expected:?}, found {found:?}")]
     Shape { what: &'static str, expected: Vec<i64>, found: Vec<i64> },
@@ -22,7 +19,13 @@ pub enum Error {
     Interrupted,
     /// A worker answered with an error, panicked, or is gone.
     #[error("{role} rank {rank}: {verb}: {cause}")]
-    Worker { role: Role, rank: usize, verb: &'static str, #[source] cause: Box<Error> },
+    Worker {
+        role: Role,
+        rank: usize,
+        verb: &'static str,
+        #[source]
+        cause: Box<Error>,
+    },
     /// The worker's device thread ended.
     #[error("the device thread is gone: {0}")]
     WorkerGone(String),

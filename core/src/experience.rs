@@ -34,7 +34,8 @@ impl Experience {
     ) -> Result<Experience> {
         let tokens = rollout.tokens();
         let expected = tokens.token_ids.size();
-        let named = [("old_logprobs", &old_logprobs), ("values", &values), ("advantages", &advantages), ("returns", &returns)];
+        let named =
+            [("old_logprobs", &old_logprobs), ("values", &values), ("advantages", &advantages), ("returns", &returns)];
         for (what, tensor) in named.into_iter().chain(ref_logprobs.as_ref().map(|t| ("ref_logprobs", t))) {
             if tensor.size() != expected {
                 return Err(Error::Shape { what, expected, found: tensor.size() });

@@ -74,12 +74,29 @@ impl<E: ?Sized> WorkerGroup<E> {
 }
 
 /// What an actor rank answers.
-pub trait ActorRank: Endpoint<Logprobs> + Endpoint<UpdateActor> + Endpoint<Publish> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export> {}
-impl<T> ActorRank for T where T: Endpoint<Logprobs> + Endpoint<UpdateActor> + Endpoint<Publish> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export> {}
+pub trait ActorRank:
+    Endpoint<Logprobs> + Endpoint<UpdateActor> + Endpoint<Publish> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export>
+{
+}
+impl<T> ActorRank for T where
+    T: Endpoint<Logprobs>
+        + Endpoint<UpdateActor>
+        + Endpoint<Publish>
+        + Endpoint<Save>
+        + Endpoint<Restore>
+        + Endpoint<Export>
+{
+}
 
 /// What a critic rank answers.
-pub trait CriticRank: Endpoint<Values> + Endpoint<UpdateCritic> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export> {}
-impl<T> CriticRank for T where T: Endpoint<Values> + Endpoint<UpdateCritic> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export> {}
+pub trait CriticRank:
+    Endpoint<Values> + Endpoint<UpdateCritic> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export>
+{
+}
+impl<T> CriticRank for T where
+    T: Endpoint<Values> + Endpoint<UpdateCritic> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export>
+{
+}
 
 pub type ActorGroup = WorkerGroup<dyn ActorRank>;
 pub type CriticGroup = WorkerGroup<dyn CriticRank>;
@@ -148,7 +165,8 @@ impl ReferenceGroup {
 impl RewardGroup {
     /// `[B]` scores of the reward model, raw.
     pub async fn scores(&self, rollout: &Rollout) -> Result<Tensor> {
-        let request = Scores { tokens: rollout.tokens(), prompts: rollout.prompts.clone(), responses: rollout.responses.clone() };
+        let request =
+            Scores { tokens: rollout.tokens(), prompts: rollout.prompts.clone(), responses: rollout.responses.clone() };
         self.call(request).await
     }
 }

@@ -73,7 +73,8 @@ pub unsafe fn from_mapping(
     kind: Kind,
     owner: Box<dyn std::any::Any + Send + Sync>,
 ) -> Result<Tensor, TchError> {
-    let tensor = ffi::from_mapping(address, shape, scalar_type(kind)?, Box::new(Mapping { _owner: owner })).map_err(torch_error)?;
+    let tensor = ffi::from_mapping(address, shape, scalar_type(kind)?, Box::new(Mapping { _owner: owner }))
+        .map_err(torch_error)?;
     Ok(adopt(&tensor))
 }
 

@@ -28,10 +28,7 @@ pub struct Message {
 impl Message {
     /// A message of any role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 }
 
@@ -49,11 +46,7 @@ pub enum ChatTemplateError {
     Render { line: usize, message: String },
     /// A time that is neither a date and time nor seconds since 1970.
     #[error("{name}: expected {expected}, found `{found}`")]
-    Time {
-        name: &'static str,
-        expected: &'static str,
-        found: String,
-    },
+    Time { name: &'static str, expected: &'static str, found: String },
 }
 
 /// A compiled chat template with the special tokens it may name.
@@ -75,26 +68,16 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// Invalid Jinja, with its line; a `SOURCE_DATE_EPOCH` that is no number.
-    pub fn new(
-        source: &str,
-        special_tokens: BTreeMap<String, String>,
-    ) -> Result<Self, ChatTemplateError> {
+    pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, ChatTemplateError> {
         let mut environment = Environment::new();
         environment.set_syntax(syntax());
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
-        environment
-            .add_template_owned(NAME, generation_blocks_as_scopes(source))
-            .map_err(|error| ChatTemplateError::Syntax {
-                line: error.line().unwrap_or(0),
-                message: describe(&error),
-            })?;
-        let mut template = Self {
-            environment,
-            special_tokens,
-            render_time: NaiveDateTime::default(),
-        };
+        environment.add_template_owned(NAME, generation_blocks_as_scopes(source)).map_err(|error| {
+            ChatTemplateError::Syntax { line: error.line().unwrap_or(0), message: describe(&error) }
+        })?;
+        let mut template = Self { environment, special_tokens, render_time: NaiveDateTime::default() };
         template.use_time(start_time()?);
         Ok(template)
     }
@@ -122,10 +105,7 @@ impl ChatTemplate {
             },
             ..Value::from(Serde(&self.special_tokens))
         };
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|error| failure(&error))?;
+        let template = self.environment.get_template(NAME).map_err(|error| failure(&error))?;
         template.render(context).map_err(|error| failure(&error))
     }
 
@@ -139,12 +119,10 @@ impl ChatTemplate {
     /// # Errors
     /// `time` has another form.
     pub fn set_render_time(&mut self, time: &str) -> Result<(), ChatTemplateError> {
-        let parsed = NaiveDateTime::parse_from_str(time, TIME_FORMAT).map_err(|_| {
-            ChatTemplateError::Time {
-                name: "render time",
-                expected: "YYYY-MM-DDTHH:MM:SS",
-                found: time.to_owned(),
-            }
+        let parsed = NaiveDateTime::parse_from_str(time, TIME_FORMAT).map_err(|_| ChatTemplateError::Time {
+            name: "render time",
+            expected: "YYYY-MM-DDTHH:MM:SS",
+            found: time.to_owned(),
         })?;
         self.use_time(parsed);
         Ok(())
@@ -152,26 +130,20 @@ impl ChatTemplate {
 
     fn use_time(&mut self, time: NaiveDateTime) {
         self.render_time = time;
-        self.environment
-            .add_function("strftime_now", move |format: &str| strftime(time, format));
+        self.environment.add_function("strftime_now", move |format: &str| strftime(time, format));
     }
 }
 
 /// transformers compiles templates with `trim_blocks` and `lstrip_blocks`.
 fn syntax() -> SyntaxConfig {
-    let built = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build();
+    let built = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     built.expect("the default delimiters are valid")
 }
 
 /// Turns transformers' `{% generation %}` blocks, which only mark the assistant's text, into plain scopes with the same trimming.
 fn generation_blocks_as_scopes(source: &str) -> String {
-    let tag =
-        regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a valid pattern");
-    tag.replace_all(source, "{%${1} ${2}with ${3}%}")
-        .into_owned()
+    let tag = regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a valid pattern");
+    tag.replace_all(source, "{%${1} ${2}with ${3}%}").into_owned()
 }
 
 /// `SOURCE_DATE_EPOCH` if it is set, else the local time.
@@ -183,27 +155,19 @@ fn start_time() -> Result<NaiveDateTime, ChatTemplateError> {
 }
 
 fn epoch_time(seconds: &str) -> Result<NaiveDateTime, ChatTemplateError> {
-    let time = seconds
-        .trim()
-        .parse()
-        .ok()
-        .and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
-    time.map(|time| time.naive_utc())
-        .ok_or_else(|| ChatTemplateError::Time {
-            name: EPOCH,
-            expected: "seconds since 1970",
-            found: seconds.to_owned(),
-        })
+    let time = seconds.trim().parse().ok().and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
+    time.map(|time| time.naive_utc()).ok_or_else(|| ChatTemplateError::Time {
+        name: EPOCH,
+        expected: "seconds since 1970",
+        found: seconds.to_owned(),
+    })
 }
 
 fn strftime(time: NaiveDateTime, format: &str) -> Result<String, Error> {
     use std::fmt::Write;
     let mut text = String::new();
     write!(text, "{}", time.format(format)).map_err(|_| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            format!("strftime_now does not know the format `{format}`"),
-        )
+        Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know the format `{format}`"))
     })?;
     Ok(text)
 }
@@ -222,16 +186,11 @@ fn failure(error: &Error) -> ChatTemplateError {
     let mut cause = error.source();
     while let Some(source) = cause {
         if let Some(raised) = source.downcast_ref::<RaisedByTemplate>() {
-            return ChatTemplateError::Raised {
-                message: raised.0.clone(),
-            };
+            return ChatTemplateError::Raised { message: raised.0.clone() };
         }
         cause = source.source();
     }
-    ChatTemplateError::Render {
-        line: error.line().unwrap_or(0),
-        message: describe(error),
-    }
+    ChatTemplateError::Render { line: error.line().unwrap_or(0), message: describe(error) }
 }
 
 /// The error's kind and detail without minijinja's own position, which our message states.
@@ -243,12 +202,7 @@ fn describe(error: &Error) -> String {
 }
 
 /// Python's methods: those of minijinja's pycompat, and the ones it lacks that templates use.
-fn python_method(
-    state: &mut State,
-    value: &Value,
-    method: &str,
-    args: &[Value],
-) -> Result<Value, Error> {
+fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let Some(text) = value.as_str() else {
         return unknown_method_callback(state, value, method, args);
     };
@@ -264,21 +218,13 @@ fn python_method(
         "partition" => {
             let (separator,): (&str,) = from_args(args)?;
             let (head, tail) = text.split_once(separator).unwrap_or((text, ""));
-            let found = if head.len() == text.len() {
-                ""
-            } else {
-                separator
-            };
+            let found = if head.len() == text.len() { "" } else { separator };
             Ok(strings([head, found, tail]))
         }
         "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
             let (head, tail) = text.rsplit_once(separator).unwrap_or(("", text));
-            let found = if tail.len() == text.len() {
-                ""
-            } else {
-                separator
-            };
+            let found = if tail.len() == text.len() { "" } else { separator };
             Ok(strings([head, found, tail]))
         }
         "rsplit" => {
@@ -310,10 +256,7 @@ fn tojson(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<Stri
         Some(spaces) => Some(" ".repeat(usize::try_from(spaces)?)),
     };
     let separators = match argument(2)? {
-        Some(pair) => (
-            pair.get_item_by_index(0)?.to_string(),
-            pair.get_item_by_index(1)?.to_string(),
-        ),
+        Some(pair) => (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string()),
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
     };
@@ -346,18 +289,12 @@ impl PythonJson {
             ValueKind::None | ValueKind::Bool | ValueKind::Number => out.push_str(&scalar(value)?),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
-                self.block(out, ('[', ']'), &items, depth, |out, item| {
-                    self.write(out, item, depth + 1)
-                })?;
+                self.block(out, ('[', ']'), &items, depth, |out, item| self.write(out, item, depth + 1))?;
             }
             ValueKind::Map => {
                 let mut pairs = Vec::new();
                 for key in value.try_iter()? {
-                    let name = if key.as_str().is_some() {
-                        key.to_string()
-                    } else {
-                        scalar(&key)?
-                    };
+                    let name = if key.as_str().is_some() { key.to_string() } else { scalar(&key)? };
                     pairs.push((name, value.get_item(&key)?));
                 }
                 if self.sort_keys {
@@ -443,10 +380,7 @@ fn scalar(value: &Value) -> Result<String, Error> {
         ValueKind::Number if !value.is_integer() => python_float(f64::try_from(value.clone())?),
         ValueKind::Number => value.to_string(),
         kind => {
-            return Err(Error::new(
-                ErrorKind::InvalidOperation,
-                format!("tojson cannot use a key of kind {kind}"),
-            ));
+            return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson cannot use a key of kind {kind}")));
         }
     })
 }
@@ -457,17 +391,10 @@ fn python_float(number: f64) -> String {
         return "NaN".to_owned();
     }
     if number.is_infinite() {
-        return if number > 0.0 {
-            "Infinity"
-        } else {
-            "-Infinity"
-        }
-        .to_owned();
+        return if number > 0.0 { "Infinity" } else { "-Infinity" }.to_owned();
     }
     let scientific = format!("{number:e}");
-    let (digits, exponent) = scientific
-        .split_once('e')
-        .expect("`{:e}` writes an exponent");
+    let (digits, exponent) = scientific.split_once('e').expect("`{:e}` writes an exponent");
     let exponent: i32 = exponent.parse().expect("the exponent is an integer");
     if number != 0.0 && !(-4..16).contains(&exponent) {
         let sign = if exponent < 0 { '-' } else { '+' };
@@ -483,31 +410,19 @@ mod tests {
     #[test]
     fn source_date_epoch_is_utc_and_must_be_a_number() {
         // date -u -d @1793869623
-        assert_eq!(
-            epoch_time("1793869623").unwrap().to_string(),
-            "2026-11-05 09:07:03"
-        );
+        assert_eq!(epoch_time("1793869623").unwrap().to_string(), "2026-11-05 09:07:03");
         let error = epoch_time("today").unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "SOURCE_DATE_EPOCH: expected seconds since 1970, found `today`"
-        );
+        assert_eq!(error, "SOURCE_DATE_EPOCH: expected seconds since 1970, found `today`");
     }
 
     #[test]
     fn a_stored_render_time_is_shown_again() {
         let now = ChatTemplate::new("{{ strftime_now('%d %b') }}", BTreeMap::new()).unwrap();
-        let mut resumed =
-            ChatTemplate::new("{{ strftime_now('%d %b %H') }}", BTreeMap::new()).unwrap();
+        let mut resumed = ChatTemplate::new("{{ strftime_now('%d %b %H') }}", BTreeMap::new()).unwrap();
         resumed.set_render_time(&now.render_time()).unwrap();
         assert_eq!(resumed.render_time(), now.render_time());
         resumed.set_render_time("2024-02-29T23:00:01").unwrap();
-        assert_eq!(
-            resumed
-                .render::<Message>(&[], true, &serde_json::Map::new())
-                .unwrap(),
-            "29 Feb 23"
-        );
+        assert_eq!(resumed.render::<Message>(&[], true, &serde_json::Map::new()).unwrap(), "29 Feb 23");
         assert!(resumed.set_render_time("2024-02-30T00:00:00").is_err());
     }
 

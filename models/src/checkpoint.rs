@@ -56,7 +56,8 @@ impl Checkpoint {
             return Err(ModelError::NoWeights { folder: folder.into() });
         }
         let text = std::fs::read_to_string(&index).map_err(|source| ModelError::Io { path: index.clone(), source })?;
-        let json: Value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: index.clone(), source })?;
+        let json: Value =
+            serde_json::from_str(&text).map_err(|source| ModelError::Json { path: index.clone(), source })?;
         let wrong = |found: &str| ModelError::Config {
             path: index.clone(),
             key: "weight_map".into(),
@@ -75,7 +76,11 @@ impl Checkpoint {
         }
         if let Some((name, file)) = names.iter().find(|(name, _)| !checkpoint.index.contains_key(*name)) {
             let hint = format!(" ({} says it is here)", index.display());
-            return Err(ModelError::MissingTensor { file: folder.join(file.as_str().unwrap_or("")), tensor: name.clone(), hint });
+            return Err(ModelError::MissingTensor {
+                file: folder.join(file.as_str().unwrap_or("")),
+                tensor: name.clone(),
+                hint,
+            });
         }
         Ok(checkpoint)
     }
@@ -155,9 +160,19 @@ impl Checkpoint {
     }
 
     /// A loader of a model's parameters in `kind` on `device`: mapped where both fit, else converted copies.
-    pub fn loader<'a>(&'a self, config: &DecoderConfig, kind: Kind, device: Device) -> impl FnMut(&str) -> Result<Tensor> + 'a {
-        let shapes: HashMap<String, Vec<i64>> =
-            config.shape().units.into_iter().flat_map(|unit| unit.params).map(|param| (param.name, param.shape)).collect();
+    pub fn loader<'a>(
+        &'a self,
+        config: &DecoderConfig,
+        kind: Kind,
+        device: Device,
+    ) -> impl FnMut(&str) -> Result<Tensor> + 'a {
+        let shapes: HashMap<String, Vec<i64>> = config
+            .shape()
+            .units
+            .into_iter()
+            .flat_map(|unit| unit.params)
+            .map(|param| (param.name, param.shape))
+            .collect();
         move |name| {
             let shape = shapes.get(name).unwrap_or_else(|| panic!("`{name}` is a parameter of this architecture"));
             let tensor = self.tensor(name, shape)?;
@@ -238,7 +253,8 @@ pub fn save_pretrained(
 
 fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]) -> Result<Value> {
     let text = std::fs::read_to_string(like).map_err(|source| ModelError::Io { path: like.into(), source })?;
-    let mut config: Value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: like.into(), source })?;
+    let mut config: Value =
+        serde_json::from_str(&text).map_err(|source| ModelError::Json { path: like.into(), source })?;
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("llama").to_string();
     let stem = match model_type.as_str() {
         "mistral" => "Mistral",
@@ -321,7 +337,9 @@ pub fn random_parameter(name: &str, shape: &[i64], initializer_range: f64, seed:
     if name.ends_with(".bias") {
         return Tensor::zeros(shape, (Kind::Float, Device::Cpu));
     }
-    let stream = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let stream = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     let values: Vec<f32> = (0..shape.iter().product::<i64>())
         .map(|i| (initializer_range * normal(seed, Domain::Weights, stream, i as u32, (i >> 32) as u32)) as f32)
         .collect();

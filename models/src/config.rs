@@ -58,9 +58,16 @@ pub struct Rope {
 pub enum RopeScaling {
     None,
     /// Positions divided by the factor.
-    Linear { factor: f64 },
+    Linear {
+        factor: f64,
+    },
     /// Llama 3.1's: low frequencies divided, high ones kept, a ramp between.
-    Llama3 { factor: f64, low_freq_factor: f64, high_freq_factor: f64, original_max_positions: f64 },
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_positions: f64,
+    },
 }
 
 impl DecoderConfig {
@@ -89,11 +96,15 @@ impl DecoderConfig {
         use TensorParallelAxis::{Columns, Replicated, Rows};
         let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
         let (h, f, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
-        let mut units =
-            vec![UnitShape { name: "embedding".into(), params: vec![param("model.embed_tokens.weight".into(), &[v, h], Rows)] }];
+        let mut units = vec![UnitShape {
+            name: "embedding".into(),
+            params: vec![param("model.embed_tokens.weight".into(), &[v, h], Rows)],
+        }];
         for layer in 0..self.num_layers {
             let mut params = Vec::new();
-            let mut add = |name: &str, shape: &[i64], axis| params.push(param(format!("model.layers.{layer}.{name}"), shape, axis));
+            let mut add = |name: &str, shape: &[i64], axis| {
+                params.push(param(format!("model.layers.{layer}.{name}"), shape, axis))
+            };
             let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
             add("input_layernorm.weight", &[h], Replicated);
             for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
@@ -230,13 +241,19 @@ impl ConfigFile {
     }
 
     fn head(&self) -> Result<HeadKind> {
-        let names: Vec<&str> =
-            self.get("architectures").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).collect();
+        let names: Vec<&str> = self
+            .get("architectures")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
         if !names.iter().any(|name| name.ends_with("ForSequenceClassification")) {
             return Ok(HeadKind::Logits);
         }
         let labels = self.get("num_labels").and_then(Value::as_i64);
-        let labels = labels.or_else(|| self.get("id2label").and_then(Value::as_object).map(|map| map.len() as i64)).unwrap_or(1);
+        let labels =
+            labels.or_else(|| self.get("id2label").and_then(Value::as_object).map(|map| map.len() as i64)).unwrap_or(1);
         if labels != 1 {
             return Err(self.wrong("num_labels", "1 (a scalar score head)", &labels.to_string()));
         }
@@ -266,8 +283,12 @@ impl ConfigFile {
             Some(theta) => theta,
             None => self.number_or("rope_theta", 10_000.0)?,
         };
-        let kind = table.and_then(|t| t.get("rope_type").or_else(|| t.get("type"))).and_then(Value::as_str).unwrap_or("default");
-        let need = |name: &str| number(name).ok_or_else(|| self.wrong(&format!("{key}.{name}"), "a number", "no such key"));
+        let kind = table
+            .and_then(|t| t.get("rope_type").or_else(|| t.get("type")))
+            .and_then(Value::as_str)
+            .unwrap_or("default");
+        let need =
+            |name: &str| number(name).ok_or_else(|| self.wrong(&format!("{key}.{name}"), "a number", "no such key"));
         let scaling = match kind {
             "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: need("factor")? },

@@ -12,6 +12,9 @@ use crate::layers::{Linear, RmsNorm, RotaryTable, inverse_frequencies, packed_at
 /// Gives each parameter by its Hugging Face name, in the shape that [`DecoderConfig::shape`] lists.
 pub type Load<'a> = dyn FnMut(&str) -> Result<Tensor> + 'a;
 
+/// How a layer attends: q `[N, heads, D]`, k and v `[N, kv_heads, D]` and the layer's window to `[N, heads, D]`.
+pub type Attend<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor, Option<i64>) -> Tensor + 'a;
+
 /// Embedding, layers and final norm; tensors are handles, cloning shares the weights.
 #[derive(Debug)]
 pub struct Decoder {
@@ -78,7 +81,7 @@ impl Decoder {
         index: usize,
         hidden: &Tensor,
         rotary: &RotaryTable,
-        attend: &mut dyn FnMut(&Tensor, &Tensor, &Tensor, Option<i64>) -> Tensor,
+        attend: &mut Attend,
     ) -> Tensor {
         let layer = &self.layers[index];
         let x = layer.input_norm.forward(hidden);

@@ -54,11 +54,7 @@ pub struct ImportReport {
 /// [`ImportError`] names the file and what is wrong in it: an architecture, pre-tokenizer or block type that is not
 /// supported, a truncated or inconsistent file, a tensor that is missing or has another shape than the configuration
 /// says. An `output` that exists and is not an empty folder is refused.
-pub fn import_gguf(
-    source: &Path,
-    output: &Path,
-    dtype: WeightDtype,
-) -> Result<ImportReport, ImportError> {
+pub fn import_gguf(source: &Path, output: &Path, dtype: WeightDtype) -> Result<ImportReport, ImportError> {
     refuse_occupied(output)?;
     let staging = StagingFolder::beside(output)?;
     let (gguf, label) = gguf_file(source, &staging)?;
@@ -69,18 +65,9 @@ pub fn import_gguf(
     let tokenizer = TokenizerFiles::from_header(&header, &config)?;
     let plan = weights::plan(&header, &config)?;
 
-    let num_parameters = weights::write(
-        &gguf,
-        &header,
-        &plan,
-        dtype,
-        &staging.path.join("model.safetensors"),
-    )?;
+    let num_parameters = weights::write(&gguf, &header, &plan, dtype, &staging.path.join("model.safetensors"))?;
     staging.write_json("config.json", &config.to_json(&tokenizer.special, dtype))?;
-    staging.write_json(
-        "generation_config.json",
-        &tokenizer.special.generation_config(),
-    )?;
+    staging.write_json("generation_config.json", &tokenizer.special.generation_config())?;
     staging.write_json("tokenizer.json", &tokenizer.tokenizer)?;
     staging.write_json("tokenizer_config.json", &tokenizer.tokenizer_config)?;
     staging.write_json("special_tokens_map.json", &tokenizer.special.map())?;
@@ -106,10 +93,7 @@ fn gguf_file(source: &Path, staging: &StagingFolder) -> Result<(PathBuf, String)
     match start.as_slice() {
         b"GGUF" => Ok((source.to_path_buf(), source.display().to_string())),
         b"PK\x03\x04" => archive::extract(source, &staging.path),
-        _ => Err(ImportError::NotGguf {
-            file: source.display().to_string(),
-            found: start.escape_ascii().to_string(),
-        }),
+        _ => Err(ImportError::NotGguf { file: source.display().to_string(), found: start.escape_ascii().to_string() }),
     }
 }
 
@@ -119,9 +103,7 @@ fn refuse_occupied(output: &Path) -> Result<(), ImportError> {
         Err(_) => fs::symlink_metadata(output).is_ok(),
     };
     if occupied {
-        return Err(ImportError::OutputExists {
-            path: output.to_path_buf(),
-        });
+        return Err(ImportError::OutputExists { path: output.to_path_buf() });
     }
     Ok(())
 }
@@ -133,16 +115,8 @@ struct StagingFolder {
 
 impl StagingFolder {
     fn beside(output: &Path) -> Result<Self, ImportError> {
-        let name = output
-            .file_name()
-            .ok_or_else(|| ImportError::OutputExists {
-                path: output.to_path_buf(),
-            })?;
-        let path = output.with_file_name(format!(
-            ".{}.partial-{}",
-            name.to_string_lossy(),
-            std::process::id()
-        ));
+        let name = output.file_name().ok_or_else(|| ImportError::OutputExists { path: output.to_path_buf() })?;
+        let path = output.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
         fs::create_dir_all(&path).map_err(|cause| ImportError::io(&path, cause))?;
         Ok(Self { path })
     }
@@ -155,9 +129,7 @@ impl StagingFolder {
     fn remove(&self, name: &str) -> Result<(), ImportError> {
         let path = self.path.join(name);
         match fs::remove_file(&path) {
-            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => {
-                Err(ImportError::io(&path, cause))
-            }
+            Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(ImportError::io(&path, cause)),
             _ => Ok(()),
         }
     }

@@ -5,7 +5,7 @@ use echelon_core::zero::{Head, ParamWithGrad, PolicyOutput, ScalarValues};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
-/// Logits held at once: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
+/// Logits in one chunk: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
 const CHUNK_LOGITS: i64 = 1 << 24;
 
 /// Log-probs (and entropy) of the wanted tokens, a chunk of rows at a time, so that memory does not grow with
@@ -17,6 +17,7 @@ pub struct LogprobHead {
     weight: Tensor,
     grad: Option<Tensor>,
     temperature: f64,
+    chunk_logits: i64,
 }
 
 /// Per-token outputs in `[b, T]` rows, 0 where nothing is wanted.
@@ -39,11 +40,11 @@ struct LogprobLeaves {
 impl LogprobHead {
     /// A frozen head.
     pub fn frozen(weight: Tensor, temperature: f64) -> LogprobHead {
-        LogprobHead { weight, grad: None, temperature }
+        LogprobHead { weight, grad: None, temperature, chunk_logits: CHUNK_LOGITS }
     }
 
     pub fn trained(param: ParamWithGrad, temperature: f64) -> LogprobHead {
-        LogprobHead { weight: param.weight, grad: Some(param.grad), temperature }
+        LogprobHead { grad: Some(param.grad), ..LogprobHead::frozen(param.weight, temperature) }
     }
 
     /// `[V, H]`.
@@ -62,7 +63,7 @@ impl LogprobHead {
     }
 
     fn chunk_rows(&self) -> i64 {
-        (CHUNK_LOGITS / self.weight.size()[0]).max(1)
+        (self.chunk_logits / self.weight.size()[0]).max(1)
     }
 
     /// log-probs, entropy and log-sum-exp, `[R]` each.
@@ -228,4 +229,54 @@ impl ScalarValues for ScalarOutput {
 fn defined_or_zeros(leaf: &Tensor) -> Tensor {
     let grad = leaf.grad();
     if grad.defined() { grad } else { leaf.detach().zeros_like() }
+}
+
+#[cfg(test)]
+mod tests {
+    use echelon_core::rollout::Tokens;
+    use tch::Device;
+
+    use super::*;
+
+    /// Random f64 numbers that are the same every time.
+    fn numbers(size: &[i64], seed: f64) -> Tensor {
+        let count: i64 = size.iter().product();
+        let index = Tensor::arange(count, tch::kind::DOUBLE_CPU);
+        ((index + seed) * 12.9898).sin().view(size)
+    }
+
+    fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
+    /// Against log_softmax under plain autograd, for chunks of one row, of three, and one chunk for all.
+    #[test]
+    fn gradients_of_logprobs_and_entropy_equal_autograds() {
+        let (vocabulary, width) = (19, 8);
+        let row = |length: i64| ((0..length).map(|t| (t * 7) % vocabulary).collect(), (0..length).map(|t| t > 1).collect());
+        let batch = PackedRows::new(&Tokens::from_rows(&[row(6), row(3), row(5)]), Device::Cpu);
+        let rows = batch.targets.size()[0];
+        let (hidden, weight) = (numbers(&[rows, width], 0.3), numbers(&[vocabulary, width], 0.7));
+        let (of_logprobs, of_entropy) = (numbers(&[rows], 1.1), numbers(&[rows], 2.2));
+        for temperature in [1.0, 0.7] {
+            let leaves = [&hidden, &weight].map(|tensor| tensor.copy().set_requires_grad(true));
+            let log_p = (leaves[0].matmul(&leaves[1].tr()) / temperature).log_softmax(-1, Kind::Double);
+            let logprobs = log_p.gather(1, &batch.targets.unsqueeze(1), false).squeeze_dim(1);
+            let entropy = -(log_p.exp() * &log_p).sum_dim_intlist(1, false, Kind::Double);
+            (&logprobs * &of_logprobs + &entropy * &of_entropy).sum(Kind::Double).backward();
+
+            for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS] {
+                let grad = weight.zeros_like();
+                let param = ParamWithGrad { weight: weight.copy(), grad: grad.shallow_clone() };
+                let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
+                let output = head.forward(&hidden, &batch, true).unwrap();
+                let found = [output.logprobs(), output.entropy().unwrap()].map(|rows| batch.from_rows(rows));
+                assert!(largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12);
+                (&found[0] * &of_logprobs + &found[1] * &of_entropy).sum(Kind::Double).backward();
+                let of_hidden = tch::no_grad(|| head.backward(&hidden, &batch, &output)).unwrap();
+                assert!(largest_difference(&of_hidden, &leaves[0].grad()) < 1e-10, "hidden, chunks of {chunk_logits}");
+                assert!(largest_difference(&grad, &leaves[1].grad()) < 1e-10, "weight, chunks of {chunk_logits}");
+            }
+        }
+    }
 }

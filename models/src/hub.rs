@@ -40,9 +40,7 @@ const RETRY_WAITS: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(
 /// # Errors
 /// [`HubError`] names the reference, the file and what to do about it.
 pub fn resolve_model(reference: &str, base_dir: &Path) -> Result<PathBuf, HubError> {
-    resolve(reference, base_dir, || {
-        HubSettings::from_variables(|name| std::env::var(name).ok())
-    })
+    resolve(reference, base_dir, || HubSettings::from_variables(|name| std::env::var(name).ok()))
 }
 
 /// Why a model could not be found or fetched.
@@ -55,13 +53,7 @@ pub enum HubError {
     NotAFolder { reference: String, path: PathBuf },
 
     #[error("model {id}: there is no folder {}, and {endpoint} has no {file} at revision {revision}; check the spelling of the id and the revision", folder.display())]
-    NotOnHub {
-        id: String,
-        revision: String,
-        file: String,
-        endpoint: String,
-        folder: PathBuf,
-    },
+    NotOnHub { id: String, revision: String, file: String, endpoint: String, folder: PathBuf },
 
     #[error(
         "model {id}: neither {WEIGHTS} nor {WEIGHTS_INDEX} at revision {revision}; only safetensors weights are read"
@@ -71,11 +63,7 @@ pub enum HubError {
     #[error(
         "model {id}: {file}: access refused (status {status}); check the spelling of the id, and for a private or gated model set HF_TOKEN to a token that may read it"
     )]
-    Refused {
-        id: String,
-        file: String,
-        status: u16,
-    },
+    Refused { id: String, file: String, status: u16 },
 
     #[error("model {id}: not complete in the cache {}, and HF_HUB_OFFLINE forbids fetching it; unset it once, or name a folder", cache.display())]
     Offline { id: String, cache: PathBuf },
@@ -89,12 +77,7 @@ pub enum HubError {
     Changed { id: String, file: String },
 
     #[error("model {id}: {file}: download failed: {source}; try again (HF_ENDPOINT is {endpoint})")]
-    Download {
-        id: String,
-        file: String,
-        endpoint: String,
-        source: Box<ApiError>,
-    },
+    Download { id: String, file: String, endpoint: String, source: Box<ApiError> },
 
     #[error("model {id}: no folder for the cache: set HF_HOME")]
     NoCache { id: String },
@@ -116,9 +99,8 @@ impl HubSettings {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
         let default_home = || Some(std::env::home_dir()?.join(".cache/huggingface"));
-        let offline = set("HF_HUB_OFFLINE").is_some_and(|value| {
-            ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str())
-        });
+        let offline = set("HF_HUB_OFFLINE")
+            .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str()));
         Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
             home: set("HF_HOME").map(PathBuf::from).or_else(default_home),
@@ -128,26 +110,16 @@ impl HubSettings {
     }
 }
 
-fn resolve(
-    reference: &str,
-    base_dir: &Path,
-    settings: impl FnOnce() -> HubSettings,
-) -> Result<PathBuf, HubError> {
+fn resolve(reference: &str, base_dir: &Path, settings: impl FnOnce() -> HubSettings) -> Result<PathBuf, HubError> {
     let folder = base_dir.join(reference);
     if folder.is_dir() {
         return Ok(folder);
     }
     if folder.is_file() {
-        return Err(HubError::NotAFolder {
-            reference: reference.to_owned(),
-            path: folder,
-        });
+        return Err(HubError::NotAFolder { reference: reference.to_owned(), path: folder });
     }
     let Some((id, revision)) = hub_id(reference) else {
-        return Err(HubError::NoSuchModel {
-            reference: reference.to_owned(),
-            folder,
-        });
+        return Err(HubError::NoSuchModel { reference: reference.to_owned(), folder });
     };
     let settings = settings();
     let Some(home) = &settings.home else {
@@ -161,10 +133,7 @@ fn resolve(
             return Ok(snapshot);
         }
         _ if settings.offline => {
-            return Err(HubError::Offline {
-                id: id.to_owned(),
-                cache: cache.path().clone(),
-            });
+            return Err(HubError::Offline { id: id.to_owned(), cache: cache.path().clone() });
         }
         _ => {}
     }
@@ -178,10 +147,7 @@ fn hub_id(reference: &str) -> Option<(&str, &str)> {
     let (owner, name) = id.split_once('/')?;
     let is_word = |word: &str| {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        !word.is_empty()
-            && word.chars().all(allowed)
-            && !word.starts_with('.')
-            && !word.contains("..")
+        !word.is_empty() && word.chars().all(allowed) && !word.starts_with('.') && !word.contains("..")
     };
     (is_word(owner) && is_word(name) && revision.split('/').all(is_word)).then_some((id, revision))
 }
@@ -194,39 +160,26 @@ fn cached_snapshot(cache: &CacheRepo) -> Option<PathBuf> {
     }
     let index = std::fs::read_to_string(cache.get(WEIGHTS_INDEX)?).ok()?;
     let shards = shard_names(&index).ok()?;
-    shards
-        .iter()
-        .all(|shard| snapshot.join(shard).exists())
-        .then_some(snapshot)
+    shards.iter().all(|shard| snapshot.join(shard).exists()).then_some(snapshot)
 }
 
 /// The files that an index of sharded weights names, each once.
 ///
 /// A name with a path could leave the cache folder and is refused.
 fn shard_names(index: &str) -> Result<Vec<String>, String> {
-    let index: serde_json::Value =
-        serde_json::from_str(index).map_err(|cause| cause.to_string())?;
-    let map = index["weight_map"]
-        .as_object()
-        .ok_or("expected an object weight_map of tensor names to files")?;
+    let index: serde_json::Value = serde_json::from_str(index).map_err(|cause| cause.to_string())?;
+    let map = index["weight_map"].as_object().ok_or("expected an object weight_map of tensor names to files")?;
     let mut names = Vec::new();
     for (tensor, file) in map {
-        let plain = |name: &&str| {
-            name.ends_with(".safetensors") && !name.contains(['/', '\\']) && !name.starts_with('.')
-        };
+        let plain =
+            |name: &&str| name.ends_with(".safetensors") && !name.contains(['/', '\\']) && !name.starts_with('.');
         let name = file.as_str().filter(plain);
-        let name = name.ok_or_else(|| {
-            format!("{tensor}: expected the name of a .safetensors file, found {file}")
-        })?;
+        let name = name.ok_or_else(|| format!("{tensor}: expected the name of a .safetensors file, found {file}"))?;
         names.push(name.to_owned());
     }
     names.sort_unstable();
     names.dedup();
-    if names.is_empty() {
-        Err("weight_map is empty".to_owned())
-    } else {
-        Ok(names)
-    }
+    if names.is_empty() { Err("weight_map is empty".to_owned()) } else { Ok(names) }
 }
 
 /// One revision of a model on the hub.
@@ -257,12 +210,7 @@ impl<'a> RemoteModel<'a> {
             endpoint: settings.endpoint.clone(),
             source: Box::new(cause),
         })?;
-        Ok(Self {
-            id,
-            revision,
-            endpoint: &settings.endpoint,
-            repo: api.repo(repo),
-        })
+        Ok(Self { id, revision, endpoint: &settings.endpoint, repo: api.repo(repo) })
     }
 
     /// Fetches configuration, tokenizer and weights, in this order; returns the snapshot's folder.
@@ -282,22 +230,13 @@ impl<'a> RemoteModel<'a> {
             return Ok(snapshot);
         }
         if !self.fetch_into(&snapshot, WEIGHTS_INDEX)? {
-            return Err(HubError::NoWeights {
-                id: self.id.to_owned(),
-                revision: self.revision.to_owned(),
-            });
+            return Err(HubError::NoWeights { id: self.id.to_owned(), revision: self.revision.to_owned() });
         }
-        let wrong = |detail: String| HubError::Index {
-            id: self.id.to_owned(),
-            detail,
-        };
-        let index = std::fs::read_to_string(snapshot.join(WEIGHTS_INDEX))
-            .map_err(|cause| wrong(cause.to_string()))?;
+        let wrong = |detail: String| HubError::Index { id: self.id.to_owned(), detail };
+        let index = std::fs::read_to_string(snapshot.join(WEIGHTS_INDEX)).map_err(|cause| wrong(cause.to_string()))?;
         for shard in shard_names(&index).map_err(wrong)? {
             if !self.fetch_into(&snapshot, &shard)? {
-                return Err(wrong(format!(
-                    "it names {shard}, which the repository does not have"
-                )));
+                return Err(wrong(format!("it names {shard}, which the repository does not have")));
             }
         }
         Ok(snapshot)
@@ -308,10 +247,7 @@ impl<'a> RemoteModel<'a> {
         match self.fetch(file)? {
             None => Ok(false),
             Some(path) if path.parent() == Some(snapshot) => Ok(true),
-            Some(_) => Err(HubError::Changed {
-                id: self.id.to_owned(),
-                file: file.to_owned(),
-            }),
+            Some(_) => Err(HubError::Changed { id: self.id.to_owned(), file: file.to_owned() }),
         }
     }
 
@@ -329,11 +265,7 @@ impl<'a> RemoteModel<'a> {
             match status(&cause) {
                 Some(404) => return Ok(None),
                 Some(status @ (401 | 403)) => {
-                    return Err(HubError::Refused {
-                        id: self.id.to_owned(),
-                        file: file.to_owned(),
-                        status,
-                    });
+                    return Err(HubError::Refused { id: self.id.to_owned(), file: file.to_owned(), status });
                 }
                 _ => {}
             }

@@ -88,12 +88,8 @@ pub fn packed_attention(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[i64], win
     let groups = q.size()[1] / k.size()[1];
     let (k, v) = (repeat_heads(k, groups), repeat_heads(v, groups));
     let split = |x: &Tensor| x.split_with_sizes(lengths, 0);
-    let outputs: Vec<Tensor> = split(q)
-        .iter()
-        .zip(split(&k))
-        .zip(split(&v))
-        .map(|((q, k), v)| causal_attention(q, &k, &v, window))
-        .collect();
+    let outputs: Vec<Tensor> =
+        split(q).iter().zip(split(&k)).zip(split(&v)).map(|((q, k), v)| causal_attention(q, &k, &v, window)).collect();
     Tensor::cat(&outputs, 0)
 }
 

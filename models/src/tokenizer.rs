@@ -24,41 +24,22 @@ use crate::chat_template::{ChatTemplate, ChatTemplateError, Message};
 pub enum TokenizerError {
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// A file is not JSON.
     #[error("{}: not valid JSON: {source}", path.display())]
-    Json {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
+    Json { path: PathBuf, source: serde_json::Error },
     /// A key has a value of another type than it must have.
     #[error("{}: `{key}`: expected {expected}, found {found}", path.display())]
-    Key {
-        path: PathBuf,
-        key: String,
-        expected: &'static str,
-        found: String,
-    },
+    Key { path: PathBuf, key: String, expected: &'static str, found: String },
     /// `tokenizer.json` is JSON, but no tokenizer.
     #[error("{}: no tokenizer that can be used: {message}", path.display())]
     Definition { path: PathBuf, message: String },
     /// A special token has another id in `tokenizer_config.json` than in `tokenizer.json`.
     #[error("{}: token `{token}` is declared with id {declared}, but tokenizer.json gives it id {found}: the two files are of different models", path.display())]
-    TokenId {
-        path: PathBuf,
-        token: String,
-        declared: u32,
-        found: u32,
-    },
+    TokenId { path: PathBuf, token: String, declared: u32, found: u32 },
     /// Text could not be encoded, or ids not decoded.
     #[error("{operation} failed: {message}")]
-    Convert {
-        operation: &'static str,
-        message: String,
-    },
+    Convert { operation: &'static str, message: String },
     /// A token id below 0 or above 2^32.
     #[error("token id {id} cannot be decoded: ids are between 0 and 4294967295")]
     IdRange { id: i64 },
@@ -72,11 +53,7 @@ pub enum TokenizerError {
     #[error(
         "the chat template does not write message {index} (`{role}`) the same way {when}: split the conversation so that each ends with the assistant turn to learn"
     )]
-    Inconsistent {
-        index: usize,
-        role: String,
-        when: &'static str,
-    },
+    Inconsistent { index: usize, role: String, when: &'static str },
     /// The chat template is invalid or refused the messages.
     #[error(transparent)]
     ChatTemplate(#[from] ChatTemplateError),
@@ -114,15 +91,8 @@ const FILES: [&str; 12] = [
 ];
 
 /// The special tokens with a name, as templates use them.
-const NAMED_TOKENS: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
+const NAMED_TOKENS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 impl Tokenizer {
     /// Loads the tokenizer of a Hugging Face folder. Only `tokenizer.json` must exist.
@@ -140,10 +110,7 @@ impl Tokenizer {
             let token = special_tokens.named.get(name)?;
             inner.token_to_id(&token.content).map(i64::from)
         };
-        let texts = special_tokens
-            .named
-            .iter()
-            .map(|(name, token)| (name.clone(), token.content.clone()));
+        let texts = special_tokens.named.iter().map(|(name, token)| (name.clone(), token.content.clone()));
         Ok(Self {
             bos_id: id_of("bos_token").or(folder.model_ids("bos_token_id")?.first().copied()),
             eos_ids: union(id_of("eos_token"), folder.model_ids("eos_token_id")?),
@@ -179,13 +146,8 @@ impl Tokenizer {
     /// # Errors
     /// A negative id.
     pub fn decode(&self, ids: &[i64], skip_special: bool) -> Result<String> {
-        let ids = ids
-            .iter()
-            .map(|&id| token_id(id))
-            .collect::<Result<Vec<u32>>>()?;
-        self.inner
-            .decode(&ids, skip_special)
-            .map_err(convert("decoding"))
+        let ids = ids.iter().map(|&id| token_id(id)).collect::<Result<Vec<u32>>>()?;
+        self.inner.decode(&ids, skip_special).map_err(convert("decoding"))
     }
 
     /// Decodes one sequence token by token, for streaming and stop strings.
@@ -228,25 +190,16 @@ impl Tokenizer {
     /// between two models iff their tokenizers' fingerprints are equal. Reads the whole vocabulary: call once.
     pub fn fingerprint(&self) -> String {
         // The tokenizer's own serialisation, not the file: merges, for one, have been written in two forms.
-        let mut definition = serde_json::to_value(&*self.inner)
-            .expect("a tokenizer read from JSON can be written as JSON");
+        let mut definition =
+            serde_json::to_value(&*self.inner).expect("a tokenizer read from JSON can be written as JSON");
         let mut hash = Sha256::new();
-        for key in [
-            "model",
-            "normalizer",
-            "pre_tokenizer",
-            "decoder",
-            "added_tokens",
-        ] {
+        for key in ["model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"] {
             let mut part = definition.get_mut(key).map(Value::take).unwrap_or_default();
             part.sort_all_objects();
             hash.update(key);
             hash.update(part.to_string());
         }
-        hash.finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Writes the tokenizer's files into `dir`, byte for byte as they were loaded.
@@ -262,9 +215,7 @@ impl Tokenizer {
     }
 
     fn encoding(&self, text: &str, add_special_tokens: bool) -> Result<Encoding> {
-        self.inner
-            .encode(text, add_special_tokens)
-            .map_err(convert("encoding"))
+        self.inner.encode(text, add_special_tokens).map_err(convert("encoding"))
     }
 }
 
@@ -279,25 +230,15 @@ impl Tokenizer {
     ///
     /// # Errors
     /// No chat template, or the template refuses the messages (its own words are in the error).
-    pub fn apply_chat_template(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<String> {
-        Ok(self
-            .template()?
-            .render(messages, add_generation_prompt, &Map::new())?)
+    pub fn apply_chat_template(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        Ok(self.template()?.render(messages, add_generation_prompt, &Map::new())?)
     }
 
     /// The conversation as token ids. The template alone decides about special tokens, so none is added a second time.
     ///
     /// # Errors
     /// As [`Tokenizer::apply_chat_template`] and [`Tokenizer::encode`].
-    pub fn encode_chat(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<Vec<i64>> {
+    pub fn encode_chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<i64>> {
         self.encode_plain(&self.apply_chat_template(messages, add_generation_prompt)?)
     }
 
@@ -316,9 +257,7 @@ impl Tokenizer {
             }
             let (start, end) = self.turn_bytes(messages, index, &text)?;
             let turn: Vec<usize> = tokens_within(&encoding, start, end).collect();
-            let last = turn
-                .iter()
-                .rposition(|&token| self.ends_turn(encoding.get_ids()[token]));
+            let last = turn.iter().rposition(|&token| self.ends_turn(encoding.get_ids()[token]));
             for &token in &turn[..last.map_or(turn.len(), |last| last + 1)] {
                 mask[token] = true;
             }
@@ -343,19 +282,13 @@ impl Tokenizer {
     }
 
     fn template(&self) -> Result<&ChatTemplate> {
-        let missing = || TokenizerError::NoChatTemplate {
-            folder: self.folder.clone(),
-        };
+        let missing = || TokenizerError::NoChatTemplate { folder: self.folder.clone() };
         self.chat_template.as_ref().ok_or_else(missing)
     }
 
     /// Where in `text` the assistant's turn `index` stands, without its header.
     fn turn_bytes(&self, messages: &[Message], index: usize, text: &str) -> Result<(usize, usize)> {
-        let inconsistent = |when| TokenizerError::Inconsistent {
-            index,
-            role: messages[index].role.clone(),
-            when,
-        };
+        let inconsistent = |when| TokenizerError::Inconsistent { index, role: messages[index].role.clone(), when };
         let before = self.apply_chat_template(&messages[..index], true)?;
         let through = self.apply_chat_template(&messages[..=index], false)?;
         if !through.starts_with(&before) {
@@ -409,10 +342,7 @@ impl DecodeStream {
             text = self.text()?;
         }
         let certain = self.certain(&text);
-        let new = certain
-            .strip_prefix(&self.given)
-            .unwrap_or_default()
-            .to_owned();
+        let new = certain.strip_prefix(&self.given).unwrap_or_default().to_owned();
         let whole = certain.len() == text.len();
         self.given.push_str(&new);
         if whole && !new.is_empty() {
@@ -429,16 +359,11 @@ impl DecodeStream {
     /// The decoder of the tokenizer fails.
     pub fn finish(self) -> Result<String> {
         let text = self.text()?;
-        Ok(text
-            .strip_prefix(&self.given)
-            .unwrap_or_default()
-            .to_owned())
+        Ok(text.strip_prefix(&self.given).unwrap_or_default().to_owned())
     }
 
     fn text(&self) -> Result<String> {
-        self.tokenizer
-            .decode(&self.ids, self.skip_special)
-            .map_err(convert("decoding"))
+        self.tokenizer.decode(&self.ids, self.skip_special).map_err(convert("decoding"))
     }
 
     /// `text` without what the next token may still change.
@@ -448,8 +373,7 @@ impl DecodeStream {
         if self.ids.len() > Self::MAX_TOKENS && broken > Self::MAX_INCOMPLETE {
             return text;
         }
-        let kept =
-            broken.saturating_sub(Self::MAX_INCOMPLETE) * char::REPLACEMENT_CHARACTER.len_utf8();
+        let kept = broken.saturating_sub(Self::MAX_INCOMPLETE) * char::REPLACEMENT_CHARACTER.len_utf8();
         &text[..sound.len() + kept]
     }
 }
@@ -481,10 +405,7 @@ impl Folder {
         }
         let model_config = read_if_exists(&path.join("config.json"))?;
         let object = |name: &str| {
-            let bytes = files
-                .iter()
-                .find(|(file, _)| *file == name)
-                .map(|(_, bytes)| bytes.as_slice());
+            let bytes = files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| bytes.as_slice());
             json_object(&path.join(name), bytes)
         };
         Ok(Self {
@@ -501,16 +422,10 @@ impl Folder {
     fn definition(&self) -> Result<tokenizers::Tokenizer> {
         let path = self.path.join(FILES[0]);
         let Some((_, bytes)) = self.files.iter().find(|(name, _)| *name == FILES[0]) else {
-            let source = std::io::Error::new(
-                std::io::ErrorKind::NotFound,
-                "no such file; a model's folder needs one",
-            );
+            let source = std::io::Error::new(std::io::ErrorKind::NotFound, "no such file; a model's folder needs one");
             return Err(TokenizerError::Io { path, source });
         };
-        let failed = |error: tokenizers::Error| TokenizerError::Definition {
-            path,
-            message: error.to_string(),
-        };
+        let failed = |error: tokenizers::Error| TokenizerError::Definition { path, message: error.to_string() };
         let parse = || {
             let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
             tokenizer.with_truncation(None)?;
@@ -526,18 +441,9 @@ impl Folder {
         if !self.config.contains_key("added_tokens_decoder") {
             sources.push(("special_tokens_map.json", &self.special_tokens_map));
         }
-        let mut tokens = SpecialTokens {
-            named: BTreeMap::new(),
-            extra: Vec::new(),
-        };
-        if let Some(padding) = tokenizer
-            .get_padding()
-            .filter(|_| !self.config.contains_key("pad_token"))
-        {
-            tokens.named.insert(
-                "pad_token".to_owned(),
-                AddedToken::from(padding.pad_token.as_str(), true),
-            );
+        let mut tokens = SpecialTokens { named: BTreeMap::new(), extra: Vec::new() };
+        if let Some(padding) = tokenizer.get_padding().filter(|_| !self.config.contains_key("pad_token")) {
+            tokens.named.insert("pad_token".to_owned(), AddedToken::from(padding.pad_token.as_str(), true));
         }
         for (file, values) in sources {
             for name in NAMED_TOKENS {
@@ -548,9 +454,7 @@ impl Folder {
             for name in ["additional_special_tokens", "extra_special_tokens"] {
                 let list = values.get(name).and_then(Value::as_array);
                 for value in list.into_iter().flatten() {
-                    tokens
-                        .extra
-                        .extend(self.special_token(file, name, Some(value))?);
+                    tokens.extra.extend(self.special_token(file, name, Some(value))?);
                 }
             }
         }
@@ -558,12 +462,7 @@ impl Folder {
     }
 
     /// A token written as a string or as an object with `content`; null is none.
-    fn special_token(
-        &self,
-        file: &str,
-        key: &str,
-        value: Option<&Value>,
-    ) -> Result<Option<AddedToken>> {
+    fn special_token(&self, file: &str, key: &str, value: Option<&Value>) -> Result<Option<AddedToken>> {
         let token = match value {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::String(content)) => Some(AddedToken::from(content.as_str(), true)),
@@ -577,58 +476,29 @@ impl Folder {
     }
 
     /// Adds the tokens that only the configuration names, in transformers' order, so that they get the same ids.
-    fn add_missing_tokens(
-        &self,
-        tokenizer: &mut tokenizers::Tokenizer,
-        special: &SpecialTokens,
-    ) -> Result<()> {
+    fn add_missing_tokens(&self, tokenizer: &mut tokenizers::Tokenizer, special: &SpecialTokens) -> Result<()> {
         const FILE: &str = "tokenizer_config.json";
-        let known: HashSet<String> = tokenizer
-            .get_added_tokens_decoder()
-            .into_values()
-            .map(|token| token.content)
-            .collect();
+        let known: HashSet<String> =
+            tokenizer.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
         let mut declared = BTreeMap::new();
-        for (key, value) in self
-            .config
-            .get("added_tokens_decoder")
-            .and_then(Value::as_object)
-            .into_iter()
-            .flatten()
-        {
+        for (key, value) in self.config.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten() {
             let token = value.as_object().and_then(added_token);
             let (Ok(id), Some(token)) = (key.parse::<u32>(), token) else {
                 let key = format!("added_tokens_decoder.{key}");
-                return Err(self.wrong(
-                    FILE,
-                    &key,
-                    "a token id and an object with `content`",
-                    Some(value),
-                ));
+                return Err(self.wrong(FILE, &key, "a token id and an object with `content`", Some(value)));
             };
             declared.insert(id, token);
         }
-        let missing = declared
-            .values()
-            .chain(special.named.values())
-            .chain(&special.extra);
+        let missing = declared.values().chain(special.named.values()).chain(&special.extra);
         for token in missing.filter(|token| !known.contains(&token.content)) {
             let add = tokenizer.add_tokens([token.clone()]);
-            add.map_err(|error| TokenizerError::Definition {
-                path: self.path.join(FILE),
-                message: error.to_string(),
-            })?;
+            add.map_err(|error| TokenizerError::Definition { path: self.path.join(FILE), message: error.to_string() })?;
         }
         for (id, token) in declared {
             let found = tokenizer.token_to_id(&token.content);
             if let Some(found) = found.filter(|&found| found != id) {
                 let path = self.path.join(FILE);
-                return Err(TokenizerError::TokenId {
-                    path,
-                    token: token.content,
-                    declared: id,
-                    found,
-                });
+                return Err(TokenizerError::TokenId { path, token: token.content, declared: id, found });
             }
         }
         Ok(())
@@ -637,10 +507,8 @@ impl Folder {
     /// Ids that `generation_config.json` and then `config.json` give for `key`: an integer, a list, or nothing.
     fn model_ids(&self, key: &str) -> Result<Vec<i64>> {
         let mut ids = Vec::new();
-        for (file, values) in [
-            ("generation_config.json", &self.generation_config),
-            ("config.json", &self.model_config),
-        ] {
+        for (file, values) in [("generation_config.json", &self.generation_config), ("config.json", &self.model_config)]
+        {
             let value = values.get(key);
             let list = match value {
                 None | Some(Value::Null) => continue,
@@ -649,11 +517,7 @@ impl Folder {
             };
             for id in list {
                 let wrong = || self.wrong(file, key, "a token id or a list of token ids", value);
-                ids.push(
-                    id.as_i64()
-                        .filter(|id| u32::try_from(*id).is_ok())
-                        .ok_or_else(wrong)?,
-                );
+                ids.push(id.as_i64().filter(|id| u32::try_from(*id).is_ok()).ok_or_else(wrong)?);
             }
         }
         Ok(ids)
@@ -663,17 +527,12 @@ impl Folder {
     fn chat_template(&self) -> Result<Option<String>> {
         const FILE: &str = "tokenizer_config.json";
         const EXPECTED: &str = "a template or a list of objects with `name` and `template`";
-        if let Some((name, bytes)) = self
-            .files
-            .iter()
-            .find(|(name, _)| *name == "chat_template.jinja")
-        {
+        if let Some((name, bytes)) = self.files.iter().find(|(name, _)| *name == "chat_template.jinja") {
             let text = String::from_utf8(bytes.clone());
             let invalid = |error| std::io::Error::new(std::io::ErrorKind::InvalidData, error);
-            return text.map(Some).map_err(|error| TokenizerError::Io {
-                path: self.path.join(name),
-                source: invalid(error),
-            });
+            return text
+                .map(Some)
+                .map_err(|error| TokenizerError::Io { path: self.path.join(name), source: invalid(error) });
         }
         let value = self.config.get("chat_template");
         let list = match value {
@@ -682,12 +541,7 @@ impl Folder {
             Some(Value::Array(list)) => list,
             other => return Err(self.wrong(FILE, "chat_template", EXPECTED, other)),
         };
-        let named = list.iter().map(|entry| {
-            Some((
-                entry.get("name")?.as_str()?,
-                entry.get("template")?.as_str()?,
-            ))
-        });
+        let named = list.iter().map(|entry| Some((entry.get("name")?.as_str()?, entry.get("template")?.as_str()?)));
         let Some(named) = named.collect::<Option<Vec<_>>>() else {
             return Err(self.wrong(FILE, "chat_template", EXPECTED, value));
         };
@@ -698,33 +552,19 @@ impl Folder {
                 Some((_, source)) => Ok(Some((*source).to_owned())),
                 None => {
                     let names: Vec<&str> = several.iter().map(|(name, _)| *name).collect();
-                    Err(TokenizerError::NoDefaultTemplate {
-                        path: self.path.join(FILE),
-                        names: names.join(", "),
-                    })
+                    Err(TokenizerError::NoDefaultTemplate { path: self.path.join(FILE), names: names.join(", ") })
                 }
             },
         }
     }
 
-    fn wrong(
-        &self,
-        file: &str,
-        key: &str,
-        expected: &'static str,
-        found: Option<&Value>,
-    ) -> TokenizerError {
+    fn wrong(&self, file: &str, key: &str, expected: &'static str, found: Option<&Value>) -> TokenizerError {
         let mut found = found.map_or_else(|| "nothing".to_owned(), Value::to_string);
         if let Some((cut, _)) = found.char_indices().nth(80) {
             found.truncate(cut);
             found.push('…');
         }
-        TokenizerError::Key {
-            path: self.path.join(file),
-            key: key.to_owned(),
-            expected,
-            found,
-        }
+        TokenizerError::Key { path: self.path.join(file), key: key.to_owned(), expected, found }
     }
 }
 
@@ -732,10 +572,7 @@ fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Io {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(TokenizerError::Io { path: path.to_owned(), source }),
     }
 }
 
@@ -743,10 +580,7 @@ fn json_object(path: &Path, bytes: Option<&[u8]>) -> Result<Map<String, Value>> 
     let Some(bytes) = bytes else {
         return Ok(Map::new());
     };
-    serde_json::from_slice(bytes).map_err(|source| TokenizerError::Json {
-        path: path.to_owned(),
-        source,
-    })
+    serde_json::from_slice(bytes).map_err(|source| TokenizerError::Json { path: path.to_owned(), source })
 }
 
 /// A token as `added_tokens_decoder` and `special_tokens_map.json` write it.
@@ -762,29 +596,16 @@ fn added_token(object: &Map<String, Value>) -> Option<AddedToken> {
 }
 
 /// The tokens whose text lies within the bytes `start..end`, at least in part.
-fn tokens_within(
-    encoding: &Encoding,
-    start: usize,
-    end: usize,
-) -> impl Iterator<Item = usize> + '_ {
+fn tokens_within(encoding: &Encoding, start: usize, end: usize) -> impl Iterator<Item = usize> + '_ {
     // Trimmed offsets leave a token of spaces alone with an empty range at its end.
     let begins = |&(from, to): &(usize, usize)| from.min(to.saturating_sub(1));
     let within = move |offsets: &(usize, usize)| offsets.1 > start && begins(offsets) < end;
-    encoding
-        .get_offsets()
-        .iter()
-        .enumerate()
-        .filter(move |(_, offsets)| within(offsets))
-        .map(|(token, _)| token)
+    encoding.get_offsets().iter().enumerate().filter(move |(_, offsets)| within(offsets)).map(|(token, _)| token)
 }
 
 fn union(first: Option<i64>, more: Vec<i64>) -> Vec<i64> {
     let mut seen = HashSet::new();
-    first
-        .into_iter()
-        .chain(more)
-        .filter(|id| seen.insert(*id))
-        .collect()
+    first.into_iter().chain(more).filter(|id| seen.insert(*id)).collect()
 }
 
 fn ids(encoding: &Encoding) -> Vec<i64> {
@@ -796,8 +617,5 @@ fn token_id(id: i64) -> Result<u32> {
 }
 
 fn convert(operation: &'static str) -> impl Fn(tokenizers::Error) -> TokenizerError {
-    move |error| TokenizerError::Convert {
-        operation,
-        message: error.to_string(),
-    }
+    move |error| TokenizerError::Convert { operation, message: error.to_string() }
 }

@@ -30,7 +30,13 @@ fn ids(sequence: &Value) -> Vec<i64> {
 
 /// All sequences of a file as one packed batch, every token but the first wanted.
 fn batch(expected: &Value) -> PackedRows {
-    let rows: Vec<_> = expected["sequences"].as_array().unwrap().iter().map(ids).map(|ids| (ids.clone(), vec![true; ids.len()])).collect();
+    let rows: Vec<_> = expected["sequences"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(ids)
+        .map(|ids| (ids.clone(), vec![true; ids.len()]))
+        .collect();
     PackedRows::new(&Tokens::from_rows(&rows), Device::Cpu)
 }
 
@@ -40,12 +46,14 @@ fn logprob_differences(folder: &Path, kind: Kind) -> Vec<f64> {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let mut load = checkpoint.loader(&config, kind, Device::Cpu);
     let decoder = Decoder::new(&config, &mut load).unwrap();
-    let weight = if config.tied_embeddings { decoder.embedding().shallow_clone() } else { load("lm_head.weight").unwrap() };
+    let weight =
+        if config.tied_embeddings { decoder.embedding().shallow_clone() } else { load("lm_head.weight").unwrap() };
     let expected = expected(folder);
     let batch = batch(&expected);
     let output = forward(&decoder, &LogprobHead::frozen(weight, 1.0), &batch).unwrap();
     let ours: Vec<f64> = Vec::try_from(batch.from_rows(&output.logprobs).to_kind(Kind::Double)).unwrap();
-    let theirs = expected["sequences"].as_array().unwrap().iter().flat_map(|s| s["logprobs"].as_array().unwrap()[1..].to_vec());
+    let theirs =
+        expected["sequences"].as_array().unwrap().iter().flat_map(|s| s["logprobs"].as_array().unwrap()[1..].to_vec());
     ours.into_iter().zip(theirs).map(|(ours, theirs)| ours - theirs.as_f64().unwrap()).collect()
 }
 
@@ -93,7 +101,11 @@ fn scores_at_the_last_token_equal_transformers() {
         let expected = expected(&folder);
         let ours: Vec<f32> = Vec::try_from(forward(&decoder, &head, &batch(&expected)).unwrap().values).unwrap();
         for (ours, theirs) in ours.iter().zip(expected["scores"].as_array().unwrap()) {
-            assert!((f64::from(*ours) - theirs.as_f64().unwrap()).abs() <= 1e-4, "{}: {ours} {theirs}", folder.display());
+            assert!(
+                (f64::from(*ours) - theirs.as_f64().unwrap()).abs() <= 1e-4,
+                "{}: {ours} {theirs}",
+                folder.display()
+            );
         }
         checked += 1;
     }

@@ -11,21 +11,14 @@ use serde_json::{Map, Value, json};
 #[test]
 fn templates_render_as_transformers_renders_them() {
     let golden = golden("templates.json");
-    let special_tokens: BTreeMap<String, String> =
-        serde_json::from_value(golden["special_tokens"].clone()).unwrap();
+    let special_tokens: BTreeMap<String, String> = serde_json::from_value(golden["special_tokens"].clone()).unwrap();
     for case in golden["cases"].as_array().unwrap() {
         let source = fs::read_to_string(folder("templates").join(text(&case["template"]))).unwrap();
         let mut template = ChatTemplate::new(&source, special_tokens.clone()).unwrap();
         template.set_render_time(text(&golden["time"])).unwrap();
-        let messages = golden["conversations"][text(&case["conversation"])]
-            .as_array()
-            .unwrap();
+        let messages = golden["conversations"][text(&case["conversation"])].as_array().unwrap();
         let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
-        let rendered = template.render(
-            messages,
-            add_generation_prompt,
-            case["more"].as_object().unwrap(),
-        );
+        let rendered = template.render(messages, add_generation_prompt, case["more"].as_object().unwrap());
         let name = format!("{} with {}", case["template"], case["conversation"]);
         match (&rendered, case.get("expected")) {
             (Ok(rendered), Some(expected)) => assert_eq!(rendered, text(expected), "{name}"),
@@ -40,38 +33,18 @@ fn templates_render_as_transformers_renders_them() {
 #[test]
 fn ids_are_those_of_transformers() {
     for_each_tokenizer(|name, tokenizer, case| {
-        assert_eq!(
-            tokenizer.vocab_size() as u64,
-            case["vocab_size"].as_u64().unwrap(),
-            "{name}"
-        );
+        assert_eq!(tokenizer.vocab_size() as u64, case["vocab_size"].as_u64().unwrap(), "{name}");
         for key in ["bos_id", "pad_id"] {
-            let id = if key == "bos_id" {
-                tokenizer.bos_id()
-            } else {
-                tokenizer.pad_id()
-            };
+            let id = if key == "bos_id" { tokenizer.bos_id() } else { tokenizer.pad_id() };
             if !case[key].is_null() {
                 assert_eq!(id, case[key].as_i64(), "{name}: {key}");
             }
         }
-        assert_eq!(
-            tokenizer.eos_ids()[0],
-            case["eos_id"].as_i64().unwrap(),
-            "{name}"
-        );
+        assert_eq!(tokenizer.eos_ids()[0], case["eos_id"].as_i64().unwrap(), "{name}");
         for text_case in case["texts"].as_array().unwrap() {
             let input = text(&text_case["text"]);
-            assert_eq!(
-                tokenizer.encode(input).unwrap(),
-                ids(&text_case["ids"]),
-                "{name}: {input:?}"
-            );
-            assert_eq!(
-                tokenizer.encode_plain(input).unwrap(),
-                ids(&text_case["plain"]),
-                "{name}: {input:?}"
-            );
+            assert_eq!(tokenizer.encode(input).unwrap(), ids(&text_case["ids"]), "{name}: {input:?}");
+            assert_eq!(tokenizer.encode_plain(input).unwrap(), ids(&text_case["plain"]), "{name}: {input:?}");
         }
     });
 }
@@ -81,16 +54,8 @@ fn texts_are_those_of_transformers() {
     for_each_tokenizer(|name, tokenizer, case| {
         for decoded in case["decoded"].as_array().unwrap() {
             let ids = ids(&decoded["ids"]);
-            assert_eq!(
-                tokenizer.decode(&ids, false).unwrap(),
-                text(&decoded["text"]),
-                "{name}: {ids:?}"
-            );
-            assert_eq!(
-                tokenizer.decode(&ids, true).unwrap(),
-                text(&decoded["skip_special"]),
-                "{name}: {ids:?}"
-            );
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), text(&decoded["text"]), "{name}: {ids:?}");
+            assert_eq!(tokenizer.decode(&ids, true).unwrap(), text(&decoded["skip_special"]), "{name}: {ids:?}");
         }
     });
 }
@@ -102,18 +67,13 @@ fn chats_are_encoded_without_a_second_bos_and_with_the_assistants_tokens_marked(
     for_each_tokenizer(|name, tokenizer, case| {
         for chat in case["chats"].as_array().unwrap() {
             let conversation = text(&chat["conversation"]);
-            let messages: Vec<Message> =
-                serde_json::from_value(conversations[conversation].clone()).unwrap();
+            let messages: Vec<Message> = serde_json::from_value(conversations[conversation].clone()).unwrap();
             assert_eq!(
                 tokenizer.encode_chat(&messages, true).unwrap(),
                 ids(&chat["prompt_ids"]),
                 "{name} {conversation}"
             );
-            assert_eq!(
-                tokenizer.encode_chat(&messages, false).unwrap(),
-                ids(&chat["ids"]),
-                "{name} {conversation}"
-            );
+            assert_eq!(tokenizer.encode_chat(&messages, false).unwrap(), ids(&chat["ids"]), "{name} {conversation}");
             if let Some(expected) = chat.get("mask") {
                 let (encoded, mask) = tokenizer.encode_conversation(&messages).unwrap();
                 assert_eq!(encoded, ids(&chat["ids"]), "{name} {conversation}");
@@ -128,36 +88,16 @@ fn chats_are_encoded_without_a_second_bos_and_with_the_assistants_tokens_marked(
 #[test]
 fn masked_tokens_are_the_answer_and_its_end() {
     let answer = Message::new("assistant", "It is 4.");
-    let messages = [
-        Message::new("user", "2 + 2?"),
-        answer.clone(),
-        Message::new("user", "3?"),
-        answer,
-    ];
+    let messages = [Message::new("user", "2 + 2?"), answer.clone(), Message::new("user", "3?"), answer];
     for (name, expected) in [
-        (
-            "chatml",
-            ["It is 4.<|im_end|>", "It is 4.<|im_end|>"].concat(),
-        ),
-        (
-            "llama3",
-            ["It is 4.<|eot_id|>", "It is 4.<|eot_id|>"].concat(),
-        ),
+        ("chatml", ["It is 4.<|im_end|>", "It is 4.<|im_end|>"].concat()),
+        ("llama3", ["It is 4.<|eot_id|>", "It is 4.<|eot_id|>"].concat()),
         ("stories_eos", ["It is 4.</s>", " It is 4.</s>"].concat()),
     ] {
         let tokenizer = Tokenizer::load(&folder(name)).unwrap();
         let (ids, mask) = tokenizer.encode_conversation(&messages).unwrap();
-        let learnt: Vec<i64> = ids
-            .iter()
-            .zip(&mask)
-            .filter(|(_, learnt)| **learnt)
-            .map(|(id, _)| *id)
-            .collect();
-        assert_eq!(
-            tokenizer.decode(&learnt, false).unwrap(),
-            expected,
-            "{name}"
-        );
+        let learnt: Vec<i64> = ids.iter().zip(&mask).filter(|(_, learnt)| **learnt).map(|(id, _)| *id).collect();
+        assert_eq!(tokenizer.decode(&learnt, false).unwrap(), expected, "{name}");
     }
 }
 
@@ -166,21 +106,11 @@ fn a_template_that_rewrites_earlier_turns_is_refused() {
     let tokenizer = Tokenizer::load(&folder("qwen")).unwrap();
     let answer = Message::new("assistant", "<think>\n2 and 2\n</think>\n\n4");
     let question = Message::new("user", "2 + 2?");
-    let (_, mask) = tokenizer
-        .encode_conversation(&[question.clone(), answer.clone()])
-        .unwrap();
+    let (_, mask) = tokenizer.encode_conversation(&[question.clone(), answer.clone()]).unwrap();
     assert!(mask.contains(&true));
-    let error = tokenizer
-        .encode_conversation(&[question.clone(), answer, question])
-        .unwrap_err();
-    assert!(
-        matches!(error, TokenizerError::Inconsistent { index: 1, .. }),
-        "{error}"
-    );
-    assert!(
-        error.to_string().contains("when further messages follow"),
-        "{error}"
-    );
+    let error = tokenizer.encode_conversation(&[question.clone(), answer, question]).unwrap_err();
+    assert!(matches!(error, TokenizerError::Inconsistent { index: 1, .. }), "{error}");
+    assert!(error.to_string().contains("when further messages follow"), "{error}");
 }
 
 #[test]
@@ -193,10 +123,7 @@ fn streamed_pieces_are_the_whole_text() {
                 let whole = tokenizer.decode(&ids, skip_special).unwrap();
                 assert_eq!(pieces.concat(), whole, "{name}: {ids:?}");
                 let (held, given) = pieces.split_last().unwrap();
-                assert!(
-                    held.is_empty() && given.iter().all(|piece| !piece.contains('\u{fffd}')),
-                    "{name}: {pieces:?}"
-                );
+                assert!(held.is_empty() && given.iter().all(|piece| !piece.contains('\u{fffd}')), "{name}: {pieces:?}");
             }
         }
     });
@@ -207,28 +134,17 @@ fn a_character_split_over_tokens_comes_whole_and_a_broken_one_comes_at_the_end()
     for name in ["chatml", "stories"] {
         let tokenizer = Tokenizer::load(&folder(name)).unwrap();
         let mut ids = tokenizer.encode_plain("a🜚").unwrap();
-        assert!(
-            stream(&tokenizer, &ids, true).contains(&"🜚".to_owned()),
-            "{name}"
-        );
+        assert!(stream(&tokenizer, &ids, true).contains(&"🜚".to_owned()), "{name}");
         ids.pop();
         let pieces = stream(&tokenizer, &ids, true);
         assert_eq!(pieces.first().unwrap(), "a", "{name}");
-        assert!(
-            pieces.last().unwrap().starts_with('\u{fffd}'),
-            "{name}: {pieces:?}"
-        );
+        assert!(pieces.last().unwrap().starts_with('\u{fffd}'), "{name}: {pieces:?}");
         // A broken character does not hold back the text after it.
         let broken = *ids.last().unwrap();
         let later = [ids, vec![broken; 20], tokenizer.encode_plain("b").unwrap()].concat();
-        let (held, given) = stream(&tokenizer, &later, true)
-            .split_last()
-            .map(|(a, b)| (a.clone(), b.to_vec()))
-            .unwrap();
-        assert!(
-            held.is_empty() && given.concat().ends_with('b') && given.len() > 3,
-            "{name}: {given:?}"
-        );
+        let (held, given) =
+            stream(&tokenizer, &later, true).split_last().map(|(a, b)| (a.clone(), b.to_vec())).unwrap();
+        assert!(held.is_empty() && given.concat().ends_with('b') && given.len() > 3, "{name}: {given:?}");
     }
 }
 
@@ -247,15 +163,8 @@ fn fingerprints_tell_vocabularies_apart_and_nothing_else() {
     // stories_eos adds a token; without it only the form of the merges and the post-processor differ.
     assert_ne!(fingerprint("stories"), fingerprint("stories_eos"));
     let copy = TemporaryFolder::new("fingerprint");
-    fs::copy(
-        folder("stories_eos").join("tokenizer.json"),
-        copy.0.join("tokenizer.json"),
-    )
-    .unwrap();
-    assert_eq!(
-        fingerprint("stories"),
-        Tokenizer::load(&copy.0).unwrap().fingerprint()
-    );
+    fs::copy(folder("stories_eos").join("tokenizer.json"), copy.0.join("tokenizer.json")).unwrap();
+    assert_eq!(fingerprint("stories"), Tokenizer::load(&copy.0).unwrap().fingerprint());
     assert_eq!(fingerprint("stories").len(), 64);
 }
 
@@ -264,23 +173,11 @@ fn saving_copies_every_file_of_the_tokenizer_byte_for_byte() {
     let copy = TemporaryFolder::new("save");
     let original = folder("chatml");
     Tokenizer::load(&original).unwrap().save(&copy.0).unwrap();
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ] {
-        assert_eq!(
-            fs::read(copy.0.join(name)).unwrap(),
-            fs::read(original.join(name)).unwrap(),
-            "{name}"
-        );
+    for name in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"] {
+        assert_eq!(fs::read(copy.0.join(name)).unwrap(), fs::read(original.join(name)).unwrap(), "{name}");
     }
     assert!(!copy.0.join("config.json").exists());
-    let error = Tokenizer::load(&copy.0)
-        .unwrap()
-        .save(&copy.0.join("missing"))
-        .unwrap_err();
+    let error = Tokenizer::load(&copy.0).unwrap().save(&copy.0.join("missing")).unwrap_err();
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
 }
 
@@ -288,28 +185,18 @@ fn saving_copies_every_file_of_the_tokenizer_byte_for_byte() {
 fn wrong_folders_are_named_with_file_key_and_what_was_found() {
     let broken = TemporaryFolder::new("wrong");
     let message = |files: &[(&str, &str)]| {
-        fs::copy(
-            folder("stories").join("tokenizer.json"),
-            broken.0.join("tokenizer.json"),
-        )
-        .unwrap();
+        fs::copy(folder("stories").join("tokenizer.json"), broken.0.join("tokenizer.json")).unwrap();
         for (name, content) in files {
             fs::write(broken.0.join(name), content).unwrap();
         }
-        let error = Tokenizer::load(&broken.0)
-            .map(|_| ())
-            .unwrap_err()
-            .to_string();
+        let error = Tokenizer::load(&broken.0).map(|_| ()).unwrap_err().to_string();
         for (name, _) in files {
             fs::remove_file(broken.0.join(name)).unwrap();
         }
         error.replace(&format!("{}/", broken.0.display()), "")
     };
     let config = |content| message(&[("tokenizer_config.json", content)]);
-    assert!(
-        message(&[("tokenizer.json", "{}")])
-            .starts_with("tokenizer.json: no tokenizer that can be used: ")
-    );
+    assert!(message(&[("tokenizer.json", "{}")]).starts_with("tokenizer.json: no tokenizer that can be used: "));
     assert!(config("{").starts_with("tokenizer_config.json: not valid JSON: EOF"));
     assert_eq!(
         config(r#"{"eos_token": 7}"#),
@@ -324,16 +211,11 @@ fn wrong_folders_are_named_with_file_key_and_what_was_found() {
             .contains("`</s>` is declared with id 7, but tokenizer.json gives it id 2")
     );
     assert!(
-        config(
-            r#"{"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}"#
-        )
-        .contains("(a, b)")
+        config(r#"{"chat_template": [{"name": "a", "template": ""}, {"name": "b", "template": ""}]}"#)
+            .contains("(a, b)")
     );
     assert!(config(r#"{"chat_template": "a\n{% if %}"}"#).starts_with("chat template, line 2: "));
-    assert_eq!(
-        message(&[("tokenizer.json", "")]).split(':').next(),
-        Some("tokenizer.json")
-    );
+    assert_eq!(message(&[("tokenizer.json", "")]).split(':').next(), Some("tokenizer.json"));
 }
 
 #[test]
@@ -347,48 +229,24 @@ fn one_tokenizer_serves_all_threads() {
 #[test]
 fn use_without_what_is_needed_is_an_error() {
     let missing = Tokenizer::load(&folder("templates")).unwrap_err();
-    assert!(
-        missing
-            .to_string()
-            .ends_with("tokenizer.json: no such file; a model's folder needs one"),
-        "{missing}"
-    );
+    assert!(missing.to_string().ends_with("tokenizer.json: no such file; a model's folder needs one"), "{missing}");
     let tokenizer = Tokenizer::load(&folder("stories")).unwrap();
     assert!(!tokenizer.has_chat_template());
-    let error = tokenizer
-        .encode_chat(&[Message::new("user", "a")], true)
-        .unwrap_err();
-    assert!(
-        matches!(error, TokenizerError::NoChatTemplate { .. }),
-        "{error}"
-    );
-    assert!(matches!(
-        tokenizer.decode(&[-1], true),
-        Err(TokenizerError::IdRange { id: -1 })
-    ));
+    let error = tokenizer.encode_chat(&[Message::new("user", "a")], true).unwrap_err();
+    assert!(matches!(error, TokenizerError::NoChatTemplate { .. }), "{error}");
+    assert!(matches!(tokenizer.decode(&[-1], true), Err(TokenizerError::IdRange { id: -1 })));
     let render = |source: &str| {
         let template = ChatTemplate::new(source, BTreeMap::new()).unwrap();
-        template
-            .render::<Message>(&[], false, &Map::new())
-            .unwrap_err()
-            .to_string()
+        template.render::<Message>(&[], false, &Map::new()).unwrap_err().to_string()
     };
     assert!(render("\n{{ nothing.a }}").starts_with("chat template, line 2: rendering failed: "));
-    assert!(
-        render("{{ strftime_now('%Q') }}").contains("strftime_now does not know the format `%Q`")
-    );
-    assert_eq!(
-        render("{{ raise_exception('No ' ~ 1) }}"),
-        "the chat template refuses these messages: No 1"
-    );
+    assert!(render("{{ strftime_now('%Q') }}").contains("strftime_now does not know the format `%Q`"));
+    assert_eq!(render("{{ raise_exception('No ' ~ 1) }}"), "the chat template refuses these messages: No 1");
 }
 
 fn stream(tokenizer: &Tokenizer, ids: &[i64], skip_special: bool) -> Vec<String> {
     let mut stream = tokenizer.decode_stream(skip_special);
-    let mut pieces: Vec<String> = ids
-        .iter()
-        .filter_map(|&id| stream.push(id).unwrap())
-        .collect();
+    let mut pieces: Vec<String> = ids.iter().filter_map(|&id| stream.push(id).unwrap()).collect();
     pieces.push(stream.finish().unwrap());
     pieces
 }
@@ -408,8 +266,7 @@ struct TemporaryFolder(PathBuf);
 
 impl TemporaryFolder {
     fn new(name: &str) -> Self {
-        let path =
-            std::env::temp_dir().join(format!("echelon-tokenizer-{name}-{}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("echelon-tokenizer-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -422,9 +279,7 @@ impl Drop for TemporaryFolder {
 }
 
 fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden/tokenizer")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer").join(name)
 }
 
 fn golden(name: &str) -> Value {

@@ -26,8 +26,7 @@ fn import() -> Result<(), Failure> {
     let options = Options::read(USAGE)?;
     let source = Path::new(options.required_word(0)?);
     let output = Path::new(options.required("output")?);
-    let dtype =
-        options.choice("dtype", &[("bfloat16", WeightDtype::Bfloat16), ("float32", WeightDtype::Float32)])?;
+    let dtype = options.choice("dtype", &[("bfloat16", WeightDtype::Bfloat16), ("float32", WeightDtype::Float32)])?;
     let report = import_gguf(source, output, dtype).map_err(failure)?;
     let blocks: Vec<String> = report.block_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
     println!(

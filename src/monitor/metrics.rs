@@ -81,9 +81,7 @@ impl MetricsLog {
     /// # Errors
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self, MonitorError> {
-        Ok(Self {
-            lines: JsonLines::create(path)?,
-        })
+        Ok(Self { lines: JsonLines::create(path)? })
     }
 
     /// Opens the file at `path` to continue after `step`: later lines and a torn last line are cut off.
@@ -91,9 +89,7 @@ impl MetricsLog {
     /// # Errors
     /// The file cannot be read or cut, or a line before the last is no JSON object with a `step`.
     pub fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
-        Ok(Self {
-            lines: JsonLines::resume(path, step)?,
-        })
+        Ok(Self { lines: JsonLines::resume(path, step)? })
     }
 
     /// Writes the scalars of one step, in one write, so that a kill leaves a whole line or a torn last one.
@@ -123,10 +119,7 @@ pub(super) struct JsonLines {
 impl JsonLines {
     pub(super) fn create(path: &Path) -> Result<Self, MonitorError> {
         let file = File::create(path).map_err(|source| MonitorError::io("create", path, source))?;
-        Ok(Self {
-            path: path.into(),
-            file,
-        })
+        Ok(Self { path: path.into(), file })
     }
 
     /// Cuts the file after its last line of `step` or before, and continues there. A missing file is an empty one.
@@ -142,10 +135,7 @@ impl JsonLines {
             .open(path)
             .and_then(|file| file.set_len(kept as u64).map(|()| file))
             .map_err(|source| MonitorError::io("continue", path, source))?;
-        Ok(Self {
-            path: path.into(),
-            file,
-        })
+        Ok(Self { path: path.into(), file })
     }
 
     pub(super) fn append<T: Serialize>(&mut self, records: &[T]) -> Result<(), MonitorError> {
@@ -155,15 +145,11 @@ impl JsonLines {
                 .map_err(|source| MonitorError::io("write", &self.path, source.into()))?;
             buffer.push(b'\n');
         }
-        self.file
-            .write_all(&buffer)
-            .map_err(|source| MonitorError::io("write", &self.path, source))
+        self.file.write_all(&buffer).map_err(|source| MonitorError::io("write", &self.path, source))
     }
 
     pub(super) fn sync(&self) -> Result<(), MonitorError> {
-        self.file
-            .sync_data()
-            .map_err(|source| MonitorError::io("sync", &self.path, source))
+        self.file.sync_data().map_err(|source| MonitorError::io("sync", &self.path, source))
     }
 }
 
@@ -177,10 +163,7 @@ fn length_up_to(bytes: &[u8], step: u64, path: &Path) -> Result<usize, MonitorEr
             Some(_) if line.ends_with(b"\n") => kept += line.len(),
             _ if is_last => break, // torn by a kill while it was written
             _ => {
-                return Err(MonitorError::DamagedLine {
-                    path: path.into(),
-                    line: index + 1,
-                });
+                return Err(MonitorError::DamagedLine { path: path.into(), line: index + 1 });
             }
         }
     }
@@ -188,10 +171,7 @@ fn length_up_to(bytes: &[u8], step: u64, path: &Path) -> Result<usize, MonitorEr
 }
 
 fn step_of(line: &[u8]) -> Option<u64> {
-    serde_json::from_slice::<Value>(line)
-        .ok()?
-        .get("step")?
-        .as_u64()
+    serde_json::from_slice::<Value>(line).ok()?.get("step")?.as_u64()
 }
 
 #[cfg(test)]
@@ -200,30 +180,21 @@ mod tests {
 
     fn steps(path: &Path) -> Vec<u64> {
         let text = std::fs::read_to_string(path).unwrap();
-        text.lines()
-            .map(|line| step_of(line.as_bytes()).unwrap())
-            .collect()
+        text.lines().map(|line| step_of(line.as_bytes()).unwrap()).collect()
     }
 
     fn written(path: &Path, last_step: u64) {
         let mut log = MetricsLog::create(path).unwrap();
         for step in 1..=last_step {
-            log.write(step, Metrics::new().set("train/reward", step as f64 / 3.0))
-                .unwrap();
+            log.write(step, Metrics::new().set("train/reward", step as f64 / 3.0)).unwrap();
         }
     }
 
     #[test]
     fn a_line_has_the_step_first_then_scalars_in_order_and_null_for_non_finite() {
         let mut metrics = Metrics::new();
-        metrics
-            .set("train/reward", 0.1)
-            .set("perf/mfu", f64::NAN)
-            .set("a", f64::INFINITY)
-            .set("train/kl", 1.0);
-        metrics
-            .set_histogram("train/rewards", vec![1.0])
-            .set_text("samples", "text");
+        metrics.set("train/reward", 0.1).set("perf/mfu", f64::NAN).set("a", f64::INFINITY).set("train/kl", 1.0);
+        metrics.set_histogram("train/rewards", vec![1.0]).set_text("samples", "text");
         assert_eq!(
             metrics.to_json(7).to_string(),
             r#"{"step":7,"train/reward":0.1,"perf/mfu":null,"a":null,"train/kl":1.0}"#
@@ -237,9 +208,7 @@ mod tests {
         let mut log = MetricsLog::create(&path).unwrap();
         let mut bits = 0x9e37_79b9_7f4a_7c15_u64;
         let values: Vec<f64> = std::iter::repeat_with(|| {
-            bits = bits
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            bits = bits.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             f64::from_bits(bits)
         })
         .filter(|value| value.is_finite())
@@ -252,10 +221,7 @@ mod tests {
         log.write(1, &metrics).unwrap();
         let line: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         for (index, value) in values.iter().enumerate() {
-            assert_eq!(
-                line[format!("m/{index}")].as_f64().unwrap().to_bits(),
-                value.to_bits()
-            );
+            assert_eq!(line[format!("m/{index}")].as_f64().unwrap().to_bits(), value.to_bits());
         }
     }
 
@@ -268,21 +234,12 @@ mod tests {
         log.write(4, &Metrics::new()).unwrap();
         assert_eq!(steps(&path), [1, 2, 3, 4]);
 
-        for torn in [
-            "{\"step\":5,\"train/rew",
-            "{\"step\":5}",
-            "\0\0\0\0",
-            "{}\n",
-        ] {
+        for torn in ["{\"step\":5,\"train/rew", "{\"step\":5}", "\0\0\0\0", "{}\n"] {
             written(&path, 4);
             let whole = std::fs::read_to_string(&path).unwrap();
             std::fs::write(&path, whole.clone() + torn).unwrap();
             MetricsLog::resume(&path, 9).unwrap();
-            assert_eq!(
-                std::fs::read_to_string(&path).unwrap(),
-                whole,
-                "after {torn:?}"
-            );
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), whole, "after {torn:?}");
         }
     }
 
@@ -290,10 +247,7 @@ mod tests {
     fn resume_starts_a_missing_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
-        MetricsLog::resume(&path, 3)
-            .unwrap()
-            .write(4, &Metrics::new())
-            .unwrap();
+        MetricsLog::resume(&path, 3).unwrap().write(4, &Metrics::new()).unwrap();
         assert_eq!(steps(&path), [4]);
     }
 
@@ -310,9 +264,6 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_written_is_named() {
         let error = MetricsLog::create(Path::new("no/such/folder/metrics.jsonl")).unwrap_err();
-        assert!(
-            error.to_string().contains("no/such/folder/metrics.jsonl"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("no/such/folder/metrics.jsonl"), "{error}");
     }
 }

@@ -16,8 +16,7 @@ use std::path::{Path, PathBuf};
 
 pub use metrics::{Metrics, MetricsLog};
 pub use perf::{
-    ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second,
-    training_flops_per_token,
+    ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
 };
 pub use report::{EvalResponse, Evaluation, write_report};
 pub use samples::{Sample, SampleLog, samples_markdown};
@@ -61,12 +60,7 @@ impl RunLog {
     ///
     /// # Errors
     /// A file cannot be written (the disk is full, say).
-    pub fn write(
-        &mut self,
-        step: u64,
-        metrics: &Metrics,
-        samples: &[Sample],
-    ) -> Result<(), MonitorError> {
+    pub fn write(&mut self, step: u64, metrics: &Metrics, samples: &[Sample]) -> Result<(), MonitorError> {
         self.samples.write(samples)?;
         self.events.write(step, metrics)?;
         self.metrics.write(step, metrics)
@@ -91,29 +85,18 @@ const TENSORBOARD_FOLDER: &str = "tensorboard";
 pub enum MonitorError {
     /// The operating system refused.
     #[error("cannot {action} {}: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
     /// A line that is no JSON object with a step, before the last line of its file.
     #[error("{}:{line}: not a JSON object with a `step`; repair or delete this line, then resume again", path.display())]
     DamagedLine { path: PathBuf, line: usize },
     /// A JSON file of the run folder does not have the form it was written in.
     #[error("{}: {source}; delete the file to make the report without it", path.display())]
-    DamagedFile {
-        path: PathBuf,
-        source: serde_json::Error,
-    },
+    DamagedFile { path: PathBuf, source: serde_json::Error },
 }
 
 impl MonitorError {
     fn io(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Self::Io {
-            action,
-            path: path.into(),
-            source,
-        }
+        Self::Io { action, path: path.into(), source }
     }
 }
 
@@ -194,12 +177,7 @@ mod tests {
         };
         let run = |log: &mut RunLog, steps: std::ops::RangeInclusive<u64>| {
             for step in steps {
-                log.write(
-                    step,
-                    Metrics::new().set("train/reward", step as f64 * 0.1),
-                    &[sample(step)],
-                )
-                .unwrap();
+                log.write(step, Metrics::new().set("train/reward", step as f64 * 0.1), &[sample(step)]).unwrap();
             }
             log.sync().unwrap();
         };

@@ -33,20 +33,12 @@ pub fn training_flops_per_token(size: ModelSize, context: f64) -> f64 {
 
 /// Tokens per second; NaN when no time was measured.
 pub fn tokens_per_second(tokens: u64, seconds: f64) -> f64 {
-    if seconds > 0.0 {
-        tokens as f64 / seconds
-    } else {
-        f64::NAN
-    }
+    if seconds > 0.0 { tokens as f64 / seconds } else { f64::NAN }
 }
 
 /// Share of `peak_flops_per_second` that `flops` in `seconds` reach, 0 to 1; NaN when either is not positive.
 pub fn mfu(flops: f64, seconds: f64, peak_flops_per_second: f64) -> f64 {
-    if seconds > 0.0 && peak_flops_per_second > 0.0 {
-        flops / seconds / peak_flops_per_second
-    } else {
-        f64::NAN
-    }
+    if seconds > 0.0 && peak_flops_per_second > 0.0 { flops / seconds / peak_flops_per_second } else { f64::NAN }
 }
 
 /// The work of one phase of a step.
@@ -75,26 +67,15 @@ pub fn record_perf(
     peak_flops_per_second: Option<f64>,
 ) {
     for phase in phases {
-        let PhaseWork {
-            name,
-            tokens,
-            seconds,
-            flops,
-        } = *phase;
+        let PhaseWork { name, tokens, seconds, flops } = *phase;
         metrics.set(format!("train/timing/{name}"), seconds);
-        metrics.set(
-            format!("perf/{name}_tokens_per_second"),
-            tokens_per_second(tokens, seconds),
-        );
+        metrics.set(format!("perf/{name}_tokens_per_second"), tokens_per_second(tokens, seconds));
         if let Some(peak) = peak_flops_per_second {
             metrics.set(format!("perf/{name}_mfu"), mfu(flops, seconds, peak));
         }
     }
     metrics.set("train/timing/step_total", step_seconds);
-    metrics.set(
-        "perf/tokens_per_second",
-        tokens_per_second(step_tokens, step_seconds),
-    );
+    metrics.set("perf/tokens_per_second", tokens_per_second(step_tokens, step_seconds));
     if let Some(peak) = peak_flops_per_second {
         let flops = phases.iter().map(|phase| phase.flops).sum();
         metrics.set("perf/mfu", mfu(flops, step_seconds, peak));
@@ -118,35 +99,18 @@ mod tests {
     fn forward_flops_equal_a_count_over_the_matrices() {
         let (hidden, intermediate, layers, context) = (64, 176, 3, 40);
         let params = layers * (4 * hidden * hidden + 3 * hidden * intermediate);
-        let size = ModelSize {
-            params: params as f64,
-            layers: layers as f64,
-            hidden: hidden as f64,
-        };
+        let size = ModelSize { params: params as f64, layers: layers as f64, hidden: hidden as f64 };
         let counted = (layers * counted_forward_flops(hidden, intermediate, context)) as f64;
         assert_eq!(forward_flops_per_token(size, context as f64), counted);
-        assert_eq!(
-            training_flops_per_token(size, context as f64),
-            3.0 * counted
-        );
+        assert_eq!(training_flops_per_token(size, context as f64), 3.0 * counted);
     }
 
     #[test]
     fn a_step_records_each_phase_and_the_whole() {
         let mut metrics = Metrics::new();
         let phases = [
-            PhaseWork {
-                name: "generation",
-                tokens: 100,
-                seconds: 2.0,
-                flops: 4e9,
-            },
-            PhaseWork {
-                name: "ppo_train",
-                tokens: 300,
-                seconds: 3.0,
-                flops: 9e9,
-            },
+            PhaseWork { name: "generation", tokens: 100, seconds: 2.0, flops: 4e9 },
+            PhaseWork { name: "ppo_train", tokens: 300, seconds: 3.0, flops: 9e9 },
         ];
         record_perf(&mut metrics, &phases, 150, 6.0, Some(1e10));
         assert_eq!(metrics.get("train/timing/generation"), Some(2.0));

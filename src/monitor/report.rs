@@ -31,14 +31,9 @@ const MAX_PAIRS: usize = 30;
 /// `metrics.jsonl` is missing, a file is damaged, or the report cannot be written.
 pub fn write_report(run_dir: &Path) -> Result<PathBuf, MonitorError> {
     let page = Run::read(run_dir)?.page();
-    let (path, unfinished) = (
-        run_dir.join(REPORT_FILE),
-        run_dir.join("report.html.unfinished"),
-    );
-    std::fs::write(&unfinished, page)
-        .map_err(|source| MonitorError::io("write", &unfinished, source))?;
-    std::fs::rename(&unfinished, &path)
-        .map_err(|source| MonitorError::io("write", &path, source))?;
+    let (path, unfinished) = (run_dir.join(REPORT_FILE), run_dir.join("report.html.unfinished"));
+    std::fs::write(&unfinished, page).map_err(|source| MonitorError::io("write", &unfinished, source))?;
+    std::fs::rename(&unfinished, &path).map_err(|source| MonitorError::io("write", &path, source))?;
     Ok(path)
 }
 
@@ -72,8 +67,8 @@ impl Evaluation {
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), MonitorError> {
-        let json = serde_json::to_string_pretty(self)
-            .map_err(|source| MonitorError::io("write", path, source.into()))?;
+        let json =
+            serde_json::to_string_pretty(self).map_err(|source| MonitorError::io("write", path, source.into()))?;
         std::fs::write(path, json + "\n").map_err(|source| MonitorError::io("write", path, source))
     }
 
@@ -86,12 +81,7 @@ impl Evaluation {
             return Ok(None);
         };
         let evaluation = serde_json::from_str(&text);
-        evaluation
-            .map(Some)
-            .map_err(|source| MonitorError::DamagedFile {
-                path: path.into(),
-                source,
-            })
+        evaluation.map(Some).map_err(|source| MonitorError::DamagedFile { path: path.into(), source })
     }
 
     /// Standard error of the mean reward, counting prompts: responses to one prompt are not independent.
@@ -152,19 +142,13 @@ impl Run {
         let samples = read_if_present(&samples_path)?.unwrap_or_default();
         let recipe = read_if_present(&run_dir.join("recipe.resolved.toml"))?;
         Ok(Self {
-            name: recipe
-                .as_deref()
-                .and_then(recipe_name)
-                .unwrap_or_else(|| folder_name(run_dir)),
+            name: recipe.as_deref().and_then(recipe_name).unwrap_or_else(|| folder_name(run_dir)),
             recipe,
             lines,
             steps,
             before: Evaluation::read(&run_dir.join("eval_before.json"))?,
             after: Evaluation::read(&run_dir.join("eval_after.json"))?,
-            samples: parse_lines(&samples, &samples_path)?
-                .into_iter()
-                .map(|(_, sample)| sample)
-                .collect(),
+            samples: parse_lines(&samples, &samples_path)?.into_iter().map(|(_, sample)| sample).collect(),
         })
     }
 
@@ -197,11 +181,7 @@ impl Run {
 
     /// The outcome in one paragraph.
     fn lead(&self) -> String {
-        let Some(last_step) = self
-            .steps
-            .last()
-            .and_then(|step| step.get("step")?.as_u64())
-        else {
+        let Some(last_step) = self.steps.last().and_then(|step| step.get("step")?.as_u64()) else {
             return "No step of this run was finished.".into();
         };
         let mut text = match (&self.before, &self.after) {
@@ -217,18 +197,9 @@ impl Run {
                 significant(kl, 3)
             );
         }
-        let seconds: f64 = self
-            .points("train/timing/step_total")
-            .iter()
-            .map(|(_, s)| *s)
-            .filter(|s| s.is_finite())
-            .sum();
-        let _ = write!(
-            text,
-            " The run took {} {}",
-            last_step,
-            if last_step == 1 { "step" } else { "steps" }
-        );
+        let seconds: f64 =
+            self.points("train/timing/step_total").iter().map(|(_, s)| *s).filter(|s| s.is_finite()).sum();
+        let _ = write!(text, " The run took {} {}", last_step, if last_step == 1 { "step" } else { "steps" });
         if seconds > 0.0 {
             let _ = write!(text, " and {} of training", duration_text(seconds));
         }
@@ -237,10 +208,7 @@ impl Run {
 
     /// What can be said without held-out prompts.
     fn training_sentence(&self) -> String {
-        let (start, end) = (
-            self.start_mean("train/reward"),
-            self.end_mean("train/reward"),
-        );
+        let (start, end) = (self.start_mean("train/reward"), self.end_mean("train/reward"));
         let steps = self.steps.len().min(END_STEPS);
         if !start.is_finite() || !end.is_finite() {
             return "The run was not evaluated on held-out prompts.".into();
@@ -256,17 +224,10 @@ impl Run {
     fn tiles(&self) -> String {
         let mut tiles = String::from("<dl class=\"tiles\">\n");
         let mut push = |class: &str, name: &str, value: String, note: String| {
-            let _ = writeln!(
-                tiles,
-                "<div{class}><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
-            );
+            let _ = writeln!(tiles, "<div{class}><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>");
         };
         if let (Some(before), Some(after)) = (&self.before, &self.after) {
-            let value = format!(
-                "{} → {}",
-                fixed(before.mean_reward, 3),
-                fixed(after.mean_reward, 3)
-            );
+            let value = format!("{} → {}", fixed(before.mean_reward, 3), fixed(after.mean_reward, 3));
             push(
                 " class=\"wide\"",
                 "Held-out reward",
@@ -279,12 +240,7 @@ impl Run {
                 significant(self.start_mean("train/reward"), 3),
                 significant(self.end_mean("train/reward"), 3)
             );
-            push(
-                " class=\"wide\"",
-                "Training reward",
-                value,
-                "first → last steps".into(),
-            );
+            push(" class=\"wide\"", "Training reward", value, "first → last steps".into());
         }
         let last_steps = format!("mean, last {} steps", self.steps.len().min(END_STEPS));
         for (name, key) in [
@@ -294,12 +250,7 @@ impl Run {
             ("Tokens per second", "perf/tokens_per_second"),
         ] {
             if self.end_mean(key).is_finite() {
-                push(
-                    "",
-                    name,
-                    significant(self.end_mean(key), 3),
-                    last_steps.clone(),
-                );
+                push("", name, significant(self.end_mean(key), 3), last_steps.clone());
             }
         }
         tiles + "</dl>\n"
@@ -318,20 +269,14 @@ impl Run {
             main.extend(self.figure(title, &present, window));
             shown.extend(present);
         }
-        let timing: Vec<&str> = self
-            .names()
-            .into_iter()
-            .filter(|name| is_phase_time(name))
-            .collect();
+        let timing: Vec<&str> = self.names().into_iter().filter(|name| is_phase_time(name)).collect();
         main.extend(self.figure("Seconds by phase", &timing, window));
         shown.extend(timing);
         let others: String = self
             .names()
             .into_iter()
             .filter(|name| !shown.contains(name))
-            .filter_map(|name| {
-                self.figure(name.rsplit('/').next().unwrap_or(name), &[name], window)
-            })
+            .filter_map(|name| self.figure(name.rsplit('/').next().unwrap_or(name), &[name], window))
             .collect();
         let mut html = format!(
             "<h2>Curves</h2>\n<p class=\"hint\">Over training steps. Thin: each step; thick: mean of the last {window} steps. \
@@ -349,46 +294,23 @@ impl Run {
     /// One chart of the named metrics with its caption; None when none has a finite value.
     fn figure(&self, title: &str, keys: &[&str], window: usize) -> Option<String> {
         let points: Vec<Vec<(f64, f64)>> = keys.iter().map(|key| self.points(key)).collect();
-        let series: Vec<Series> = keys
-            .iter()
-            .zip(&points)
-            .map(|(name, points)| Series { name, points })
-            .collect();
+        let series: Vec<Series> = keys.iter().zip(&points).map(|(name, points)| Series { name, points }).collect();
         let svg = line_chart(&series, window)?;
-        let latest = points
-            .iter()
-            .map(|points| points.last().map_or(f64::NAN, |(_, value)| *value));
+        let latest = points.iter().map(|points| points.last().map_or(f64::NAN, |(_, value)| *value));
         let latest: Vec<String> = latest.map(|value| significant(value, 4)).collect();
-        let names = if let [key] = keys {
-            format!("<code>{}</code>", escape(key))
-        } else {
-            color_key(keys)
-        };
+        let names = if let [key] = keys { format!("<code>{}</code>", escape(key)) } else { color_key(keys) };
         Some(format!(
             "<figure data-keys=\"{}\"><figcaption>{}<output>{}</output></figcaption>{names}{svg}</figure>\n",
             escape(&json!(keys).to_string()),
             escape(title),
-            if keys.len() == 1 {
-                format!("last {}", latest.join(" · "))
-            } else {
-                String::new()
-            },
+            if keys.len() == 1 { format!("last {}", latest.join(" · ")) } else { String::new() },
         ))
     }
 
     /// How the held-out rewards are distributed, before and after.
     fn rewards_figure(&self) -> Option<String> {
-        let rewards = |evaluation: &Evaluation| {
-            evaluation
-                .responses
-                .iter()
-                .map(|r| r.reward)
-                .collect::<Vec<_>>()
-        };
-        let svg = distribution_chart(
-            &rewards(self.before.as_ref()?),
-            &rewards(self.after.as_ref()?),
-        )?;
+        let rewards = |evaluation: &Evaluation| evaluation.responses.iter().map(|r| r.reward).collect::<Vec<_>>();
+        let svg = distribution_chart(&rewards(self.before.as_ref()?), &rewards(self.after.as_ref()?))?;
         Some(format!(
             "<figure><figcaption>Held-out rewards<output>% of responses</output></figcaption><ul class=\"key\"><li><i class=\"kb\"></i>before\
              </li><li><i class=\"k0\"></i>after</li></ul>{svg}</figure>\n"
@@ -432,16 +354,9 @@ impl Run {
         chosen.dedup();
         let mut html = String::from("<h2>Samples from training</h2>\n");
         for step in chosen {
-            let samples = self
-                .samples
-                .iter()
-                .filter(|sample| step_of(sample) == Some(step))
-                .take(4);
+            let samples = self.samples.iter().filter(|sample| step_of(sample) == Some(step)).take(4);
             let samples: String = samples.map(sample_html).collect();
-            let _ = writeln!(
-                html,
-                "<details class=\"box\"><summary>Step {step}</summary>{samples}</details>"
-            );
+            let _ = writeln!(html, "<details class=\"box\"><summary>Step {step}</summary>{samples}</details>");
         }
         html
     }
@@ -457,20 +372,14 @@ impl Run {
     }
 
     fn evaluations(&self) -> Value {
-        let summary =
-            |evaluation: &Option<Evaluation>| evaluation.as_ref().map(Evaluation::summary);
+        let summary = |evaluation: &Option<Evaluation>| evaluation.as_ref().map(Evaluation::summary);
         json!({ "before": summary(&self.before), "after": summary(&self.after) })
     }
 
     /// Names of all metrics, in the order they first occur.
     fn names(&self) -> Vec<&str> {
         let mut seen = std::collections::HashSet::new();
-        self.steps
-            .iter()
-            .flat_map(Map::keys)
-            .map(String::as_str)
-            .filter(|name| seen.insert(*name))
-            .collect()
+        self.steps.iter().flat_map(Map::keys).map(String::as_str).filter(|name| seen.insert(*name)).collect()
     }
 
     fn has(&self, name: &str) -> bool {
@@ -480,31 +389,17 @@ impl Run {
     /// `(step, value)` of every step that has the metric; null becomes NaN.
     fn points(&self, name: &str) -> Vec<(f64, f64)> {
         let point = |step: &Map<String, Value>| {
-            Some((
-                step.get("step")?.as_f64()?,
-                step.get(name)?.as_f64().unwrap_or(f64::NAN),
-            ))
+            Some((step.get("step")?.as_f64()?, step.get(name)?.as_f64().unwrap_or(f64::NAN)))
         };
         self.steps.iter().filter_map(point).collect()
     }
 
     fn start_mean(&self, name: &str) -> f64 {
-        mean_of(
-            self.points(name)
-                .iter()
-                .take(END_STEPS)
-                .map(|(_, value)| *value),
-        )
+        mean_of(self.points(name).iter().take(END_STEPS).map(|(_, value)| *value))
     }
 
     fn end_mean(&self, name: &str) -> f64 {
-        mean_of(
-            self.points(name)
-                .iter()
-                .rev()
-                .take(END_STEPS)
-                .map(|(_, value)| *value),
-        )
+        mean_of(self.points(name).iter().rev().take(END_STEPS).map(|(_, value)| *value))
     }
 }
 
@@ -522,10 +417,7 @@ const MAIN_CHARTS: [(&str, &[&str]); 16] = [
     ("Clip ratio", &["train/ppo_clip_ratio"]),
     ("KL to the step's start", &["train/ppo_kl"]),
     ("Entropy", &["train/entropy"]),
-    (
-        "Gradient norm",
-        &["train/actor_grad_norm", "train/critic_grad_norm"],
-    ),
+    ("Gradient norm", &["train/actor_grad_norm", "train/critic_grad_norm"]),
     ("Learning rate", &["train/actor_lr", "train/critic_lr"]),
     ("Tokens per second", &["perf/tokens_per_second"]),
     ("Model FLOP/s utilisation", &["perf/mfu"]),
@@ -538,11 +430,7 @@ fn is_phase_time(name: &str) -> bool {
 fn held_out_sentence(before: &Evaluation, after: &Evaluation) -> String {
     let gain = after.mean_reward - before.mean_reward;
     let mean = |evaluation: &Evaluation| {
-        format!(
-            "<b>{}</b>\u{a0}±\u{a0}{}",
-            fixed(evaluation.mean_reward, 3),
-            fixed(evaluation.standard_error(), 3)
-        )
+        format!("<b>{}</b>\u{a0}±\u{a0}{}", fixed(evaluation.mean_reward, 3), fixed(evaluation.standard_error(), 3))
     };
     let direction = if gain > 0.0 { "rose" } else { "went" };
     let mut text = format!(
@@ -553,10 +441,7 @@ fn held_out_sentence(before: &Evaluation, after: &Evaluation) -> String {
     );
     if before.std_reward > 0.0 {
         let relative = gain / before.std_reward;
-        let _ = write!(
-            text,
-            ": {gain:+.3}, or {relative:+.2} standard deviations of the rewards before training"
-        );
+        let _ = write!(text, ": {gain:+.3}, or {relative:+.2} standard deviations of the rewards before training");
     }
     text + "."
 }
@@ -567,10 +452,7 @@ fn color_key(keys: &[&str]) -> String {
         let short = short.strip_prefix("timing/").unwrap_or(short);
         format!("<li><i class=\"k{}\"></i>{}</li>", index % 6, escape(short))
     };
-    format!(
-        "<ul class=\"key\">{}</ul>",
-        keys.iter().enumerate().map(entry).collect::<String>()
-    )
+    format!("<ul class=\"key\">{}</ul>", keys.iter().enumerate().map(entry).collect::<String>())
 }
 
 /// One held-out prompt with what was said before and after training.
@@ -594,9 +476,7 @@ impl Pair<'_> {
             ""
         };
         let side = |title: &str, class: &str, said: Option<&EvalResponse>| match said {
-            Some(EvalResponse {
-                response, reward, ..
-            }) => format!(
+            Some(EvalResponse { response, reward, .. }) => format!(
                 "<section><h3>{title}<span class=\"{class}\">reward {}</span></h3><p class=\"said\">{}</p></section>",
                 fixed(*reward, 3),
                 escape(response)
@@ -616,52 +496,28 @@ impl Pair<'_> {
 
 /// Responses to the same prompt side by side, in the order of `before`; the k-th of a prompt meets its k-th.
 fn pairs<'a>(before: Option<&'a Evaluation>, after: Option<&'a Evaluation>) -> Vec<Pair<'a>> {
-    let responses = |evaluation: Option<&'a Evaluation>| {
-        evaluation.map_or(&[][..], |evaluation| &evaluation.responses)
-    };
+    let responses = |evaluation: Option<&'a Evaluation>| evaluation.map_or(&[][..], |evaluation| &evaluation.responses);
     let mut later: HashMap<&str, VecDeque<&EvalResponse>> = HashMap::new();
     for response in responses(after) {
-        later
-            .entry(&response.prompt)
-            .or_default()
-            .push_back(response);
+        later.entry(&response.prompt).or_default().push_back(response);
     }
     let mut pairs = Vec::new();
     for response in responses(before) {
-        let after = later
-            .get_mut(response.prompt.as_str())
-            .and_then(VecDeque::pop_front);
-        pairs.push(Pair {
-            prompt: &response.prompt,
-            before: Some(response),
-            after,
-        });
+        let after = later.get_mut(response.prompt.as_str()).and_then(VecDeque::pop_front);
+        pairs.push(Pair { prompt: &response.prompt, before: Some(response), after });
     }
     for response in responses(after) {
         let unmatched = later.get_mut(response.prompt.as_str()).and_then(|queue| {
-            queue
-                .front()
-                .is_some_and(|first| std::ptr::eq(*first, response))
-                .then(|| queue.pop_front())
-                .flatten()
+            queue.front().is_some_and(|first| std::ptr::eq(*first, response)).then(|| queue.pop_front()).flatten()
         });
-        pairs.extend(unmatched.map(|after| Pair {
-            prompt: &response.prompt,
-            before: None,
-            after: Some(after),
-        }));
+        pairs.extend(unmatched.map(|after| Pair { prompt: &response.prompt, before: None, after: Some(after) }));
     }
     pairs
 }
 
 fn sample_html(sample: &Map<String, Value>) -> String {
     let text = |key: &str| escape(sample.get(key).and_then(Value::as_str).unwrap_or_default());
-    let number = |key: &str| {
-        significant(
-            sample.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN),
-            3,
-        )
-    };
+    let number = |key: &str| significant(sample.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN), 3);
     format!(
         "<article class=\"pair\"><p class=\"said\">{}</p><section><h3>score {} · reward {} · kl {}</h3><p class=\"said\">{}</p></section></article>\n",
         text("prompt"),
@@ -681,15 +537,10 @@ fn parse_lines(text: &str, path: &Path) -> Result<Vec<ParsedLine>, MonitorError>
     let mut all = text.split_inclusive('\n').enumerate().peekable();
     while let Some((index, line)) = all.next() {
         match serde_json::from_str::<Map<String, Value>>(line) {
-            Ok(object) if object.contains_key("step") => {
-                lines.push((line.trim_end().to_owned(), object))
-            }
+            Ok(object) if object.contains_key("step") => lines.push((line.trim_end().to_owned(), object)),
             _ if all.peek().is_none() => break,
             _ => {
-                return Err(MonitorError::DamagedLine {
-                    path: path.into(),
-                    line: index + 1,
-                });
+                return Err(MonitorError::DamagedLine { path: path.into(), line: index + 1 });
             }
         }
     }
@@ -714,9 +565,7 @@ fn recipe_name(recipe: &str) -> Option<String> {
 
 fn folder_name(run_dir: &Path) -> String {
     let whole = std::fs::canonicalize(run_dir).unwrap_or_else(|_| run_dir.into());
-    whole
-        .file_name()
-        .map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
+    whole.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -732,12 +581,7 @@ mod tests {
             response: format!("{HOSTILE} answer {mean_reward}"),
             reward: mean_reward + index as f64 * 0.01,
         };
-        Evaluation {
-            mean_reward,
-            std_reward: 0.2,
-            num_prompts: 4,
-            responses: (0..4).map(response).collect(),
-        }
+        Evaluation { mean_reward, std_reward: 0.2, num_prompts: 4, responses: (0..4).map(response).collect() }
     }
 
     fn run_folder() -> tempfile::TempDir {
@@ -746,30 +590,16 @@ mod tests {
         let mut log = MetricsLog::create(&path(METRICS_FILE)).unwrap();
         for step in 1..=40_u32 {
             let mut metrics = Metrics::new();
-            metrics
-                .set("train/reward", f64::from(step).sqrt() / 7.0)
-                .set("train/kl", f64::from(step) * 1e-3);
-            metrics
-                .set("train/timing/generation", 1.5)
-                .set("train/timing/step_total", 3.0);
-            metrics.set(
-                HOSTILE,
-                if step == 3 {
-                    f64::NAN
-                } else {
-                    0.1 + f64::from(step) / 3.0
-                },
-            );
+            metrics.set("train/reward", f64::from(step).sqrt() / 7.0).set("train/kl", f64::from(step) * 1e-3);
+            metrics.set("train/timing/generation", 1.5).set("train/timing/step_total", 3.0);
+            metrics.set(HOSTILE, if step == 3 { f64::NAN } else { 0.1 + f64::from(step) / 3.0 });
             log.write(u64::from(step), &metrics).unwrap();
         }
-        std::fs::write(
-            path("recipe.resolved.toml"),
-            format!("name = 'a <b> run'\nseed = 1 # {HOSTILE}\n"),
-        )
-        .unwrap();
+        std::fs::write(path("recipe.resolved.toml"), format!("name = 'a <b> run'\nseed = 1 # {HOSTILE}\n")).unwrap();
         evaluation(0.25).write(&path("eval_before.json")).unwrap();
         evaluation(0.75).write(&path("eval_after.json")).unwrap();
-        let sample = json!({ "step": 1, "prompt": HOSTILE, "response": HOSTILE, "reward": 0.5, "score": 1.0, "kl": null });
+        let sample =
+            json!({ "step": 1, "prompt": HOSTILE, "response": HOSTILE, "reward": 0.5, "score": 1.0, "kl": null });
         std::fs::write(path(SAMPLES_FILE), format!("{sample}\n")).unwrap();
         directory
     }
@@ -789,15 +619,9 @@ mod tests {
         let directory = run_folder();
         let page = report(directory.path());
         let lines = std::fs::read_to_string(directory.path().join(METRICS_FILE)).unwrap();
-        let expected: Vec<Value> = lines
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap())
-            .collect();
+        let expected: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(embedded(&page, "metrics"), Value::Array(expected));
-        assert_eq!(
-            embedded(&page, "evaluations")["after"]["mean_reward"],
-            json!(0.75)
-        );
+        assert_eq!(embedded(&page, "evaluations")["after"]["mean_reward"], json!(0.75));
     }
 
     #[test]
@@ -832,12 +656,7 @@ mod tests {
     #[test]
     fn a_report_needs_metrics_only_and_tolerates_a_torn_line() {
         let directory = run_folder();
-        for name in [
-            "recipe.resolved.toml",
-            "eval_before.json",
-            "eval_after.json",
-            SAMPLES_FILE,
-        ] {
+        for name in ["recipe.resolved.toml", "eval_before.json", "eval_after.json", SAMPLES_FILE] {
             std::fs::remove_file(directory.path().join(name)).unwrap();
         }
         let path = directory.path().join(METRICS_FILE);
@@ -857,16 +676,9 @@ mod tests {
     #[test]
     fn a_damaged_evaluation_is_named() {
         let directory = run_folder();
-        std::fs::write(
-            directory.path().join("eval_after.json"),
-            "{\"mean_reward\": \"high\"}",
-        )
-        .unwrap();
+        std::fs::write(directory.path().join("eval_after.json"), "{\"mean_reward\": \"high\"}").unwrap();
         let error = write_report(directory.path()).unwrap_err().to_string();
-        assert!(
-            error.contains("eval_after.json") && error.contains("line 1"),
-            "{error}"
-        );
+        assert!(error.contains("eval_after.json") && error.contains("line 1"), "{error}");
     }
 
     #[test]
@@ -876,21 +688,12 @@ mod tests {
             response: response.into(),
             reward: 0.0,
         };
-        let of = |responses| Evaluation {
-            mean_reward: 0.0,
-            std_reward: 0.0,
-            num_prompts: 1,
-            responses,
-        };
+        let of = |responses| Evaluation { mean_reward: 0.0, std_reward: 0.0, num_prompts: 1, responses };
         let before = of(vec![said("p", "p1"), said("q", "q1"), said("p", "p2")]);
         let after = of(vec![said("p", "P1"), said("p", "P2"), said("r", "R1")]);
-        let side = |response: Option<&EvalResponse>| {
-            response.map_or("-".to_owned(), |r| r.response.clone())
-        };
-        let met: Vec<(String, String)> = pairs(Some(&before), Some(&after))
-            .iter()
-            .map(|pair| (side(pair.before), side(pair.after)))
-            .collect();
+        let side = |response: Option<&EvalResponse>| response.map_or("-".to_owned(), |r| r.response.clone());
+        let met: Vec<(String, String)> =
+            pairs(Some(&before), Some(&after)).iter().map(|pair| (side(pair.before), side(pair.after))).collect();
         let expected = [("p1", "P1"), ("q1", "-"), ("p2", "P2"), ("-", "R1")];
         assert_eq!(met, expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
     }

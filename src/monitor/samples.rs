@@ -41,9 +41,7 @@ impl SampleLog {
     /// # Errors
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self, MonitorError> {
-        Ok(Self {
-            lines: JsonLines::create(path)?,
-        })
+        Ok(Self { lines: JsonLines::create(path)? })
     }
 
     /// Opens the file at `path` to continue after `step`: later lines and a torn last line are cut off.
@@ -51,9 +49,7 @@ impl SampleLog {
     /// # Errors
     /// The file cannot be read or cut, or a line before the last is no JSON object with a `step`.
     pub fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
-        Ok(Self {
-            lines: JsonLines::resume(path, step)?,
-        })
+        Ok(Self { lines: JsonLines::resume(path, step)? })
     }
 
     /// Writes the samples of one step, in one write.
@@ -79,14 +75,7 @@ impl SampleLog {
 pub fn samples_markdown(samples: &[Sample]) -> String {
     let mut markdown = String::new();
     for (index, sample) in samples.iter().enumerate() {
-        let Sample {
-            reward,
-            score,
-            kl,
-            response_length,
-            finish_reason,
-            ..
-        } = sample;
+        let Sample { reward, score, kl, response_length, finish_reason, .. } = sample;
         // Writing to a String cannot fail.
         let _ = write!(
             markdown,
@@ -145,13 +134,7 @@ mod tests {
 
     #[test]
     fn markdown_shows_text_as_code_whatever_it_contains() {
-        let markdown = samples_markdown(&[
-            sample(1),
-            Sample {
-                response: " ".into(),
-                ..sample(1)
-            },
-        ]);
+        let markdown = samples_markdown(&[sample(1), Sample { response: " ".into(), ..sample(1) }]);
         assert!(markdown.contains("\n    2+2=\n"), "{markdown}");
         assert!(markdown.contains("\n    </script> `4`\n"), "{markdown}");
         assert!(markdown.contains("\n    (empty)\n"), "{markdown}");

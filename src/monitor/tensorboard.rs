@@ -15,8 +15,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message;
 
 use super::event::{
-    DT_STRING, DataClass, Event, HistogramProto, PluginData, SessionLog, SessionStatus, Summary,
-    SummaryMetadata, SummaryValue, TensorDim, TensorProto, TensorShapeProto, Value, What,
+    DT_STRING, DataClass, Event, HistogramProto, PluginData, SessionLog, SessionStatus, Summary, SummaryMetadata,
+    SummaryValue, TensorDim, TensorProto, TensorShapeProto, Value, What,
 };
 use super::{Metrics, MonitorError};
 
@@ -55,18 +55,9 @@ impl EventWriter {
     /// # Errors
     /// It cannot be written (the disk is full, say).
     pub fn write(&mut self, step: u64, metrics: &Metrics) -> Result<(), MonitorError> {
-        let scalars = metrics
-            .scalars
-            .iter()
-            .map(|(tag, value)| scalar(tag, *value));
-        let histograms = metrics
-            .histograms
-            .iter()
-            .filter_map(|(tag, values)| histogram(tag, values));
-        let texts = metrics
-            .texts
-            .iter()
-            .map(|(tag, markdown)| text(tag, markdown));
+        let scalars = metrics.scalars.iter().map(|(tag, value)| scalar(tag, *value));
+        let histograms = metrics.histograms.iter().filter_map(|(tag, values)| histogram(tag, values));
+        let texts = metrics.texts.iter().map(|(tag, markdown)| text(tag, markdown));
         let value = scalars.chain(histograms).chain(texts).collect();
         self.append(step, &[What::Summary(Summary { value })])
     }
@@ -78,8 +69,7 @@ impl EventWriter {
 
     /// A new file whose first events are the format's version and the start of a session at `step`.
     fn start(directory: &Path, step: u64) -> Result<Self, MonitorError> {
-        std::fs::create_dir_all(directory)
-            .map_err(|source| MonitorError::io("create", directory, source))?;
+        std::fs::create_dir_all(directory).map_err(|source| MonitorError::io("create", directory, source))?;
         let path = next_path(directory)?;
         let file = OpenOptions::new()
             .create_new(true)
@@ -88,10 +78,7 @@ impl EventWriter {
             .map_err(|source| MonitorError::io("create", &path, source))?;
         let mut writer = Self { path, file };
         writer.append(0, &[What::FileVersion("brain.Event:2".into())])?;
-        let start = SessionLog {
-            status: SessionStatus::Start.into(),
-            msg: String::new(),
-        };
+        let start = SessionLog { status: SessionStatus::Start.into(), msg: String::new() };
         writer.append(step, &[What::SessionLog(start)])?;
         Ok(writer)
     }
@@ -99,83 +86,47 @@ impl EventWriter {
     fn append(&mut self, step: u64, contents: &[What]) -> Result<(), MonitorError> {
         let mut bytes = Vec::new();
         for what in contents {
-            let event = Event {
-                wall_time: seconds_since_epoch(),
-                step: step as i64,
-                what: Some(what.clone()),
-            };
+            let event = Event { wall_time: seconds_since_epoch(), step: step as i64, what: Some(what.clone()) };
             push_record(&mut bytes, &event.encode_to_vec());
         }
-        self.file
-            .write_all(&bytes)
-            .map_err(|source| MonitorError::io("write", &self.path, source))
+        self.file.write_all(&bytes).map_err(|source| MonitorError::io("write", &self.path, source))
     }
 }
 
 fn scalar(tag: &str, value: f64) -> SummaryValue {
-    SummaryValue {
-        tag: tag.into(),
-        metadata: None,
-        value: Some(Value::Scalar(value as f32)),
-    }
+    SummaryValue { tag: tag.into(), metadata: None, value: Some(Value::Scalar(value as f32)) }
 }
 
 /// None when no value is finite: TensorBoard has no empty histogram.
 fn histogram(tag: &str, values: &[f32]) -> Option<SummaryValue> {
     let histogram = histogram_of(values)?;
-    Some(SummaryValue {
-        tag: tag.into(),
-        metadata: None,
-        value: Some(Value::Histogram(histogram)),
-    })
+    Some(SummaryValue { tag: tag.into(), metadata: None, value: Some(Value::Histogram(histogram)) })
 }
 
 fn text(tag: &str, markdown: &str) -> SummaryValue {
-    let plugin_data = PluginData {
-        plugin_name: "text".into(),
-        content: Vec::new(),
-    };
-    let metadata = SummaryMetadata {
-        plugin_data: Some(plugin_data),
-        data_class: DataClass::Tensor.into(),
-    };
+    let plugin_data = PluginData { plugin_name: "text".into(), content: Vec::new() };
+    let metadata = SummaryMetadata { plugin_data: Some(plugin_data), data_class: DataClass::Tensor.into() };
     let tensor = TensorProto {
         dtype: DT_STRING,
-        tensor_shape: Some(TensorShapeProto {
-            dim: vec![TensorDim { size: 1 }],
-        }),
+        tensor_shape: Some(TensorShapeProto { dim: vec![TensorDim { size: 1 }] }),
         string_val: vec![markdown.as_bytes().to_vec()],
     };
-    SummaryValue {
-        tag: tag.into(),
-        metadata: Some(metadata),
-        value: Some(Value::Tensor(tensor)),
-    }
+    SummaryValue { tag: tag.into(), metadata: Some(metadata), value: Some(Value::Tensor(tensor)) }
 }
 
 /// Buckets of equal width from the smallest to the largest finite value.
 fn histogram_of(values: &[f32]) -> Option<HistogramProto> {
-    let finite: Vec<f64> = values
-        .iter()
-        .map(|&value| f64::from(value))
-        .filter(|value| value.is_finite())
-        .collect();
+    let finite: Vec<f64> = values.iter().map(|&value| f64::from(value)).filter(|value| value.is_finite()).collect();
     let min = finite.iter().copied().reduce(f64::min)?;
     let max = finite.iter().copied().reduce(f64::max)?;
     let buckets = if min == max { 1 } else { HISTOGRAM_BUCKETS };
     let width = (max - min) / buckets as f64;
     let mut bucket = vec![0.0; buckets];
     for value in &finite {
-        let index = if width > 0.0 {
-            ((value - min) / width) as usize
-        } else {
-            0
-        };
+        let index = if width > 0.0 { ((value - min) / width) as usize } else { 0 };
         bucket[index.min(buckets - 1)] += 1.0; // the largest value closes the last bucket
     }
-    let mut bucket_limit: Vec<f64> = (1..=buckets)
-        .map(|index| min + width * index as f64)
-        .collect();
+    let mut bucket_limit: Vec<f64> = (1..=buckets).map(|index| min + width * index as f64).collect();
     bucket_limit[buckets - 1] = max;
     Some(HistogramProto {
         min,
@@ -190,43 +141,24 @@ fn histogram_of(values: &[f32]) -> Option<HistogramProto> {
 
 /// `events.out.tfevents.<seconds>.<host>`, sorting after every file already there: readers go by name.
 fn next_path(directory: &Path) -> Result<PathBuf, MonitorError> {
-    let newest = event_files(directory)?
-        .iter()
-        .filter_map(|path| file_seconds(path))
-        .max();
+    let newest = event_files(directory)?.iter().filter_map(|path| file_seconds(path)).max();
     let now = seconds_since_epoch() as u64;
     let seconds = newest.map_or(now, |newest| now.max(newest + 1));
     Ok(directory.join(format!("{FILE_PREFIX}{seconds:010}.{}", host_name())))
 }
 
 fn file_seconds(path: &Path) -> Option<u64> {
-    path.file_name()?
-        .to_str()?
-        .strip_prefix(FILE_PREFIX)?
-        .split('.')
-        .next()?
-        .parse()
-        .ok()
+    path.file_name()?.to_str()?.strip_prefix(FILE_PREFIX)?.split('.').next()?.parse().ok()
 }
 
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name: String = name
-        .trim()
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c))
-        .collect();
-    if name.is_empty() {
-        "localhost".into()
-    } else {
-        name
-    }
+    let name: String = name.trim().chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).collect();
+    if name.is_empty() { "localhost".into() } else { name }
 }
 
 fn seconds_since_epoch() -> f64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0.0, |duration| duration.as_secs_f64())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |duration| duration.as_secs_f64())
 }
 
 /// The event files of a folder, oldest first; none when the folder is missing.
@@ -300,9 +232,7 @@ fn le_u32(bytes: &[u8]) -> Option<u32> {
 
 /// TFRecord's checksum: CRC-32C, rotated and offset, so that a checksum of data with checksums in it stays sound.
 fn masked_crc(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes)
-        .rotate_right(15)
-        .wrapping_add(0xa282_ead8)
+    crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]
@@ -321,13 +251,8 @@ mod tests {
     }
 
     fn summary_steps(directory: &Path) -> Vec<i64> {
-        let all = event_files(directory)
-            .unwrap()
-            .into_iter()
-            .flat_map(|path| events(&path));
-        all.filter(|event| matches!(event.what, Some(What::Summary(_))))
-            .map(|event| event.step)
-            .collect()
+        let all = event_files(directory).unwrap().into_iter().flat_map(|path| events(&path));
+        all.filter(|event| matches!(event.what, Some(What::Summary(_)))).map(|event| event.step).collect()
     }
 
     fn is_start(event: &Event) -> bool {
@@ -346,11 +271,7 @@ mod tests {
     #[test]
     fn the_first_record_has_the_bytes_tensorflow_writes() {
         // The version record of an event file written by TensorBoard's own EventFileWriter at wall time 1.0.
-        let event = Event {
-            wall_time: 1.0,
-            step: 0,
-            what: Some(What::FileVersion("brain.Event:2".into())),
-        };
+        let event = Event { wall_time: 1.0, step: 0, what: Some(What::FileVersion("brain.Event:2".into())) };
         let mut bytes = Vec::new();
         push_record(&mut bytes, &event.encode_to_vec());
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -365,60 +286,31 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut writer = EventWriter::create(directory.path()).unwrap();
         let mut metrics = Metrics::new();
-        metrics
-            .set("train/reward", 0.25)
-            .set_histogram("train/rewards", vec![0.0, 1.0, 1.0, f32::NAN]);
-        metrics
-            .set_histogram("train/empty", vec![])
-            .set_text("samples", "**é**");
+        metrics.set("train/reward", 0.25).set_histogram("train/rewards", vec![0.0, 1.0, 1.0, f32::NAN]);
+        metrics.set_histogram("train/empty", vec![]).set_text("samples", "**é**");
         writer.write(3, &metrics).unwrap();
 
         let events = events(writer.path());
-        assert_eq!(
-            events[0].what,
-            Some(What::FileVersion("brain.Event:2".into()))
-        );
+        assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
         assert!(is_start(&events[1]));
-        let Some(What::Summary(summary)) = &events[2].what else {
-            panic!("no summary")
-        };
+        let Some(What::Summary(summary)) = &events[2].what else { panic!("no summary") };
         assert_eq!(events[2].step, 3);
-        let tags: Vec<&str> = summary
-            .value
-            .iter()
-            .map(|value| value.tag.as_str())
-            .collect();
+        let tags: Vec<&str> = summary.value.iter().map(|value| value.tag.as_str()).collect();
         assert_eq!(tags, ["train/reward", "train/rewards", "samples"]);
         assert_eq!(summary.value[0].value, Some(Value::Scalar(0.25)));
-        let Some(Value::Tensor(tensor)) = &summary.value[2].value else {
-            panic!("no tensor")
-        };
+        let Some(Value::Tensor(tensor)) = &summary.value[2].value else { panic!("no tensor") };
         assert_eq!(tensor.string_val, ["**é**".as_bytes()]);
     }
 
     #[test]
     fn histogram_buckets_hold_every_value_within_their_limits() {
-        let values: Vec<f32> = (0..1000_i16)
-            .map(|i| (f32::from(i) * 0.37).sin() * 5.0 - 1.0)
-            .collect();
+        let values: Vec<f32> = (0..1000_i16).map(|i| (f32::from(i) * 0.37).sin() * 5.0 - 1.0).collect();
         let histogram = histogram_of(&values).unwrap();
         let mut lower = histogram.min;
-        for (index, (&limit, &count)) in histogram
-            .bucket_limit
-            .iter()
-            .zip(&histogram.bucket)
-            .enumerate()
-        {
+        for (index, (&limit, &count)) in histogram.bucket_limit.iter().zip(&histogram.bucket).enumerate() {
             let closes = index + 1 == histogram.bucket.len();
-            let inside = values
-                .iter()
-                .map(|&v| f64::from(v))
-                .filter(|&v| v >= lower && (v < limit || closes))
-                .count();
-            assert!(
-                (count - inside as f64).abs() <= 1.0,
-                "bucket {index}: {count} against {inside}"
-            ); // rounding at a limit
+            let inside = values.iter().map(|&v| f64::from(v)).filter(|&v| v >= lower && (v < limit || closes)).count();
+            assert!((count - inside as f64).abs() <= 1.0, "bucket {index}: {count} against {inside}"); // rounding at a limit
             lower = limit;
         }
         assert_eq!(histogram.bucket.iter().sum::<f64>(), 1000.0);
@@ -434,9 +326,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let write = |writer: &mut EventWriter, steps: std::ops::RangeInclusive<u64>| {
             for step in steps {
-                writer
-                    .write(step, Metrics::new().set("train/reward", step as f64))
-                    .unwrap();
+                writer.write(step, Metrics::new().set("train/reward", step as f64)).unwrap();
             }
         };
         write(&mut EventWriter::create(directory.path()).unwrap(), 1..=5);
@@ -447,10 +337,7 @@ mod tests {
         assert_eq!(start.step, 4);
         assert_eq!(summary_steps(directory.path()), [1, 2, 3, 4, 5, 6, 7, 8]);
 
-        write(
-            &mut EventWriter::resume(directory.path(), 2).unwrap(),
-            3..=4,
-        ); // an older checkpoint
+        write(&mut EventWriter::resume(directory.path(), 2).unwrap(), 3..=4); // an older checkpoint
         assert_eq!(summary_steps(directory.path()), [1, 2, 3, 4]);
         assert_eq!(event_files(directory.path()).unwrap().len(), 3);
     }
@@ -466,11 +353,7 @@ mod tests {
         for length in whole.len()..all.len() {
             std::fs::write(writer.path(), &all[..length]).unwrap();
             cut_after(writer.path(), 9).unwrap();
-            assert_eq!(
-                std::fs::read(writer.path()).unwrap(),
-                whole,
-                "cut at {length}"
-            );
+            assert_eq!(std::fs::read(writer.path()).unwrap(), whole, "cut at {length}");
         }
         let mut damaged = all.clone();
         *damaged.last_mut().unwrap() ^= 1;

@@ -45,9 +45,7 @@ impl TerminalOptions {
         let is_terminal = std::io::stdout().is_terminal() && !dumb;
         let start = Instant::now();
         Self {
-            width: Box::new(move || {
-                is_terminal.then(|| usize::from(console::Term::stdout().size().1).max(20))
-            }),
+            width: Box::new(move || is_terminal.then(|| usize::from(console::Term::stdout().size().1).max(20))),
             color: is_terminal && !set("NO_COLOR"),
             clock: Box::new(move || start.elapsed()),
             out: Box::new(std::io::stdout()),
@@ -64,30 +62,10 @@ impl Terminal {
 
     /// A terminal with its surroundings given: for tests, and to write elsewhere.
     pub fn with_options(total_steps: u64, options: TerminalOptions) -> Self {
-        let TerminalOptions {
-            width,
-            color,
-            clock,
-            out,
-            bars,
-        } = options;
-        let bars = MultiProgress::with_draw_target(if width().is_some() {
-            bars
-        } else {
-            ProgressDrawTarget::hidden()
-        });
-        let screen = Arc::new(Screen {
-            width,
-            color,
-            clock,
-            out: Mutex::new(out),
-            bars,
-        });
-        Self {
-            screen,
-            total_steps,
-            pace: Mutex::default(),
-        }
+        let TerminalOptions { width, color, clock, out, bars } = options;
+        let bars = MultiProgress::with_draw_target(if width().is_some() { bars } else { ProgressDrawTarget::hidden() });
+        let screen = Arc::new(Screen { width, color, clock, out: Mutex::new(out), bars });
+        Self { screen, total_steps, pace: Mutex::default() }
     }
 
     /// The run's first lines: a title, then one line per `(name, value)`, values in one column, long ones wrapped.
@@ -110,8 +88,7 @@ impl Terminal {
             pace.finish_step((self.screen.clock)().as_secs_f64(), line.seconds);
             pace.seconds_per_step() * self.total_steps.saturating_sub(line.step) as f64
         };
-        self.screen
-            .print(&line.render(self.total_steps, eta_s, &self.screen));
+        self.screen.print(&line.render(self.total_steps, eta_s, &self.screen));
     }
 
     /// A line of news between the steps, wrapped on a terminal.
@@ -126,11 +103,7 @@ impl Terminal {
     pub fn summary(&self, outcome: &Outcome) {
         let screen = &self.screen;
         screen.print("");
-        screen.print(&screen.bold(&format!(
-            "done: {} steps in {}",
-            outcome.steps,
-            duration_text(outcome.seconds)
-        )));
+        screen.print(&screen.bold(&format!("done: {} steps in {}", outcome.steps, duration_text(outcome.seconds))));
         screen.print_rows(&outcome.rows());
     }
 }
@@ -161,14 +134,9 @@ pub struct Outcome {
 impl Outcome {
     fn rows(&self) -> Vec<(&'static str, String)> {
         let mut rows = Vec::new();
-        if let (Some((before, spread)), Some((after, _))) = (self.reward_before, self.reward_after)
-        {
-            let mut text = format!(
-                "{} -> {} on {} held-out prompts",
-                fixed(before, 3),
-                fixed(after, 3),
-                self.num_prompts
-            );
+        if let (Some((before, spread)), Some((after, _))) = (self.reward_before, self.reward_after) {
+            let mut text =
+                format!("{} -> {} on {} held-out prompts", fixed(before, 3), fixed(after, 3), self.num_prompts);
             let _ = write!(text, " ({:+.3}", after - before); // writing to a String cannot fail
             if spread > 0.0 {
                 let _ = write!(text, ", {:+.1} std of the start", (after - before) / spread);
@@ -180,9 +148,7 @@ impl Outcome {
         rows.extend(self.model.as_ref().map(|folder| ("model", path(folder))));
         rows.extend(self.report.as_ref().map(|file| ("report", path(file))));
         rows.extend(
-            self.tensorboard
-                .as_ref()
-                .map(|folder| ("curves", format!("tensorboard --logdir {}", path(folder)))),
+            self.tensorboard.as_ref().map(|folder| ("curves", format!("tensorboard --logdir {}", path(folder)))),
         );
         rows
     }
@@ -206,11 +172,7 @@ pub struct StepLine {
 impl StepLine {
     /// A line without fields.
     pub fn new(step: u64, seconds: f64) -> Self {
-        Self {
-            step,
-            seconds,
-            ..Self::default()
-        }
+        Self { step, seconds, ..Self::default() }
     }
 
     /// Adds one labelled value. Earlier fields are kept longer when the terminal is narrow.
@@ -229,52 +191,34 @@ impl StepLine {
             None => fixed(mean, 3),
         });
         let loss = match (get("train/policy_loss"), get("train/critic_loss")) {
-            (Some(policy), Some(critic)) => {
-                Some(format!("{}/{}", fixed(policy, 3), fixed(critic, 2)))
-            }
+            (Some(policy), Some(critic)) => Some(format!("{}/{}", fixed(policy, 3), fixed(critic, 2))),
             (policy, critic) => policy.or(critic).map(|loss| fixed(loss, 3)),
         };
         let fields = [
             ("reward", reward),
             ("kl", get("train/kl").map(|kl| fixed(kl, 4))),
-            (
-                "len",
-                get("train/response_length").map(|length| fixed(length, 1)),
-            ),
-            (
-                "clip",
-                get("train/ppo_clip_ratio").map(|ratio| fixed(ratio, 2)),
-            ),
+            ("len", get("train/response_length").map(|length| fixed(length, 1))),
+            ("clip", get("train/ppo_clip_ratio").map(|ratio| fixed(ratio, 2))),
             ("loss", loss),
         ];
-        let timing = |(label, name): (&str, &str)| {
-            Some((label.to_owned(), get(&format!("train/timing/{name}"))?))
-        };
+        let timing = |(label, name): (&str, &str)| Some((label.to_owned(), get(&format!("train/timing/{name}"))?));
         Self {
             step,
             seconds: get("train/timing/step_total").unwrap_or(f64::NAN),
-            phases: [
-                ("gen", "generation"),
-                ("score", "make_experience"),
-                ("train", "ppo_train"),
-            ]
-            .into_iter()
-            .filter_map(timing)
-            .collect(),
-            tokens_per_second: get("perf/tokens_per_second"),
-            fields: fields
+            phases: [("gen", "generation"), ("score", "make_experience"), ("train", "ppo_train")]
                 .into_iter()
-                .filter_map(|(label, value)| Some((label.to_owned(), value?)))
+                .filter_map(timing)
                 .collect(),
+            tokens_per_second: get("perf/tokens_per_second"),
+            fields: fields.into_iter().filter_map(|(label, value)| Some((label.to_owned(), value?))).collect(),
         }
     }
 
     /// The line in as many columns as the screen has, without its least important parts where it would wrap.
     fn render(&self, total_steps: u64, eta_s: f64, screen: &Screen) -> String {
         let width = (screen.width)().unwrap_or(usize::MAX);
-        let detail = |fields: usize, phases: bool, speed: bool| {
-            self.compose(total_steps, eta_s, fields, phases, speed, screen)
-        };
+        let detail =
+            |fields: usize, phases: bool, speed: bool| self.compose(total_steps, eta_s, fields, phases, speed, screen);
         let all = self.fields.len();
         let candidates = [(all, true, true), (all, false, true)]
             .into_iter()
@@ -290,40 +234,21 @@ impl StepLine {
         truncate_str(&line, width, "").into_owned()
     }
 
-    fn compose(
-        &self,
-        total: u64,
-        eta_s: f64,
-        fields: usize,
-        phases: bool,
-        speed: bool,
-        screen: &Screen,
-    ) -> String {
+    fn compose(&self, total: u64, eta_s: f64, fields: usize, phases: bool, speed: bool, screen: &Screen) -> String {
         let digits = total.to_string().len();
-        let mut line = format!(
-            "{} {}",
-            screen.dim("step"),
-            screen.bold(&format!("{:>digits$}/{total}", self.step))
-        );
+        let mut line = format!("{} {}", screen.dim("step"), screen.bold(&format!("{:>digits$}/{total}", self.step)));
         let mut push = |label: &str, value: &str| {
             let _ = write!(line, "  {} {value}", screen.dim(label)); // writing to a String cannot fail
         };
         for (label, value) in &self.fields[..fields] {
-            let value = if label == "reward" {
-                screen.accent(value)
-            } else {
-                value.clone()
-            };
+            let value = if label == "reward" { screen.accent(value) } else { value.clone() };
             push(label, &value);
         }
         if speed {
             let mut seconds = duration_text(self.seconds);
             if phases && !self.phases.is_empty() {
-                let parts: Vec<String> = self
-                    .phases
-                    .iter()
-                    .map(|(name, s)| format!("{name} {}", fixed(*s, 1)))
-                    .collect();
+                let parts: Vec<String> =
+                    self.phases.iter().map(|(name, s)| format!("{name} {}", fixed(*s, 1))).collect();
                 seconds += &format!(" ({})", parts.join(" "));
             }
             line += &format!("  {}", screen.dim(&seconds));
@@ -379,11 +304,8 @@ impl Phase {
     fn start(screen: Arc<Screen>, name: &str, total_units: u64) -> Self {
         let tokens = Arc::new(AtomicU64::new(0));
         let bar = if (screen.width)().is_some() {
-            let bar = ProgressBar::new(total_units).with_style(bar_style(
-                total_units,
-                screen.color,
-                Arc::clone(&tokens),
-            ));
+            let bar =
+                ProgressBar::new(total_units).with_style(bar_style(total_units, screen.color, Arc::clone(&tokens)));
             let bar = screen.bars.add(bar.with_prefix(name.to_owned()));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -392,16 +314,7 @@ impl Phase {
         };
         let start = (screen.clock)();
         let next_line_s = AtomicU64::new(Self::PLAIN_LINE_EVERY_S);
-        Self {
-            screen,
-            name: name.into(),
-            total_units,
-            bar,
-            units: AtomicU64::new(0),
-            tokens,
-            start,
-            next_line_s,
-        }
+        Self { screen, name: name.into(), total_units, bar, units: AtomicU64::new(0), tokens, start, next_line_s }
     }
 
     /// `units` more are done. A few atomic operations: call it as often as it happens.
@@ -422,24 +335,12 @@ impl Phase {
         let elapsed_s = (self.screen.clock)().saturating_sub(self.start).as_secs();
         let due_s = self.next_line_s.load(Ordering::Relaxed);
         let next_s = elapsed_s + Self::PLAIN_LINE_EVERY_S;
-        let claim = || {
-            self.next_line_s
-                .compare_exchange(due_s, next_s, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
-        };
+        let claim = || self.next_line_s.compare_exchange(due_s, next_s, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if elapsed_s < due_s || !claim() {
             return;
         }
-        let total = if self.total_units > 0 {
-            format!("/{}", self.total_units)
-        } else {
-            String::new()
-        };
-        let mut line = format!(
-            "  {}: {done}{total}, {}",
-            self.name,
-            duration_text(elapsed_s as f64)
-        );
+        let total = if self.total_units > 0 { format!("/{}", self.total_units) } else { String::new() };
+        let mut line = format!("  {}: {done}{total}, {}", self.name, duration_text(elapsed_s as f64));
         let tokens = self.tokens.load(Ordering::Relaxed);
         if tokens > 0 {
             let _ = write!(line, ", {:.0} tok/s", tokens as f64 / elapsed_s as f64); // writing to a String cannot fail
@@ -497,11 +398,7 @@ impl Screen {
     }
 
     fn print_rows(&self, rows: &[(&str, String)]) {
-        let name_width = rows
-            .iter()
-            .map(|(name, _)| measure_text_width(name))
-            .max()
-            .unwrap_or(0);
+        let name_width = rows.iter().map(|(name, _)| measure_text_width(name)).max().unwrap_or(0);
         let width = (self.width)().unwrap_or(usize::MAX);
         for (name, value) in rows {
             let padding = " ".repeat(name_width - measure_text_width(name));
@@ -526,11 +423,7 @@ impl Screen {
     }
 
     fn paint(&self, code: &str, text: &str) -> String {
-        if self.color {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.into()
-        }
+        if self.color { format!("\x1b[{code}m{text}\x1b[0m") } else { text.into() }
     }
 }
 
@@ -540,8 +433,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
     for paragraph in text.lines() {
         let mut line = String::new();
         for word in paragraph.split(' ') {
-            if !line.is_empty() && measure_text_width(&line) + 1 + measure_text_width(word) > width
-            {
+            if !line.is_empty() && measure_text_width(&line) + 1 + measure_text_width(word) > width {
                 lines.push(std::mem::take(&mut line));
             }
             if !line.is_empty() {
@@ -551,11 +443,7 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
         }
         lines.push(line);
     }
-    if lines.is_empty() {
-        vec![String::new()]
-    } else {
-        lines
-    }
+    if lines.is_empty() { vec![String::new()] } else { lines }
 }
 
 #[cfg(test)]
@@ -604,22 +492,11 @@ mod tests {
 
     fn ppo_metrics() -> Metrics {
         let mut metrics = Metrics::new();
-        metrics
-            .set("train/reward", 0.412)
-            .set("train/reward_std", 0.311)
-            .set("train/kl", 0.0031);
-        metrics
-            .set("train/response_length", 17.2)
-            .set("train/ppo_clip_ratio", 0.021);
-        metrics
-            .set("train/policy_loss", -0.0112)
-            .set("train/critic_loss", 0.231);
-        metrics
-            .set("train/timing/step_total", 8.9)
-            .set("train/timing/generation", 3.1);
-        metrics
-            .set("train/timing/make_experience", 2.0)
-            .set("train/timing/ppo_train", 3.6);
+        metrics.set("train/reward", 0.412).set("train/reward_std", 0.311).set("train/kl", 0.0031);
+        metrics.set("train/response_length", 17.2).set("train/ppo_clip_ratio", 0.021);
+        metrics.set("train/policy_loss", -0.0112).set("train/critic_loss", 0.231);
+        metrics.set("train/timing/step_total", 8.9).set("train/timing/generation", 3.1);
+        metrics.set("train/timing/make_experience", 2.0).set("train/timing/ppo_train", 3.6);
         metrics.set("perf/tokens_per_second", 410.4);
         metrics
     }
@@ -627,9 +504,7 @@ mod tests {
     #[test]
     fn a_plain_step_line_is_whole() {
         let probe = Probe::default();
-        probe
-            .terminal(100, None, false)
-            .step(&StepLine::ppo(12, &ppo_metrics()));
+        probe.terminal(100, None, false).step(&StepLine::ppo(12, &ppo_metrics()));
         assert_eq!(
             probe.text(),
             "step  12/100  reward 0.412 ±0.31  kl 0.0031  len 17.2  clip 0.02  loss -0.011/0.23  \
@@ -641,38 +516,23 @@ mod tests {
     fn a_step_line_fits_any_width_and_keeps_the_reward_longest() {
         for width in 20..160 {
             let probe = Probe::default();
-            probe
-                .terminal(100, Some(width), true)
-                .step(&StepLine::ppo(12, &ppo_metrics()));
+            probe.terminal(100, Some(width), true).step(&StepLine::ppo(12, &ppo_metrics()));
             let text = probe.text();
             let line = text.trim_end_matches('\n');
             assert!(measure_text_width(line) <= width, "{width}: {line}");
-            assert!(
-                width < 40 || console::strip_ansi_codes(line).contains("reward 0.412"),
-                "{width}: {line}"
-            );
+            assert!(width < 40 || console::strip_ansi_codes(line).contains("reward 0.412"), "{width}: {line}");
         }
         let probe = Probe::default();
-        probe
-            .terminal(100, Some(80), false)
-            .step(&StepLine::ppo(12, &ppo_metrics()));
-        assert_eq!(
-            probe.text(),
-            "step  12/100  reward 0.412 ±0.31  kl 0.0031  8.9s  410 tok/s  eta 13m03s\n"
-        );
+        probe.terminal(100, Some(80), false).step(&StepLine::ppo(12, &ppo_metrics()));
+        assert_eq!(probe.text(), "step  12/100  reward 0.412 ±0.31  kl 0.0031  8.9s  410 tok/s  eta 13m03s\n");
     }
 
     #[test]
     fn what_was_not_measured_is_left_out() {
         let probe = Probe::default();
         let mut metrics = Metrics::new();
-        metrics
-            .set("train/reward", 1.0)
-            .set("train/kl", f64::NAN)
-            .set("train/timing/step_total", 2.0);
-        probe
-            .terminal(3, None, false)
-            .step(&StepLine::ppo(3, &metrics));
+        metrics.set("train/reward", 1.0).set("train/kl", f64::NAN).set("train/timing/step_total", 2.0);
+        probe.terminal(3, None, false).step(&StepLine::ppo(3, &metrics));
         assert_eq!(probe.text(), "step 3/3  reward 1.000  2.0s\n");
     }
 
@@ -684,21 +544,14 @@ mod tests {
         probe.wait(30); // the step and an evaluation
         terminal.step(&StepLine::new(2, 10.0).field("loss", "0.5")); // 2 x mean(10, 30)
         let text = probe.text();
-        assert_eq!(
-            text,
-            "step 1/4  10s  eta 30s\nstep 2/4  loss 0.5  10s  eta 40s\n"
-        );
+        assert_eq!(text, "step 1/4  10s  eta 30s\nstep 2/4  loss 0.5  10s  eta 40s\n");
     }
 
     #[test]
     fn colour_only_where_allowed() {
         let (plain, coloured) = (Probe::default(), Probe::default());
-        plain
-            .terminal(9, Some(100), false)
-            .step(&StepLine::ppo(1, &ppo_metrics()));
-        coloured
-            .terminal(9, Some(100), true)
-            .step(&StepLine::ppo(1, &ppo_metrics()));
+        plain.terminal(9, Some(100), false).step(&StepLine::ppo(1, &ppo_metrics()));
+        coloured.terminal(9, Some(100), true).step(&StepLine::ppo(1, &ppo_metrics()));
         assert!(!plain.text().contains('\x1b'));
         assert!(coloured.text().contains("\x1b[36m0.412"));
         assert_eq!(console::strip_ansi_codes(&coloured.text()), plain.text());
@@ -715,10 +568,7 @@ mod tests {
             phase.advance(4);
         }
         drop(phase);
-        assert_eq!(
-            probe.text(),
-            "  generate: 12/64, 30s, 10 tok/s\n  generate: 24/64, 1m00s, 10 tok/s\n"
-        );
+        assert_eq!(probe.text(), "  generate: 12/64, 30s, 10 tok/s\n  generate: 24/64, 1m00s, 10 tok/s\n");
     }
 
     #[test]
@@ -738,10 +588,8 @@ mod tests {
     #[test]
     fn a_header_aligns_its_values_and_wraps_long_ones() {
         let probe = Probe::default();
-        let rows = [
-            ("model", "SmolLM2-135M".to_owned()),
-            ("batch", "64 prompts x 4 samples = 256 responses".to_owned()),
-        ];
+        let rows =
+            [("model", "SmolLM2-135M".to_owned()), ("batch", "64 prompts x 4 samples = 256 responses".to_owned())];
         probe.terminal(9, Some(40), false).header("echelon", &rows);
         let text = probe.text();
         assert_eq!(

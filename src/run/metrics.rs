@@ -7,7 +7,8 @@ use echelon_models::config::DecoderConfig;
 use tch::{Kind, Tensor};
 
 use crate::monitor::{
-    Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, record_perf, samples_markdown, training_flops_per_token,
+    Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, record_perf, samples_markdown,
+    training_flops_per_token,
 };
 use crate::recipe::{ResolvedRecipe, ScoreSource};
 
@@ -125,7 +126,12 @@ impl Work {
         let timing = &report.timing;
         let phase = |name, tokens: f64, seconds, flops| PhaseWork { name, tokens: tokens as u64, seconds, flops };
         let phases = [
-            phase("generation", rollout.generation.generated_tokens as f64, timing.generation_s, forward * generated as f64),
+            phase(
+                "generation",
+                rollout.generation.generated_tokens as f64,
+                timing.generation_s,
+                forward * generated as f64,
+            ),
             phase(
                 "make_experience",
                 tokens as f64 * self.scoring_models,

@@ -51,10 +51,7 @@ impl Learner for LanguageModel {
     fn step(&mut self, rows: &Tokens, lr: f64) -> echelon_core::Result<Metrics> {
         let report = sft::step(&mut self.policy, rows, lr)?;
         let mut metrics = Metrics::new();
-        metrics
-            .set("train/loss", report.loss)
-            .set("train/grad_norm", report.grad_norm)
-            .set("train/lr", report.lr);
+        metrics.set("train/loss", report.loss).set("train/grad_norm", report.grad_norm).set("train/lr", report.lr);
         Ok(metrics)
     }
 

@@ -136,7 +136,9 @@ pub fn load_data(recipe: &RewardRecipe) -> Result<Data, Failure> {
 fn encode(tokenizer: &Tokenizer, pair: &Pair, apply_chat_template: bool) -> Result<Example, TokenizerError> {
     let side = |response: &PromptText| -> Result<(Vec<i64>, Vec<bool>), TokenizerError> {
         let prompt = pair.prompt.clone().unwrap_or(PromptText::Plain(String::new()));
-        if let (PromptText::Plain(prompt), PromptText::Plain(response), false) = (&prompt, response, apply_chat_template) {
+        if let (PromptText::Plain(prompt), PromptText::Plain(response), false) =
+            (&prompt, response, apply_chat_template)
+        {
             return prompt_and_response(tokenizer, prompt, response);
         }
         let messages: Vec<Message> = messages(&prompt, "user").chain(messages(response, "assistant")).collect();

@@ -48,12 +48,13 @@ keep = 3
 [eval]
 prompts = "QUICKSTART/prompts-held-out.jsonl"
 every_steps = 2
+samples_per_prompt = 1
 max_samples = 4
 "#;
 
 /// The folder of the quickstart's models and prompts.
 pub fn quickstart() -> PathBuf {
-    std::env::var_os("QS_TEMP").map_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart"), PathBuf::from) // TEMP
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart")
 }
 
 /// A temporary folder with a recipe and the runs made of it.
@@ -132,7 +133,9 @@ pub fn assert_same(found: &Path, expected: &Path, context: &str) {
             assert_eq!(found.len(), expected.len(), "{context}: {name} has another length");
             continue;
         };
-        let excerpt = |bytes: &[u8]| String::from_utf8_lossy(&bytes[at.saturating_sub(80)..bytes.len().min(at + 40)]).into_owned();
+        let excerpt = |bytes: &[u8]| {
+            String::from_utf8_lossy(&bytes[at.saturating_sub(80)..bytes.len().min(at + 40)]).into_owned()
+        };
         panic!("{context}: {name} differs at byte {at}:\n{}\n{}", excerpt(&found), excerpt(&expected));
     }
 }

@@ -42,7 +42,12 @@ pub struct FlatUnit {
 
 impl FlatUnit {
     /// Lays a unit out and fills it: `load` gives each parameter by name, in any dtype, on any device.
-    pub fn new(shape: &UnitShape, kind: Kind, device: Device, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<FlatUnit> {
+    pub fn new(
+        shape: &UnitShape,
+        kind: Kind,
+        device: Device,
+        load: &mut dyn FnMut(&str) -> Result<Tensor>,
+    ) -> Result<FlatUnit> {
         let (offsets, decayed, length) = layout(shape);
         let accumulate = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let weights = Tensor::zeros([length], (kind, device));

@@ -118,7 +118,9 @@ impl TrainingState {
         let mut tensors = Vec::new();
         for (unit, moments) in self.units.iter().zip(&self.moments) {
             let weights = moments.master.as_ref().unwrap_or(&unit.weights);
-            for (part, flat) in [("weights", weights), ("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)] {
+            for (part, flat) in
+                [("weights", weights), ("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)]
+            {
                 for (index, param) in unit.shape.params.iter().enumerate() {
                     tensors.push((format!("{part}.{}", param.name), unit.view_of(flat, index)));
                 }
@@ -148,7 +150,13 @@ impl TrainingState {
         self.units
             .iter()
             .zip(&self.moments)
-            .map(|(unit, m)| of(&unit.weights) + of(&unit.grads) + of(&m.exp_avg) + of(&m.exp_avg_sq) + m.master.as_ref().map_or(0, of))
+            .map(|(unit, m)| {
+                of(&unit.weights)
+                    + of(&unit.grads)
+                    + of(&m.exp_avg)
+                    + of(&m.exp_avg_sq)
+                    + m.master.as_ref().map_or(0, of)
+            })
             .sum()
     }
 }
@@ -157,7 +165,9 @@ fn master_of(unit: &FlatUnit, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> R
     let master = unit.grads.zeros_like();
     for (index, param) in unit.shape.params.iter().enumerate() {
         let loaded = load(&param.name)?;
-        tch::no_grad(|| unit.view_of(&master, index).f_copy_(&loaded.f_reshape(param.shape.as_slice())?).map_err(Error::from))?;
+        tch::no_grad(|| {
+            unit.view_of(&master, index).f_copy_(&loaded.f_reshape(param.shape.as_slice())?).map_err(Error::from)
+        })?;
     }
     Ok(master)
 }

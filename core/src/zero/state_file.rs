@@ -21,15 +21,23 @@ pub enum StateFileError {
 }
 
 /// Writes tensors in their order with string metadata, and syncs the file to disk. Device tensors come over one by one.
-pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<(), StateFileError> {
+pub fn write_tensors(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    metadata: &[(&str, String)],
+) -> Result<(), StateFileError> {
     let io = |source| StateFileError::Io { path: path.into(), source };
     let mut header = Map::new();
-    header.insert("__metadata__".into(), metadata.iter().map(|(k, v)| (k.to_string(), Value::from(v.as_str()))).collect());
+    header.insert(
+        "__metadata__".into(),
+        metadata.iter().map(|(k, v)| (k.to_string(), Value::from(v.as_str()))).collect(),
+    );
     let mut end = 0;
     for (name, tensor) in tensors {
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         let dtype = dtype_name(tensor.kind());
-        header.insert(name.clone(), json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [end, end + bytes]}));
+        header
+            .insert(name.clone(), json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [end, end + bytes]}));
         end += bytes;
     }
     let mut header = serde_json::to_vec(&Value::Object(header)).expect("a JSON map serialises");
@@ -80,7 +88,8 @@ impl TensorFile {
     /// A copy of the named tensor.
     pub fn tensor(&self, name: &str) -> Result<Tensor, StateFileError> {
         let parsed = self.parsed()?;
-        let view = parsed.tensor(name).map_err(|_| StateFileError::Missing { path: self.path.clone(), name: name.into() })?;
+        let view =
+            parsed.tensor(name).map_err(|_| StateFileError::Missing { path: self.path.clone(), name: name.into() })?;
         let kind = match view.dtype() {
             safetensors::Dtype::F32 => Kind::Float,
             safetensors::Dtype::F64 => Kind::Double,
@@ -88,7 +97,11 @@ impl TensorFile {
             safetensors::Dtype::F16 => Kind::Half,
             safetensors::Dtype::I64 => Kind::Int64,
             other => {
-                return Err(StateFileError::Dtype { path: self.path.clone(), name: name.into(), dtype: format!("{other:?}") });
+                return Err(StateFileError::Dtype {
+                    path: self.path.clone(),
+                    name: name.into(),
+                    dtype: format!("{other:?}"),
+                });
             }
         };
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();

@@ -7,8 +7,7 @@ use candle_core::quantized::GgmlDType;
 use half::{bf16, f16};
 
 /// Every block type that is read, for messages.
-pub(super) const SUPPORTED: &str =
-    "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
+pub(super) const SUPPORTED: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K";
 
 /// A block type that is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,29 +53,13 @@ impl BlockType {
     /// # Errors
     /// What the block decoder says; a length that is no whole number of blocks is a bug of the caller.
     pub fn dequantize(self, data: &[u8]) -> Result<Vec<f32>, String> {
-        assert!(
-            (data.len() as u64).is_multiple_of(self.bytes()),
-            "callers pass whole blocks"
-        );
+        assert!((data.len() as u64).is_multiple_of(self.bytes()), "callers pass whole blocks");
         match self.ggml {
-            GgmlDType::F32 => Ok(data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|bytes| f32::from_le_bytes(*bytes))
-                .collect()),
-            GgmlDType::F16 => Ok(data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|bytes| f16::from_le_bytes(*bytes).to_f32())
-                .collect()),
-            GgmlDType::BF16 => Ok(data
-                .as_chunks()
-                .0
-                .iter()
-                .map(|bytes| bf16::from_le_bytes(*bytes).to_f32())
-                .collect()),
+            GgmlDType::F32 => Ok(data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+            GgmlDType::F16 => Ok(data.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect()),
+            GgmlDType::BF16 => {
+                Ok(data.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect())
+            }
             ggml => {
                 let count = data.len() / ggml.type_size() * ggml.block_size();
                 match ggml.from_data(Cow::Borrowed(data)).dequantize(count) {

@@ -66,26 +66,16 @@ impl ModelConfig {
     ///
     /// # Errors
     /// An architecture that is not supported, a key that is missing, of another type or out of range.
-    pub fn from_header(
-        header: &Header,
-        rope_divisors: Option<&[f32]>,
-    ) -> Result<Self, ImportError> {
+    pub fn from_header(header: &Header, rope_divisors: Option<&[f32]>) -> Result<Self, ImportError> {
         refuse_parts(header)?;
         let architecture = architecture(header)?;
-        let keys = Keys {
-            header,
-            prefix: architecture.name(),
-        };
+        let keys = Keys { header, prefix: architecture.name() };
         let hidden_size = keys.positive("embedding_length")?;
         let num_heads = keys.positive("attention.head_count")?;
         let num_kv_heads = keys.count("attention.head_count_kv")?.unwrap_or(num_heads);
         if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
             let expected = format!("a divisor of the {num_heads} heads");
-            return Err(header.key_error(
-                &keys.name("attention.head_count_kv"),
-                &expected,
-                num_kv_heads.to_string(),
-            ));
+            return Err(header.key_error(&keys.name("attention.head_count_kv"), &expected, num_kv_heads.to_string()));
         }
         let head_dim = head_dim(&keys, hidden_size, num_heads)?;
         let rope_theta = keys.positive_float("rope.freq_base", Some(10000.0))?;
@@ -109,9 +99,7 @@ impl ModelConfig {
             rms_norm_eps: keys.positive_float("attention.layer_norm_rms_epsilon", None)?,
             rope_theta,
             rope_scaling,
-            sliding_window: keys
-                .count("attention.sliding_window")?
-                .filter(|window| *window > 0),
+            sliding_window: keys.count("attention.sliding_window")?.filter(|window| *window > 0),
         })
     }
 
@@ -175,9 +163,7 @@ impl ModelConfig {
 
 fn architecture(header: &Header) -> Result<Architecture, ImportError> {
     let key = "general.architecture";
-    let name = header
-        .text(key)?
-        .ok_or_else(|| header.missing(key, "the name of an architecture"))?;
+    let name = header.text(key)?.ok_or_else(|| header.missing(key, "the name of an architecture"))?;
     Architecture::from_name(name).ok_or_else(|| ImportError::Unsupported {
         file: header.file.clone(),
         what: "architecture".to_owned(),
@@ -229,9 +215,7 @@ impl Keys<'_> {
     fn positive(&self, key: &str) -> Result<u64, ImportError> {
         let expected = "a positive integer";
         match self.count(key)? {
-            Some(0) => Err(self
-                .header
-                .key_error(&self.name(key), expected, "0".to_owned())),
+            Some(0) => Err(self.header.key_error(&self.name(key), expected, "0".to_owned())),
             Some(count) => Ok(count),
             None => Err(self.header.missing(&self.name(key), expected)),
         }
@@ -241,36 +225,24 @@ impl Keys<'_> {
         let expected = "a positive number";
         match self.header.float(&self.name(key))?.or(default) {
             Some(number) if number > 0.0 => Ok(number),
-            Some(number) => {
-                Err(self
-                    .header
-                    .key_error(&self.name(key), expected, number.to_string()))
-            }
+            Some(number) => Err(self.header.key_error(&self.name(key), expected, number.to_string())),
             None => Err(self.header.missing(&self.name(key), expected)),
         }
     }
 }
 
 fn head_dim(keys: &Keys, hidden_size: u64, num_heads: u64) -> Result<u64, ImportError> {
-    let head_dim = keys
-        .count("attention.key_length")?
-        .unwrap_or(hidden_size / num_heads);
+    let head_dim = keys.count("attention.key_length")?.unwrap_or(hidden_size / num_heads);
     let even = "a positive even number";
     if head_dim == 0 || head_dim % 2 != 0 {
-        return Err(keys.header.key_error(
-            &keys.name("attention.key_length"),
-            even,
-            head_dim.to_string(),
-        ));
+        return Err(keys.header.key_error(&keys.name("attention.key_length"), even, head_dim.to_string()));
     }
     // A rotation of part of the head, or values of another width, are other architectures.
     for key in ["rope.dimension_count", "attention.value_length"] {
         match keys.count(key)? {
             Some(other) if other != head_dim => {
                 let expected = format!("{head_dim}, the size of a head");
-                return Err(keys
-                    .header
-                    .key_error(&keys.name(key), &expected, other.to_string()));
+                return Err(keys.header.key_error(&keys.name(key), &expected, other.to_string()));
             }
             _ => {}
         }
@@ -282,9 +254,9 @@ fn head_dim(keys: &Keys, hidden_size: u64, num_heads: u64) -> Result<u64, Import
 fn rope_scaling(keys: &Keys) -> Result<Json, ImportError> {
     match keys.header.text(&keys.name("rope.scaling.type"))? {
         None | Some("none") => Ok(Json::Null),
-        Some("linear") => Ok(
-            json!({"rope_type": "linear", "factor": keys.positive_float("rope.scaling.factor", None)?}),
-        ),
+        Some("linear") => {
+            Ok(json!({"rope_type": "linear", "factor": keys.positive_float("rope.scaling.factor", None)?}))
+        }
         Some(other) => Err(ImportError::Unsupported {
             file: keys.header.file.clone(),
             what: "rope scaling".to_owned(),
@@ -302,12 +274,7 @@ const LLAMA3_HIGH_FREQ_FACTOR: f64 = 4.0;
 /// Llama 3.1 and later divide low frequencies by a factor. GGUF keeps only the divisor of each frequency: the one of
 /// the lowest is the factor, the other constants are the same in every published Llama. They are checked by computing
 /// all divisors from them.
-fn llama3_scaling(
-    header: &Header,
-    divisors: &[f32],
-    rope_theta: f64,
-    head_dim: u64,
-) -> Result<Json, ImportError> {
+fn llama3_scaling(header: &Header, divisors: &[f32], rope_theta: f64, head_dim: u64) -> Result<Json, ImportError> {
     let factor = divisors.last().copied().map_or(1.0, f64::from);
     let expected = llama3_divisors(factor, rope_theta, head_dim);
     let close = |(a, b): (&f64, &f32)| (a - f64::from(*b)).abs() <= 1e-3 * a.abs();
@@ -315,10 +282,7 @@ fn llama3_scaling(
         return Err(ImportError::Tensor {
             file: header.file.clone(),
             tensor: ROPE_DIVISORS.to_owned(),
-            expected: format!(
-                "Llama 3's {} frequency divisors {expected:.4?}",
-                expected.len()
-            ),
+            expected: format!("Llama 3's {} frequency divisors {expected:.4?}", expected.len()),
             found: format!("{divisors:.4?}"),
         });
     }
@@ -332,8 +296,7 @@ fn llama3_divisors(factor: f64, rope_theta: f64, head_dim: u64) -> Vec<f64> {
     let divisor = |pair: u64| {
         let frequency = rope_theta.powf(-2.0 * pair as f64 / head_dim as f64);
         let turns = LLAMA3_CONTEXT * frequency / std::f64::consts::TAU;
-        let smooth =
-            (turns - LLAMA3_LOW_FREQ_FACTOR) / (LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR);
+        let smooth = (turns - LLAMA3_LOW_FREQ_FACTOR) / (LLAMA3_HIGH_FREQ_FACTOR - LLAMA3_LOW_FREQ_FACTOR);
         let smooth = smooth.clamp(0.0, 1.0);
         1.0 / ((1.0 - smooth) / factor + smooth)
     };

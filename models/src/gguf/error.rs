@@ -14,9 +14,7 @@ pub enum ImportError {
     #[error("{}: already exists; choose another output folder or remove it", path.display())]
     OutputExists { path: PathBuf },
 
-    #[error(
-        "{file}: not a GGUF file, nor a wheel or zip archive that holds one (it starts with \"{found}\")"
-    )]
+    #[error("{file}: not a GGUF file, nor a wheel or zip archive that holds one (it starts with \"{found}\")")]
     NotGguf { file: String, found: String },
 
     #[error("{file}: expected exactly one .gguf file in the archive, found {found}")]
@@ -25,39 +23,17 @@ pub enum ImportError {
     #[error("{file}: the archive cannot be read: {detail}; fetch it again")]
     Archive { file: String, detail: String },
 
-    #[error(
-        "{file}: {place}: expected {expected}, found {found}; the file is damaged or cut short, fetch it again"
-    )]
-    Damaged {
-        file: String,
-        place: String,
-        expected: String,
-        found: String,
-    },
+    #[error("{file}: {place}: expected {expected}, found {found}; the file is damaged or cut short, fetch it again")]
+    Damaged { file: String, place: String, expected: String, found: String },
 
     #[error("{file}: {what} {found} is not supported; supported: {supported}")]
-    Unsupported {
-        file: String,
-        what: String,
-        found: String,
-        supported: String,
-    },
+    Unsupported { file: String, what: String, found: String, supported: String },
 
     #[error("{file}: key {key}: expected {expected}, found {found}")]
-    Key {
-        file: String,
-        key: String,
-        expected: String,
-        found: String,
-    },
+    Key { file: String, key: String, expected: String, found: String },
 
     #[error("{file}: tensor {tensor}: expected {expected}, found {found}")]
-    Tensor {
-        file: String,
-        tensor: String,
-        expected: String,
-        found: String,
-    },
+    Tensor { file: String, tensor: String, expected: String, found: String },
 
     #[error("{file}: the tokenizer cannot be rebuilt: {detail}")]
     Tokenizer { file: String, detail: String },
@@ -65,9 +41,6 @@ pub enum ImportError {
 
 impl ImportError {
     pub(super) fn io(path: &Path, source: io::Error) -> Self {
-        Self::Io {
-            path: path.to_path_buf(),
-            source,
-        }
+        Self::Io { path: path.to_path_buf(), source }
     }
 }

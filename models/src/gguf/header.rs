@@ -56,36 +56,20 @@ impl Header {
     /// Reads the head of the GGUF file at `path`; `file` is its name in messages.
     pub fn read(path: &Path, file: String) -> Result<Self, ImportError> {
         let input = File::open(path).map_err(|cause| ImportError::io(path, cause))?;
-        let length = input
-            .metadata()
-            .map_err(|cause| ImportError::io(path, cause))?
-            .len();
-        let mut reader = HeaderReader {
-            input: BufReader::new(input),
-            position: 0,
-            length,
-            place: "head".to_owned(),
-            file,
-        };
+        let length = input.metadata().map_err(|cause| ImportError::io(path, cause))?.len();
+        let mut reader =
+            HeaderReader { input: BufReader::new(input), position: 0, length, place: "head".to_owned(), file };
         reader.magic_and_version()?;
         let num_tensors = reader.count("number of tensors", MAX_TENSORS)?;
         let num_keys = reader.count("number of keys", MAX_KEYS)?;
         let metadata = reader.metadata(num_keys)?;
         let alignment = match metadata.get("general.alignment") {
-            Some(Value::Integer(bytes))
-                if u64::try_from(*bytes).is_ok_and(u64::is_power_of_two) =>
-            {
-                *bytes as u64
-            }
+            Some(Value::Integer(bytes)) if u64::try_from(*bytes).is_ok_and(u64::is_power_of_two) => *bytes as u64,
             Some(other) => return Err(reader.key("general.alignment", "a power of two", other)),
             None => DEFAULT_ALIGNMENT,
         };
         let tensors = reader.tensors(num_tensors, alignment)?;
-        Ok(Self {
-            file: reader.file,
-            metadata,
-            tensors,
-        })
+        Ok(Self { file: reader.file, metadata, tensors })
     }
 
     /// The tensor `name`, if the file has it.
@@ -109,19 +93,14 @@ impl Header {
 
     /// Keys that start with `prefix`.
     pub fn keys<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
-        self.metadata
-            .keys()
-            .map(String::as_str)
-            .filter(move |key| key.starts_with(prefix))
+        self.metadata.keys().map(String::as_str).filter(move |key| key.starts_with(prefix))
     }
 
     /// A count or id: an integer in `0..2^32`.
     pub fn count(&self, key: &str) -> Result<Option<u64>, ImportError> {
         match self.metadata.get(key) {
             None => Ok(None),
-            Some(Value::Integer(number)) if u32::try_from(*number).is_ok() => {
-                Ok(Some(*number as u64))
-            }
+            Some(Value::Integer(number)) if u32::try_from(*number).is_ok() => Ok(Some(*number as u64)),
             Some(other) => Err(self.wrong(key, "an integer in 0..2^32", other)),
         }
     }
@@ -180,12 +159,7 @@ impl Header {
     }
 
     pub fn key_error(&self, key: &str, expected: &str, found: String) -> ImportError {
-        ImportError::Key {
-            file: self.file.clone(),
-            key: key.to_owned(),
-            expected: expected.to_owned(),
-            found,
-        }
+        ImportError::Key { file: self.file.clone(), key: key.to_owned(), expected: expected.to_owned(), found }
     }
 
     fn wrong(&self, key: &str, expected: &str, found: &Value) -> ImportError {
@@ -285,34 +259,21 @@ impl HeaderReader {
             kind::U32 | kind::I32 | kind::F32 => 4,
             kind::U64 | kind::I64 | kind::F64 | kind::STRING => 8,
             kind::ARRAY => {
-                return Err(self.damaged(
-                    "an array of numbers, flags or strings",
-                    "an array of arrays".into(),
-                ));
+                return Err(self.damaged("an array of numbers, flags or strings", "an array of arrays".into()));
             }
             other => return Err(self.damaged("a value type of 0 to 12", other.to_string())),
         };
         self.require(length * smallest)?;
         Ok(Some(match kind {
-            kind::STRING => Value::Texts(
-                (0..length)
-                    .map(|_| self.string())
-                    .collect::<Result<_, _>>()?,
-            ),
-            kind::F32 | kind::F64 => Value::Floats(
-                (0..length)
-                    .map(|_| Ok(self.float(kind)? as f32))
-                    .collect::<Result<_, ImportError>>()?,
-            ),
+            kind::STRING => Value::Texts((0..length).map(|_| self.string()).collect::<Result<_, _>>()?),
+            kind::F32 | kind::F64 => {
+                Value::Floats((0..length).map(|_| Ok(self.float(kind)? as f32)).collect::<Result<_, ImportError>>()?)
+            }
             kind::BOOL => {
                 self.skip(length)?;
                 return Ok(None);
             }
-            _ => Value::Integers(
-                (0..length)
-                    .map(|_| self.integer(kind))
-                    .collect::<Result<_, _>>()?,
-            ),
+            _ => Value::Integers((0..length).map(|_| self.integer(kind)).collect::<Result<_, _>>()?),
         }))
     }
 
@@ -327,8 +288,7 @@ impl HeaderReader {
             kind::I64 => i64::from_le_bytes(self.array()?),
             kind::U64 => {
                 let number = self.u64()?;
-                i64::try_from(number)
-                    .map_err(|_| self.damaged("a number below 2^63", number.to_string()))?
+                i64::try_from(number).map_err(|_| self.damaged("a number below 2^63", number.to_string()))?
             }
             other => return Err(self.damaged("a value type of 0 to 12", other.to_string())),
         })
@@ -343,11 +303,7 @@ impl HeaderReader {
         Ok(number.to_string().parse().unwrap_or(f64::from(number)))
     }
 
-    fn tensors(
-        &mut self,
-        num_tensors: u64,
-        alignment: u64,
-    ) -> Result<HashMap<String, TensorEntry>, ImportError> {
+    fn tensors(&mut self, num_tensors: u64, alignment: u64) -> Result<HashMap<String, TensorEntry>, ImportError> {
         let mut tensors = HashMap::new();
         for index in 0..num_tensors {
             self.place = format!("tensor {} of {num_tensors}", index + 1);
@@ -360,19 +316,13 @@ impl HeaderReader {
         }
         let data_start = self.position.next_multiple_of(alignment);
         for (name, entry) in &mut tensors {
-            let end = data_start
-                .checked_add(entry.start)
-                .and_then(|start| start.checked_add(entry.bytes));
+            let end = data_start.checked_add(entry.start).and_then(|start| start.checked_add(entry.bytes));
             if end.is_none_or(|end| end > self.length) {
                 self.place = format!("tensor {name}");
-                let expected = format!(
-                    "{} bytes at offset {} of the data",
-                    entry.bytes, entry.start
+                let expected = format!("{} bytes at offset {} of the data", entry.bytes, entry.start);
+                return Err(
+                    self.damaged(&expected, format!("{} bytes of data", self.length.saturating_sub(data_start)))
                 );
-                return Err(self.damaged(
-                    &expected,
-                    format!("{} bytes of data", self.length.saturating_sub(data_start)),
-                ));
             }
             entry.start += data_start;
         }
@@ -396,27 +346,14 @@ impl HeaderReader {
         let start = self.u64()?;
         // GGUF lists the fastest dimension first; its length must be whole blocks.
         if !shape[0].is_multiple_of(block.elements()) {
-            let expected = format!(
-                "rows of a multiple of {} elements for {}",
-                block.elements(),
-                block.name
-            );
+            let expected = format!("rows of a multiple of {} elements for {}", block.elements(), block.name);
             return Err(self.damaged(&expected, shape[0].to_string()));
         }
-        let elements = shape
-            .iter()
-            .try_fold(1_u64, |product, dim| product.checked_mul(*dim));
-        let bytes =
-            elements.and_then(|count| (count / block.elements()).checked_mul(block.bytes()));
-        let bytes = bytes
-            .ok_or_else(|| self.damaged("a size below 2^64 bytes", format!("shape {shape:?}")))?;
+        let elements = shape.iter().try_fold(1_u64, |product, dim| product.checked_mul(*dim));
+        let bytes = elements.and_then(|count| (count / block.elements()).checked_mul(block.bytes()));
+        let bytes = bytes.ok_or_else(|| self.damaged("a size below 2^64 bytes", format!("shape {shape:?}")))?;
         shape.reverse();
-        Ok(TensorEntry {
-            shape,
-            block,
-            start,
-            bytes,
-        })
+        Ok(TensorEntry { shape, block, start, bytes })
     }
 
     fn string(&mut self) -> Result<String, ImportError> {
@@ -459,10 +396,7 @@ impl HeaderReader {
     fn require(&self, bytes: u64) -> Result<(), ImportError> {
         let left = self.length.saturating_sub(self.position);
         if bytes > left {
-            return Err(self.damaged(
-                &format!("{bytes} more bytes"),
-                format!("{left} until the end of the file"),
-            ));
+            return Err(self.damaged(&format!("{bytes} more bytes"), format!("{left} until the end of the file")));
         }
         Ok(())
     }

@@ -53,14 +53,8 @@ impl TokenizerFiles {
             None => return Err(header.missing(key, "gpt2 or llama")),
         };
         let adds = Adds {
-            bos: header
-                .flag("tokenizer.ggml.add_bos_token")?
-                .unwrap_or(recipe.adds_bos)
-                && special.bos.is_some(),
-            eos: header
-                .flag("tokenizer.ggml.add_eos_token")?
-                .unwrap_or(false)
-                && special.eos.is_some(),
+            bos: header.flag("tokenizer.ggml.add_bos_token")?.unwrap_or(recipe.adds_bos) && special.bos.is_some(),
+            eos: header.flag("tokenizer.ggml.add_eos_token")?.unwrap_or(false) && special.eos.is_some(),
         };
         let tokenizer = json!({
             "version": "1.0",
@@ -73,12 +67,8 @@ impl TokenizerFiles {
             "decoder": recipe.decoder,
             "model": recipe.model,
         });
-        tokenizers::Tokenizer::from_str(&tokenizer.to_string()).map_err(|cause| {
-            ImportError::Tokenizer {
-                file: header.file.clone(),
-                detail: cause.to_string(),
-            }
-        })?;
+        tokenizers::Tokenizer::from_str(&tokenizer.to_string())
+            .map_err(|cause| ImportError::Tokenizer { file: header.file.clone(), detail: cause.to_string() })?;
         Ok(Self {
             tokenizer,
             tokenizer_config: tokenizer_config(header, config, &special, &adds)?,
@@ -106,17 +96,13 @@ struct Vocabulary<'a> {
 impl<'a> Vocabulary<'a> {
     fn from_header(header: &'a Header, config: &ModelConfig) -> Result<Self, ImportError> {
         let key = "tokenizer.ggml.tokens";
-        let tokens = header
-            .texts(key)?
-            .ok_or_else(|| header.missing(key, "the vocabulary"))?;
+        let tokens = header.texts(key)?.ok_or_else(|| header.missing(key, "the vocabulary"))?;
         if tokens.len() as u64 > config.vocab_size {
             let expected = format!("at most the embedding's {} rows", config.vocab_size);
             return Err(header.key_error(key, &expected, format!("{} tokens", tokens.len())));
         }
         let key = "tokenizer.ggml.token_type";
-        let types = header
-            .integers(key)?
-            .map_or_else(|| vec![token_type::NORMAL; tokens.len()], <[i64]>::to_vec);
+        let types = header.integers(key)?.map_or_else(|| vec![token_type::NORMAL; tokens.len()], <[i64]>::to_vec);
         if types.len() != tokens.len() {
             let expected = format!("one type for each of {} tokens", tokens.len());
             return Err(header.key_error(key, &expected, format!("{} types", types.len())));
@@ -135,25 +121,15 @@ impl<'a> Vocabulary<'a> {
     /// Ids and tokens without the fillers that pad the embedding.
     fn in_use(&self) -> impl Iterator<Item = (usize, &'a str)> {
         let used = |(_, kind): &(_, &i64)| **kind != token_type::UNUSED;
-        self.tokens
-            .iter()
-            .enumerate()
-            .zip(&self.types)
-            .filter(used)
-            .map(|((id, token), _)| (id, token.as_str()))
+        self.tokens.iter().enumerate().zip(&self.types).filter(used).map(|((id, token), _)| (id, token.as_str()))
     }
 
     fn of_type(&self, wanted: i64) -> impl Iterator<Item = (usize, &'a str)> {
-        self.in_use()
-            .filter(move |(id, _)| self.types[*id] == wanted)
+        self.in_use().filter(move |(id, _)| self.types[*id] == wanted)
     }
 
     fn json(&self) -> Json {
-        Json::Object(
-            self.in_use()
-                .map(|(id, token)| (token.to_owned(), json!(id)))
-                .collect::<Map<_, _>>(),
-        )
+        Json::Object(self.in_use().map(|(id, token)| (token.to_owned(), json!(id))).collect::<Map<_, _>>())
     }
 
     /// Tokens matched in text before anything else: control tokens, which are special, and user-defined ones.
@@ -190,7 +166,8 @@ enum Splits {
 }
 
 const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2_PATTERN: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// What llama.cpp applies to files that name no rules.
 const DEFAULT_PATTERNS: &[&str] = &[
     r"[\p{P}\$\+<=>\^~\|]+",
@@ -241,17 +218,10 @@ impl PreTokenizer {
     /// The rules that the file names, or llama.cpp's own where it names none.
     fn from_header(header: &Header) -> Result<&'static Self, ImportError> {
         let name = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
-        PRE_TOKENIZERS
-            .iter()
-            .find(|rules| rules.names.contains(&name))
-            .ok_or_else(|| {
-                let names: Vec<&str> = PRE_TOKENIZERS
-                    .iter()
-                    .flat_map(|rules| rules.names)
-                    .copied()
-                    .collect();
-                unsupported(header, "pre-tokenizer", name, &names.join(", "))
-            })
+        PRE_TOKENIZERS.iter().find(|rules| rules.names.contains(&name)).ok_or_else(|| {
+            let names: Vec<&str> = PRE_TOKENIZERS.iter().flat_map(|rules| rules.names).copied().collect();
+            unsupported(header, "pre-tokenizer", name, &names.join(", "))
+        })
     }
 
     fn json(&self) -> Json {
@@ -273,15 +243,9 @@ impl PreTokenizer {
 fn byte_level(header: &Header, vocabulary: &Vocabulary) -> Result<Recipe, ImportError> {
     let rules = PreTokenizer::from_header(header)?;
     let key = "tokenizer.ggml.merges";
-    let merges = header
-        .texts(key)?
-        .ok_or_else(|| header.missing(key, "the merges"))?;
+    let merges = header.texts(key)?.ok_or_else(|| header.missing(key, "the merges"))?;
     Ok(Recipe {
-        normalizer: if rules.normalizes_nfc {
-            json!({"type": "NFC"})
-        } else {
-            Json::Null
-        },
+        normalizer: if rules.normalizes_nfc { json!({"type": "NFC"}) } else { Json::Null },
         pre_tokenizer: rules.json(),
         decoder: json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
         model: bpe_model(vocabulary, json!(merges), None, false, rules.ignore_merges),
@@ -292,23 +256,16 @@ fn byte_level(header: &Header, vocabulary: &Vocabulary) -> Result<Recipe, Import
 /// Llama 2's kind: the whole text merged by score, characters without a token as bytes.
 fn sentence_piece(header: &Header, vocabulary: &Vocabulary) -> Result<Recipe, ImportError> {
     let key = "tokenizer.ggml.scores";
-    let scores = header
-        .floats(key)?
-        .ok_or_else(|| header.missing(key, "the scores"))?;
+    let scores = header.floats(key)?.ok_or_else(|| header.missing(key, "the scores"))?;
     if scores.len() != vocabulary.tokens.len() {
         let expected = format!("one score for each of {} tokens", vocabulary.tokens.len());
         return Err(header.key_error(key, &expected, format!("{} scores", scores.len())));
     }
-    let prefix = header
-        .flag("tokenizer.ggml.add_space_prefix")?
-        .unwrap_or(true);
-    let squeeze = header
-        .flag("tokenizer.ggml.remove_extra_whitespaces")?
-        .unwrap_or(false);
+    let prefix = header.flag("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let squeeze = header.flag("tokenizer.ggml.remove_extra_whitespaces")?.unwrap_or(false);
     let mut normalizers = Vec::new();
     if squeeze {
-        normalizers
-            .push(json!({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}));
+        normalizers.push(json!({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""}));
         normalizers.push(json!({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}));
     }
     if prefix {
@@ -323,22 +280,13 @@ fn sentence_piece(header: &Header, vocabulary: &Vocabulary) -> Result<Recipe, Im
     if prefix {
         decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
-    let unknown = vocabulary
-        .of_type(token_type::UNKNOWN)
-        .next()
-        .map(|(_, token)| token);
+    let unknown = vocabulary.of_type(token_type::UNKNOWN).next().map(|(_, token)| token);
     let has_bytes = vocabulary.of_type(token_type::BYTE).next().is_some();
     Ok(Recipe {
         normalizer: json!({"type": "Sequence", "normalizers": normalizers}),
         pre_tokenizer: Json::Null,
         decoder: json!({"type": "Sequence", "decoders": decoders}),
-        model: bpe_model(
-            vocabulary,
-            json!(merges_by_score(vocabulary, scores)),
-            unknown,
-            has_bytes,
-            false,
-        ),
+        model: bpe_model(vocabulary, json!(merges_by_score(vocabulary, scores)), unknown, has_bytes, false),
         adds_bos: true,
     })
 }
@@ -349,32 +297,18 @@ fn merges_by_score(vocabulary: &Vocabulary, scores: &[f32]) -> Vec<String> {
     let ids: HashMap<&str, usize> = vocabulary.in_use().map(|(id, token)| (token, id)).collect();
     let mut merges = Vec::new();
     for (id, token) in vocabulary.of_type(token_type::NORMAL) {
-        let splits = token
-            .char_indices()
-            .skip(1)
-            .map(|(at, _)| token.split_at(at));
-        let mut pairs: Vec<_> = splits
-            .filter_map(|(left, right)| Some((*ids.get(left)?, *ids.get(right)?, left, right)))
-            .collect();
+        let splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        let mut pairs: Vec<_> =
+            splits.filter_map(|(left, right)| Some((*ids.get(left)?, *ids.get(right)?, left, right))).collect();
         pairs.sort_unstable();
-        merges.extend(
-            pairs
-                .into_iter()
-                .map(|(_, _, left, right)| (scores[id], format!("{left} {right}"))),
-        );
+        merges.extend(pairs.into_iter().map(|(_, _, left, right)| (scores[id], format!("{left} {right}"))));
     }
     // The sort is stable: of two tokens with the same score the one with the lower id comes first.
     merges.sort_by(|(a, _), (b, _)| b.total_cmp(a));
     merges.into_iter().map(|(_, merge)| merge).collect()
 }
 
-fn bpe_model(
-    vocabulary: &Vocabulary,
-    merges: Json,
-    unknown: Option<&str>,
-    bytes: bool,
-    ignore_merges: bool,
-) -> Json {
+fn bpe_model(vocabulary: &Vocabulary, merges: Json, unknown: Option<&str>, bytes: bool, ignore_merges: bool) -> Json {
     json!({
         "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
         "end_of_word_suffix": null, "fuse_unk": unknown.is_some(), "byte_fallback": bytes,
@@ -400,13 +334,7 @@ pub(super) struct SpecialTokens {
 
 impl SpecialTokens {
     fn from_header(header: &Header, vocabulary: &Vocabulary) -> Result<Self, ImportError> {
-        let role = |name: &str| {
-            special_token(
-                header,
-                vocabulary,
-                &format!("tokenizer.ggml.{name}_token_id"),
-            )
-        };
+        let role = |name: &str| special_token(header, vocabulary, &format!("tokenizer.ggml.{name}_token_id"));
         let eos = role("eos")?;
         let mut eos_ids: Vec<u64> = eos.iter().map(|token| token.id).collect();
         for end in [role("eot")?, role("eom")?].into_iter().flatten() {
@@ -414,13 +342,7 @@ impl SpecialTokens {
                 eos_ids.push(end.id);
             }
         }
-        Ok(Self {
-            bos: role("bos")?,
-            eos,
-            eos_ids,
-            pad: role("padding")?,
-            unk: role("unknown")?,
-        })
+        Ok(Self { bos: role("bos")?, eos, eos_ids, pad: role("padding")?, unk: role("unknown")? })
     }
 
     pub fn bos_id(&self) -> Option<u64> {
@@ -456,38 +378,22 @@ impl SpecialTokens {
 
     /// `special_tokens_map.json`: roles that are filled.
     pub fn map(&self) -> Json {
-        let roles = [
-            ("bos_token", &self.bos),
-            ("eos_token", &self.eos),
-            ("pad_token", &self.pad),
-            ("unk_token", &self.unk),
-        ];
-        let filled = roles
-            .into_iter()
-            .filter_map(|(role, token)| Some((role.to_owned(), json!(token.as_ref()?.text))));
+        let roles =
+            [("bos_token", &self.bos), ("eos_token", &self.eos), ("pad_token", &self.pad), ("unk_token", &self.unk)];
+        let filled = roles.into_iter().filter_map(|(role, token)| Some((role.to_owned(), json!(token.as_ref()?.text))));
         Json::Object(filled.collect())
     }
 }
 
-fn special_token(
-    header: &Header,
-    vocabulary: &Vocabulary,
-    key: &str,
-) -> Result<Option<SpecialToken>, ImportError> {
+fn special_token(header: &Header, vocabulary: &Vocabulary, key: &str) -> Result<Option<SpecialToken>, ImportError> {
     let Some(id) = header.count(key)? else {
         return Ok(None);
     };
-    let token = vocabulary.tokens.get(id as usize).ok_or_else(|| {
-        header.key_error(
-            key,
-            &format!("an id below {}", vocabulary.tokens.len()),
-            id.to_string(),
-        )
-    })?;
-    Ok(Some(SpecialToken {
-        id,
-        text: token.clone(),
-    }))
+    let token = vocabulary
+        .tokens
+        .get(id as usize)
+        .ok_or_else(|| header.key_error(key, &format!("an id below {}", vocabulary.tokens.len()), id.to_string()))?;
+    Ok(Some(SpecialToken { id, text: token.clone() }))
 }
 
 /// Which tokens encoding puts around a text.
@@ -506,19 +412,11 @@ impl Adds {
         let template = |text: &str, type_id: u64| {
             let part = |token: &SpecialToken| json!({"SpecialToken": {"id": token.text, "type_id": type_id}});
             let text = json!({"Sequence": {"id": text, "type_id": type_id}});
-            before
-                .map(part)
-                .into_iter()
-                .chain([text])
-                .chain(after.map(part))
-                .collect::<Vec<_>>()
+            before.map(part).into_iter().chain([text]).chain(after.map(part)).collect::<Vec<_>>()
         };
         let mut tokens = Map::new();
         for token in [before, after].into_iter().flatten() {
-            tokens.insert(
-                token.text.clone(),
-                json!({"id": token.text, "ids": [token.id], "tokens": [token.text]}),
-            );
+            tokens.insert(token.text.clone(), json!({"id": token.text, "ids": [token.id], "tokens": [token.text]}));
         }
         let pair = [template("A", 0), template("B", 1)].concat();
         json!({"type": "TemplateProcessing", "single": template("A", 0), "pair": pair, "special_tokens": tokens})
@@ -558,10 +456,8 @@ fn chat_template(header: &Header) -> Result<Json, ImportError> {
     if keys.is_empty() {
         return Ok(json!(default));
     }
-    let mut list: Vec<Json> = default
-        .map(|template| json!({"name": "default", "template": template}))
-        .into_iter()
-        .collect();
+    let mut list: Vec<Json> =
+        default.map(|template| json!({"name": "default", "template": template})).into_iter().collect();
     for key in keys {
         list.push(json!({"name": key[prefix.len()..], "template": header.text(key)?}));
     }

@@ -61,20 +61,10 @@ pub(super) struct PlannedTensor {
 ///
 /// # Errors
 /// A tensor that is missing, has another shape, or belongs to no part of the architecture.
-pub(super) fn plan(
-    header: &Header,
-    config: &ModelConfig,
-) -> Result<Vec<PlannedTensor>, ImportError> {
-    let mut planner = Planner {
-        header,
-        plan: Vec::new(),
-    };
+pub(super) fn plan(header: &Header, config: &ModelConfig) -> Result<Vec<PlannedTensor>, ImportError> {
+    let mut planner = Planner { header, plan: Vec::new() };
     let (hidden, vocab) = (config.hidden_size, config.vocab_size);
-    planner.add(
-        "token_embd.weight",
-        "model.embed_tokens.weight",
-        &[vocab, hidden],
-    )?;
+    planner.add("token_embd.weight", "model.embed_tokens.weight", &[vocab, hidden])?;
     planner.add("output_norm.weight", "model.norm.weight", &[hidden])?;
     if !config.tied_embeddings {
         planner.add("output.weight", "lm_head.weight", &[vocab, hidden])?;
@@ -105,85 +95,21 @@ impl Planner<'_> {
             ("attn_q", "self_attn.q_proj", q, hidden, rotated, qkv_bias),
             ("attn_k", "self_attn.k_proj", kv, hidden, rotated, qkv_bias),
             ("attn_v", "self_attn.v_proj", kv, hidden, None, qkv_bias),
-            (
-                "attn_output",
-                "self_attn.o_proj",
-                hidden,
-                q,
-                None,
-                other_bias,
-            ),
-            (
-                "ffn_gate",
-                "mlp.gate_proj",
-                inner,
-                hidden,
-                None,
-                config.mlp_bias,
-            ),
-            (
-                "ffn_up",
-                "mlp.up_proj",
-                inner,
-                hidden,
-                None,
-                config.mlp_bias,
-            ),
-            (
-                "ffn_down",
-                "mlp.down_proj",
-                hidden,
-                inner,
-                None,
-                config.mlp_bias,
-            ),
+            ("attn_output", "self_attn.o_proj", hidden, q, None, other_bias),
+            ("ffn_gate", "mlp.gate_proj", inner, hidden, None, config.mlp_bias),
+            ("ffn_up", "mlp.up_proj", inner, hidden, None, config.mlp_bias),
+            ("ffn_down", "mlp.down_proj", hidden, inner, None, config.mlp_bias),
         ] {
-            self.add_rows(
-                layer,
-                &format!("{from}.weight"),
-                &format!("{to}.weight"),
-                &[rows, columns],
-                heads,
-            )?;
+            self.add_rows(layer, &format!("{from}.weight"), &format!("{to}.weight"), &[rows, columns], heads)?;
             if bias {
-                self.add_rows(
-                    layer,
-                    &format!("{from}.bias"),
-                    &format!("{to}.bias"),
-                    &[rows],
-                    heads,
-                )?;
+                self.add_rows(layer, &format!("{from}.bias"), &format!("{to}.bias"), &[rows], heads)?;
             }
         }
-        self.add_rows(
-            layer,
-            "attn_norm.weight",
-            "input_layernorm.weight",
-            &[hidden],
-            None,
-        )?;
-        self.add_rows(
-            layer,
-            "ffn_norm.weight",
-            "post_attention_layernorm.weight",
-            &[hidden],
-            None,
-        )?;
+        self.add_rows(layer, "attn_norm.weight", "input_layernorm.weight", &[hidden], None)?;
+        self.add_rows(layer, "ffn_norm.weight", "post_attention_layernorm.weight", &[hidden], None)?;
         if config.architecture == Architecture::Qwen3 {
-            self.add_rows(
-                layer,
-                "attn_q_norm.weight",
-                "self_attn.q_norm.weight",
-                &[config.head_dim],
-                None,
-            )?;
-            self.add_rows(
-                layer,
-                "attn_k_norm.weight",
-                "self_attn.k_norm.weight",
-                &[config.head_dim],
-                None,
-            )?;
+            self.add_rows(layer, "attn_q_norm.weight", "self_attn.q_norm.weight", &[config.head_dim], None)?;
+            self.add_rows(layer, "attn_k_norm.weight", "self_attn.k_norm.weight", &[config.head_dim], None)?;
         }
         Ok(())
     }
@@ -196,11 +122,7 @@ impl Planner<'_> {
         shape: &[u64],
         interleaved_rows: Option<u64>,
     ) -> Result<(), ImportError> {
-        self.add(
-            &format!("blk.{layer}.{from}"),
-            &format!("model.layers.{layer}.{to}"),
-            shape,
-        )?;
+        self.add(&format!("blk.{layer}.{from}"), &format!("model.layers.{layer}.{to}"), shape)?;
         if let Some(added) = self.plan.last_mut() {
             added.interleaved_rows = interleaved_rows;
         }
@@ -209,19 +131,9 @@ impl Planner<'_> {
 
     fn add(&mut self, source: &str, target: &str, shape: &[u64]) -> Result<(), ImportError> {
         let entry = self.header.tensor(source);
-        let entry = entry.ok_or_else(|| {
-            self.wrong(
-                source,
-                format!("shape {shape:?}"),
-                "no such tensor".to_owned(),
-            )
-        })?;
+        let entry = entry.ok_or_else(|| self.wrong(source, format!("shape {shape:?}"), "no such tensor".to_owned()))?;
         if entry.shape != shape {
-            return Err(self.wrong(
-                source,
-                format!("shape {shape:?}"),
-                format!("shape {:?}", entry.shape),
-            ));
+            return Err(self.wrong(source, format!("shape {shape:?}"), format!("shape {:?}", entry.shape)));
         }
         self.plan.push(PlannedTensor {
             source: source.to_owned(),
@@ -234,29 +146,16 @@ impl Planner<'_> {
 
     /// A tensor nobody asked for means a model that is not what its architecture says: experts, adapters, more layers.
     fn refuse_leftovers(&self) -> Result<(), ImportError> {
-        let planned: HashSet<&str> = self
-            .plan
-            .iter()
-            .map(|tensor| tensor.source.as_str())
-            .collect();
+        let planned: HashSet<&str> = self.plan.iter().map(|tensor| tensor.source.as_str()).collect();
         let unknown = |name: &&str| !planned.contains(name) && *name != ROPE_DIVISORS;
         match self.header.tensor_names().filter(unknown).min() {
             None => Ok(()),
-            Some(name) => Err(self.wrong(
-                name,
-                "only tensors of the architecture".to_owned(),
-                "this one".to_owned(),
-            )),
+            Some(name) => Err(self.wrong(name, "only tensors of the architecture".to_owned(), "this one".to_owned())),
         }
     }
 
     fn wrong(&self, tensor: &str, expected: String, found: String) -> ImportError {
-        ImportError::Tensor {
-            file: self.header.file.clone(),
-            tensor: tensor.to_owned(),
-            expected,
-            found,
-        }
+        ImportError::Tensor { file: self.header.file.clone(), tensor: tensor.to_owned(), expected, found }
     }
 }
 
@@ -271,38 +170,24 @@ pub(super) fn write(
     let mut input = File::open(gguf).map_err(|cause| ImportError::io(gguf, cause))?;
     let file = File::create(output).map_err(|cause| ImportError::io(output, cause))?;
     let mut writer = BufWriter::with_capacity(1 << 20, file);
-    writer
-        .write_all(&safetensors_head(plan, dtype))
-        .map_err(|cause| ImportError::io(output, cause))?;
+    writer.write_all(&safetensors_head(plan, dtype)).map_err(|cause| ImportError::io(output, cause))?;
     for tensor in plan {
         for_each_chunk(&mut input, gguf, header, tensor, |values| {
-            write_values(&mut writer, &values, dtype)
-                .map_err(|cause| ImportError::io(output, cause))
+            write_values(&mut writer, &values, dtype).map_err(|cause| ImportError::io(output, cause))
         })?;
     }
-    let file = writer
-        .into_inner()
-        .map_err(|cause| ImportError::io(output, cause.into_error()))?;
-    file.sync_all()
-        .map_err(|cause| ImportError::io(output, cause))?;
+    let file = writer.into_inner().map_err(|cause| ImportError::io(output, cause.into_error()))?;
+    file.sync_all().map_err(|cause| ImportError::io(output, cause))?;
     Ok(plan.iter().map(PlannedTensor::elements).sum())
 }
 
 /// The values of the one-dimensional tensor `name`, if the file has it.
-pub(super) fn read_vector(
-    gguf: &Path,
-    header: &Header,
-    name: &str,
-) -> Result<Option<Vec<f32>>, ImportError> {
+pub(super) fn read_vector(gguf: &Path, header: &Header, name: &str) -> Result<Option<Vec<f32>>, ImportError> {
     let Some(entry) = header.tensor(name) else {
         return Ok(None);
     };
-    let tensor = PlannedTensor {
-        source: name.to_owned(),
-        target: String::new(),
-        entry: entry.clone(),
-        interleaved_rows: None,
-    };
+    let tensor =
+        PlannedTensor { source: name.to_owned(), target: String::new(), entry: entry.clone(), interleaved_rows: None };
     let mut input = File::open(gguf).map_err(|cause| ImportError::io(gguf, cause))?;
     let mut vector = Vec::new();
     for_each_chunk(&mut input, gguf, header, &tensor, |values| {
@@ -329,35 +214,21 @@ fn for_each_chunk(
     let chunk = tensor.bytes_per_chunk().ok_or_else(|| {
         wrong(
             "a block type that holds whole rows",
-            format!(
-                "{} in shape {:?}",
-                tensor.entry.block.name, tensor.entry.shape
-            ),
+            format!("{} in shape {:?}", tensor.entry.block.name, tensor.entry.shape),
         )
     })?;
-    input
-        .seek(SeekFrom::Start(tensor.entry.start))
-        .map_err(|cause| ImportError::io(gguf, cause))?;
+    input.seek(SeekFrom::Start(tensor.entry.start)).map_err(|cause| ImportError::io(gguf, cause))?;
     let mut left = tensor.entry.bytes;
     while left > 0 {
         let mut data = vec![0; chunk.min(left) as usize];
-        input
-            .read_exact(&mut data)
-            .map_err(|cause| ImportError::io(gguf, cause))?;
+        input.read_exact(&mut data).map_err(|cause| ImportError::io(gguf, cause))?;
         left -= data.len() as u64;
         if let Some(head_rows) = tensor.interleaved_rows {
             data = split_halves(&data, head_rows as usize, tensor.bytes_per_row() as usize);
         }
-        let values = tensor
-            .entry
-            .block
-            .dequantize(&data)
-            .map_err(|found| wrong("blocks that decode", found))?;
+        let values = tensor.entry.block.dequantize(&data).map_err(|found| wrong("blocks that decode", found))?;
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-            return Err(wrong(
-                "finite weights",
-                format!("{value}; the file is damaged, fetch it again"),
-            ));
+            return Err(wrong("finite weights", format!("{value}; the file is damaged, fetch it again")));
         }
         consume(values)?;
     }
@@ -412,7 +283,8 @@ fn safetensors_head(plan: &[PlannedTensor], dtype: WeightDtype) -> Vec<u8> {
     let mut offset = 0;
     for tensor in plan {
         let end = offset + tensor.elements() * dtype.bytes();
-        let description = json!({"dtype": dtype.safetensors_name(), "shape": tensor.entry.shape, "data_offsets": [offset, end]});
+        let description =
+            json!({"dtype": dtype.safetensors_name(), "shape": tensor.entry.shape, "data_offsets": [offset, end]});
         head.insert(tensor.target.clone(), description);
         offset = end;
     }
@@ -423,20 +295,10 @@ fn safetensors_head(plan: &[PlannedTensor], dtype: WeightDtype) -> Vec<u8> {
     bytes
 }
 
-fn write_values(
-    writer: &mut impl Write,
-    values: &[f32],
-    dtype: WeightDtype,
-) -> std::io::Result<()> {
+fn write_values(writer: &mut impl Write, values: &[f32], dtype: WeightDtype) -> std::io::Result<()> {
     let bytes: Vec<u8> = match dtype {
-        WeightDtype::Bfloat16 => values
-            .iter()
-            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-            .collect(),
-        WeightDtype::Float32 => values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect(),
+        WeightDtype::Bfloat16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        WeightDtype::Float32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
     };
     writer.write_all(&bytes)
 }

@@ -29,10 +29,7 @@ impl Hub {
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let requests = Arc::new(Mutex::new(Vec::new()));
         let shelf = Shelf {
-            files: files
-                .iter()
-                .map(|(path, data)| ((*path).to_owned(), data.to_vec()))
-                .collect(),
+            files: files.iter().map(|(path, data)| ((*path).to_owned(), data.to_vec())).collect(),
             breaks_once: Mutex::new(breaks_once.map(str::to_owned)),
             endpoint: endpoint.clone(),
         };
@@ -70,17 +67,11 @@ fn answer(mut stream: TcpStream, shelf: &Shelf, seen: &Mutex<Vec<String>>) -> st
     }
     let common = format!("X-Repo-Commit: {COMMIT}\r\nConnection: close\r\n");
     if path.starts_with("/gated/") && !token {
-        return write!(
-            stream,
-            "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n{common}\r\n"
-        );
+        return write!(stream, "HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n{common}\r\n");
     }
     let stored = path.strip_prefix("/store").unwrap_or(&path);
     let Some(data) = shelf.files.get(stored) else {
-        return write!(
-            stream,
-            "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n{common}\r\n"
-        );
+        return write!(stream, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n{common}\r\n");
     };
     let etag = format!("{:x}-{}", data.len(), stored.replace(['/', '.'], "-"));
     if path.ends_with(".safetensors") && !path.starts_with("/store") {
@@ -93,16 +84,9 @@ fn answer(mut stream: TcpStream, shelf: &Shelf, seen: &Mutex<Vec<String>>) -> st
     }
     let end = end.map_or(data.len(), |last| (last + 1).min(data.len()));
     let body = &data[start.min(end)..end];
-    let range = format!(
-        "Content-Range: bytes {start}-{}/{}\r\n",
-        end.saturating_sub(1),
-        data.len()
-    );
+    let range = format!("Content-Range: bytes {start}-{}/{}\r\n", end.saturating_sub(1), data.len());
     let length = format!("Content-Length: {}\r\nETag: \"{etag}\"\r\n", body.len());
-    write!(
-        stream,
-        "HTTP/1.1 206 Partial Content\r\n{length}{range}{common}\r\n"
-    )?;
+    write!(stream, "HTTP/1.1 206 Partial Content\r\n{length}{range}{common}\r\n")?;
     let mut breaking = shelf.breaks_once.lock().unwrap();
     if body.len() > 1 && breaking.as_deref() == Some(stored) {
         *breaking = None;
@@ -123,12 +107,7 @@ impl TestHome {
     }
 
     fn settings(&self, endpoint: &str) -> HubSettings {
-        HubSettings {
-            endpoint: endpoint.to_owned(),
-            home: Some(self.0.clone()),
-            token: None,
-            offline: false,
-        }
+        HubSettings { endpoint: endpoint.to_owned(), home: Some(self.0.clone()), token: None, offline: false }
     }
 }
 
@@ -138,11 +117,7 @@ impl Drop for TestHome {
     }
 }
 
-fn resolve_at(
-    home: &TestHome,
-    settings: &HubSettings,
-    reference: &str,
-) -> Result<PathBuf, HubError> {
+fn resolve_at(home: &TestHome, settings: &HubSettings, reference: &str) -> Result<PathBuf, HubError> {
     resolve(reference, &home.0, || settings.clone())
 }
 
@@ -150,15 +125,9 @@ fn resolve_at(
 fn a_model_is_fetched_once() {
     let weights: Vec<u8> = (0..200_000_u32).flat_map(u32::to_le_bytes).collect();
     let files: [(&str, &[u8]); 4] = [
-        (
-            "/geese/grey/resolve/main/config.json",
-            b"{\"model_type\": \"llama\"}",
-        ),
+        ("/geese/grey/resolve/main/config.json", b"{\"model_type\": \"llama\"}"),
         ("/geese/grey/resolve/main/tokenizer.json", b"{}"),
-        (
-            "/geese/grey/resolve/main/chat_template.jinja",
-            b"{{ messages }}",
-        ),
+        ("/geese/grey/resolve/main/chat_template.jinja", b"{{ messages }}"),
         ("/geese/grey/resolve/main/model.safetensors", &weights),
     ];
     let hub = Hub::serve(&files, None);
@@ -170,23 +139,12 @@ fn a_model_is_fetched_once() {
         let name = path.rsplit('/').next().unwrap();
         assert!(std::fs::read(folder.join(name)).unwrap() == data, "{name}");
     }
-    assert!(
-        hub.take_requests()
-            .iter()
-            .any(|path| path == "/store/geese/grey/resolve/main/model.safetensors")
-    );
+    assert!(hub.take_requests().iter().any(|path| path == "/store/geese/grey/resolve/main/model.safetensors"));
 
     assert_eq!(resolve_at(&home, &settings, "geese/grey").unwrap(), folder);
-    let offline = HubSettings {
-        offline: true,
-        ..settings.clone()
-    };
+    let offline = HubSettings { offline: true, ..settings.clone() };
     assert_eq!(resolve_at(&home, &offline, "geese/grey").unwrap(), folder);
-    assert_eq!(
-        hub.take_requests(),
-        Vec::<String>::new(),
-        "the second time comes from the cache"
-    );
+    assert_eq!(hub.take_requests(), Vec::<String>::new(), "the second time comes from the cache");
 }
 
 #[test]
@@ -200,84 +158,48 @@ fn shards_and_revision_are_followed() {
         at("model-00001-of-00002.safetensors"),
         at("model-00002-of-00002.safetensors"),
     ];
-    let files: [(&str, &[u8]); 4] = [
-        (&names[0], b"{}"),
-        (&names[1], index),
-        (&names[2], b"first"),
-        (&names[3], b"second"),
-    ];
+    let files: [(&str, &[u8]); 4] =
+        [(&names[0], b"{}"), (&names[1], index), (&names[2], b"first"), (&names[3], b"second")];
     let home = TestHome::new("shards");
 
     let hub = Hub::serve(&files[..3], None);
     let settings = home.settings(&hub.endpoint);
-    let message = resolve_at(&home, &settings, "geese/snow@v1.0")
-        .unwrap_err()
-        .to_string();
+    let message = resolve_at(&home, &settings, "geese/snow@v1.0").unwrap_err().to_string();
     let missing = "model geese/snow: model.safetensors.index.json: it names model-00002-of-00002.safetensors, which the repository does not have";
     assert_eq!(message, missing);
 
     let hub = Hub::serve(&files, None);
     let folder = resolve_at(&home, &home.settings(&hub.endpoint), "geese/snow@v1.0").unwrap();
-    assert_eq!(
-        std::fs::read(folder.join("model-00002-of-00002.safetensors")).unwrap(),
-        b"second"
-    );
-    assert!(
-        hub.take_requests()
-            .iter()
-            .all(|path| !path.contains("00001")),
-        "the first shard was in the cache"
-    );
+    assert_eq!(std::fs::read(folder.join("model-00002-of-00002.safetensors")).unwrap(), b"second");
+    assert!(hub.take_requests().iter().all(|path| !path.contains("00001")), "the first shard was in the cache");
 }
 
 #[test]
 fn a_broken_download_continues() {
     let weights: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
     let path = "/geese/bean/resolve/main/model.safetensors";
-    let hub = Hub::serve(
-        &[
-            ("/geese/bean/resolve/main/config.json", b"{}"),
-            (path, &weights),
-        ],
-        Some(path),
-    );
+    let hub = Hub::serve(&[("/geese/bean/resolve/main/config.json", b"{}"), (path, &weights)], Some(path));
     let home = TestHome::new("broken");
     let folder = resolve_at(&home, &home.settings(&hub.endpoint), "geese/bean").unwrap();
     assert!(std::fs::read(folder.join(WEIGHTS)).unwrap() == weights);
-    let of_weights = hub
-        .take_requests()
-        .iter()
-        .filter(|request| request.starts_with("/store"))
-        .count();
+    let of_weights = hub.take_requests().iter().filter(|request| request.starts_with("/store")).count();
     assert_eq!(of_weights, 4, "length and data, twice");
 }
 
 #[test]
 fn a_gated_model_needs_a_token() {
-    let files: [(&str, &[u8]); 2] = [
-        ("/gated/swan/resolve/main/config.json", b"{}"),
-        ("/gated/swan/resolve/main/model.safetensors", b"w"),
-    ];
+    let files: [(&str, &[u8]); 2] =
+        [("/gated/swan/resolve/main/config.json", b"{}"), ("/gated/swan/resolve/main/model.safetensors", b"w")];
     let hub = Hub::serve(&files, None);
     let home = TestHome::new("gated");
     let settings = home.settings(&hub.endpoint);
     assert_eq!(
-        resolve_at(&home, &settings, "gated/swan")
-            .unwrap_err()
-            .to_string(),
+        resolve_at(&home, &settings, "gated/swan").unwrap_err().to_string(),
         "model gated/swan: config.json: access refused (status 401); check the spelling of the id, and for a private or \
          gated model set HF_TOKEN to a token that may read it"
     );
-    let settings = HubSettings {
-        token: Some("hf_secret".to_owned()),
-        ..settings
-    };
-    assert!(
-        resolve_at(&home, &settings, "gated/swan")
-            .unwrap()
-            .join(WEIGHTS)
-            .exists()
-    );
+    let settings = HubSettings { token: Some("hf_secret".to_owned()), ..settings };
+    assert!(resolve_at(&home, &settings, "gated/swan").unwrap().join(WEIGHTS).exists());
 }
 
 #[test]
@@ -287,12 +209,8 @@ fn errors_say_what_was_looked_for_and_what_to_do() {
     let settings = home.settings(&hub.endpoint);
     std::fs::write(home.0.join("model.gguf"), "GGUF").unwrap();
     let message = |settings: &HubSettings, reference: &str| {
-        let message = resolve_at(&home, settings, reference)
-            .unwrap_err()
-            .to_string();
-        message
-            .replace(home.0.to_str().unwrap(), "HOME")
-            .replace(&hub.endpoint, "HUB")
+        let message = resolve_at(&home, settings, reference).unwrap_err().to_string();
+        message.replace(home.0.to_str().unwrap(), "HOME").replace(&hub.endpoint, "HUB")
     };
     assert_eq!(
         message(&settings, "../no/such"),
@@ -311,28 +229,13 @@ fn errors_say_what_was_looked_for_and_what_to_do() {
         "model geese/bare: neither model.safetensors nor model.safetensors.index.json at revision main; only safetensors weights are read"
     );
     assert_eq!(
-        message(
-            &HubSettings {
-                offline: true,
-                ..settings.clone()
-            },
-            "geese/grey"
-        ),
+        message(&HubSettings { offline: true, ..settings.clone() }, "geese/grey"),
         "model geese/grey: not complete in the cache HOME/hub, and HF_HUB_OFFLINE forbids fetching it; unset it once, or name a folder"
     );
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let unreachable = message(&home.settings(&format!("http://{closed}")), "geese/grey");
-    assert!(
-        unreachable.starts_with("model geese/grey: config.json: download failed: "),
-        "{unreachable}"
-    );
-    assert!(
-        unreachable.ends_with(&format!("try again (HF_ENDPOINT is http://{closed})")),
-        "{unreachable}"
-    );
+    assert!(unreachable.starts_with("model geese/grey: config.json: download failed: "), "{unreachable}");
+    assert!(unreachable.ends_with(&format!("try again (HF_ENDPOINT is http://{closed})")), "{unreachable}");
 }
 
 #[test]
@@ -340,15 +243,9 @@ fn a_folder_is_used_as_it_is() {
     let home = TestHome::new("folder");
     std::fs::create_dir_all(home.0.join("owner/name")).unwrap();
     let settings = || unreachable!("a folder needs no hub");
-    assert_eq!(
-        resolve("owner/name", &home.0, settings).unwrap(),
-        home.0.join("owner/name")
-    );
+    assert_eq!(resolve("owner/name", &home.0, settings).unwrap(), home.0.join("owner/name"));
     let absolute = home.0.join("owner");
-    assert_eq!(
-        resolve(absolute.to_str().unwrap(), Path::new("elsewhere"), settings).unwrap(),
-        absolute
-    );
+    assert_eq!(resolve(absolute.to_str().unwrap(), Path::new("elsewhere"), settings).unwrap(), absolute);
 }
 
 #[test]
@@ -359,48 +256,23 @@ fn settings_come_from_the_variables_of_huggingface_hub() {
         ("HF_TOKEN", "hf_secret"),
         ("HF_HUB_OFFLINE", "True"),
     ]);
-    let settings =
-        HubSettings::from_variables(|name| variables.get(name).map(|value| (*value).to_owned()));
+    let settings = HubSettings::from_variables(|name| variables.get(name).map(|value| (*value).to_owned()));
     assert_eq!(settings.endpoint, "https://hub.example");
     assert_eq!(settings.home, Some(PathBuf::from("/models")));
     assert_eq!(settings.token.as_deref(), Some("hf_secret"));
     assert!(settings.offline);
     let defaults = HubSettings::from_variables(|_| None);
-    assert_eq!(
-        (defaults.endpoint.as_str(), defaults.offline),
-        ("https://huggingface.co", false)
-    );
+    assert_eq!((defaults.endpoint.as_str(), defaults.offline), ("https://huggingface.co", false));
 }
 
 #[test]
 fn ids_and_shard_names_cannot_leave_the_cache() {
     assert_eq!(hub_id("owner/name"), Some(("owner/name", "main")));
-    assert_eq!(
-        hub_id("owner/name@refs/pr/1"),
-        Some(("owner/name", "refs/pr/1"))
-    );
-    for wrong in [
-        "name",
-        "a/b/c",
-        "/a/b",
-        "../b",
-        "a/..",
-        "a/b@../../x",
-        "a/b@",
-        "a b/c",
-        "./a/b",
-    ] {
+    assert_eq!(hub_id("owner/name@refs/pr/1"), Some(("owner/name", "refs/pr/1")));
+    for wrong in ["name", "a/b/c", "/a/b", "../b", "a/..", "a/b@../../x", "a/b@", "a b/c", "./a/b"] {
         assert_eq!(hub_id(wrong), None, "{wrong}");
     }
-    for wrong in [
-        "../x.safetensors",
-        "/x.safetensors",
-        ".safetensors",
-        "x.bin",
-    ] {
-        assert!(
-            shard_names(&format!("{{\"weight_map\": {{\"a\": {wrong:?}}}}}")).is_err(),
-            "{wrong}"
-        );
+    for wrong in ["../x.safetensors", "/x.safetensors", ".safetensors", "x.bin"] {
+        assert!(shard_names(&format!("{{\"weight_map\": {{\"a\": {wrong:?}}}}}")).is_err(), "{wrong}");
     }
 }
