@@ -113,7 +113,7 @@ impl Checkpoints {
                     let notes = damaged.into_iter().map(taken).collect();
                     return Ok(Resumed { saved: Some((path, state)), notes });
                 }
-                Err(reason) => damaged.push(format!("checkpoint {} is damaged: {reason}", path.display())),
+                Err(reason) => damaged.push(format!("step-{step} is damaged: {reason}")),
             }
         }
         let folder = self.folder.display();

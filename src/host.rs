@@ -113,7 +113,7 @@ impl DeviceRoles {
             named("returns", &experience.returns),
         ];
         match write_tensors(&path, &tensors, &[]) {
-            Ok(()) => Error::other(format!("the batch is in {}", path.display()), error),
+            Ok(()) => Error::Refused(format!("{error}; its batch is in {}", path.display())),
             Err(_) => error,
         }
     }

@@ -27,8 +27,10 @@ pub fn read<T>(
         if line.trim().is_empty() {
             continue;
         }
-        let value: Value = serde_json::from_str(&line)
-            .map_err(|error| refused(format!("expected a JSON object on one line: {error}")))?;
+        let value: Value = serde_json::from_str(&line).map_err(|error| {
+            let error = error.to_string().replace(" at line 1 column", " at column");
+            refused(format!("expected a JSON object on one line: {error}"))
+        })?;
         let object =
             value.as_object().ok_or_else(|| refused(format!("expected a JSON object, found {}", kind_of(&value))))?;
         rows.push(parse(object).map_err(refused)?);

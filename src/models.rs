@@ -1,6 +1,6 @@
 //! Roles' models from Hugging Face folders: trainable ones in flat buffers, frozen ones around the mapped file.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
@@ -199,7 +199,7 @@ pub fn save_state(state: &TrainingState, file: &Path) -> Result<()> {
 }
 
 /// Takes up what [`save_state`] wrote.
-pub fn restore_state(state: &mut TrainingState, file: &PathBuf) -> Result<()> {
+pub fn restore_state(state: &mut TrainingState, file: &Path) -> Result<()> {
     let failed = |error| Error::other("resuming", error);
     let tensors = TensorFile::open(file).map_err(failed)?;
     let steps = tensors.metadata().map_err(failed)?.get("optimizer_steps").and_then(|steps| steps.parse().ok());

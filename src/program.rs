@@ -89,7 +89,14 @@ pub struct Arguments {
     pub sets: Vec<String>,
     pub output_dir: Option<PathBuf>,
     pub resume: bool,
-    pub plan: bool,
+    pub plan: Option<PlanFormat>,
+}
+
+/// How `--plan` prints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PlanFormat {
+    Text,
+    Json,
 }
 
 impl Arguments {
@@ -99,7 +106,7 @@ impl Arguments {
     /// What is wrong, with the usage.
     pub fn read(program: &str) -> Result<Arguments, Failure> {
         let usage =
-            format!("usage: {program} RECIPE [--set table.key=value]... [--output-dir DIR] [--resume] [--plan]");
+            format!("usage: {program} RECIPE [--set table.key=value]... [--output-dir DIR] [--resume] [--plan[=json]]");
         let wrong = |message: String| Failure::Input(format!("{message}\n{usage}"));
         let mut arguments = Arguments::default();
         let mut given = std::env::args().skip(1);
@@ -116,7 +123,13 @@ impl Arguments {
                 "--set" => arguments.sets.push(value("table.key=value")?),
                 "--output-dir" => arguments.output_dir = Some(value("a folder")?.into()),
                 "--resume" => arguments.resume = true,
-                "--plan" => arguments.plan = true,
+                "--plan" => {
+                    arguments.plan = Some(match attached.as_deref() {
+                        None => PlanFormat::Text,
+                        Some("json") => PlanFormat::Json,
+                        Some(other) => return Err(wrong(format!("--plan prints text or json, not `{other}`"))),
+                    });
+                }
                 "-h" | "--help" => {
                     println!("{usage}");
                     std::process::exit(0);
@@ -170,7 +183,8 @@ pub fn run_folder(name: &str, arguments: &Arguments) -> Result<PathBuf, Failure>
         )));
     }
     if folder.exists() && !folder.is_dir() {
-        return Err(Failure::Input(format!("the run folder {} is a file", folder.display())));
+        let folder = folder.display();
+        return Err(Failure::Input(format!("the run folder {folder} is a file: choose another with --output-dir")));
     }
     Ok(folder)
 }

@@ -54,7 +54,7 @@ impl Source {
     /// `[B]` f64.
     async fn scores(&self, rollout: &Rollout, interrupt: &Interrupt) -> Result<Tensor> {
         match self {
-            Source::Model(group) => Ok(group.scores(rollout).await?.to_kind(Kind::Double)),
+            Source::Model(group) => all_finite(group.scores(rollout).await?.to_kind(Kind::Double), rollout),
             Source::Task(task) => {
                 let (task, requests) = (task.clone(), requests(rollout));
                 let mut scoring = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests));
@@ -67,6 +67,21 @@ impl Source {
                 Ok(Tensor::from_slice(&scored.map_err(|error| Error::other("reward", error))?))
             }
         }
+    }
+}
+
+/// A reward model with damaged weights, or one whose numbers overflow, is no judge.
+fn all_finite(scores: Tensor, rollout: &Rollout) -> Result<Tensor> {
+    let values: Vec<f64> = Vec::try_from(&scores).expect("a vector of scores");
+    match values.iter().position(|score| !score.is_finite()) {
+        None => Ok(scores),
+        Some(row) => Err(Error::Refused(format!(
+            "the reward model's score of response {} of {} (prompt {:?}) is {}, not a finite number",
+            row + 1,
+            values.len(),
+            rollout.prompts[row],
+            values[row]
+        ))),
     }
 }
 
@@ -83,8 +98,11 @@ fn requests(rollout: &Rollout) -> Vec<RewardRequest> {
         .collect()
 }
 
+/// A source and its name in metrics.
+pub type NamedTask = (String, Arc<dyn RewardSource>);
+
 /// Starts a source that needs no model, with its name for metrics; `None` for a reward model.
-pub fn task_source(source: &ScoreSource) -> Result<Option<(String, Arc<dyn RewardSource>)>, Failure> {
+pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
     let task: Arc<dyn RewardSource> = match source {
         ScoreSource::Model(_) => return Ok(None),
         ScoreSource::Rule(rule) => rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?.into(),

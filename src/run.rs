@@ -14,7 +14,7 @@ use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Resumed, RunState};
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
-use crate::program::{Arguments, Failure, run_folder, watch_signals};
+use crate::program::{Arguments, Failure, PlanFormat, run_folder, watch_signals};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{Recipe, ResolvedRecipe};
 use crate::watch::Watch;
@@ -31,9 +31,12 @@ use metrics::{Work, samples_of, step_metrics};
 /// # Errors
 /// See [`Failure`].
 pub fn main(arguments: &Arguments) -> Result<(), Failure> {
-    if arguments.plan {
+    if let Some(format) = arguments.plan {
         let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
-        print!("{recipe}");
+        match format {
+            PlanFormat::Text => print!("{recipe}"),
+            PlanFormat::Json => println!("{}", recipe.to_json()),
+        }
         return Ok(());
     }
     let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?.resolve();
@@ -209,7 +212,8 @@ impl Run {
         let checkpoint = &self.recipe.checkpoint;
         self.metric = checkpoint.best_metric.as_ref().and_then(|name| metrics.get(name));
         if checkpoint.every_steps.is_some_and(|every| last || step.is_multiple_of(every as u64)) {
-            self.save().await.map_err(|error| Error::other("saving", error))?;
+            let unsaved = |error| Error::Refused(format!("{error}; --resume continues from the checkpoint before it"));
+            self.save().await.map_err(unsaved)?;
         }
         Ok(())
     }

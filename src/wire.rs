@@ -67,18 +67,33 @@ pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
     }
     let folders = ModelFolders {
         actor: model_folder(&recipe.actor.model)?,
-        critic: model_folder(&recipe.critic.model)?,
+        critic: critic_folder(recipe, reward)?,
         reference: recipe.reference.as_ref().map(|start| model_folder(&start.model)).transpose()?,
         reward: reward.map(model_folder).transpose()?,
     };
-    check_folder(&folders.actor, Some(HeadKind::Logits)).map_err(Failure::input)?;
-    check_folder(&folders.critic, None).map_err(Failure::input)?;
-    for (folder, head) in [(&folders.reference, HeadKind::Logits), (&folders.reward, HeadKind::Score)] {
+    for (role, folder, head) in [
+        (Role::Actor, Some(&folders.actor), Some(HeadKind::Logits)),
+        (Role::Critic, Some(&folders.critic), None),
+        (Role::Reference, folders.reference.as_ref(), Some(HeadKind::Logits)),
+        (Role::Reward, folders.reward.as_ref(), Some(HeadKind::Score)),
+    ] {
         if let Some(folder) = folder {
-            check_folder(folder, Some(head)).map_err(Failure::input)?;
+            check_folder(folder, head).map_err(|error| Failure::Input(format!("[{role}] {error}")))?;
         }
     }
     Ok(folders)
+}
+
+/// The critic reads the actor's tokens: where it would start from a reward model with another tokenizer only because
+/// the recipe names no critic, it starts from the actor.
+fn critic_folder(recipe: &ResolvedRecipe, reward: Option<&ModelSource>) -> Result<PathBuf, Failure> {
+    let critic = model_folder(&recipe.critic.model)?;
+    if reward != Some(&recipe.critic.model) {
+        return Ok(critic);
+    }
+    let actor = model_folder(&recipe.actor.model)?;
+    let fingerprint = |folder: &Path| Tokenizer::load(folder).map(|t| t.fingerprint()).map_err(Failure::input);
+    Ok(if fingerprint(&critic)? == fingerprint(&actor)? { critic } else { actor })
 }
 
 pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {

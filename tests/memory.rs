@@ -13,10 +13,10 @@ use tch::{Device, Kind};
 fn the_peak_of_a_micro_batch_does_not_grow_with_vocabulary_times_sequence() {
     shim::install_cpu_allocator();
     let few = peak(1 << 14, 2048);
-    for (vocabulary, tokens) in [(1 << 17, 512), (1 << 17, 1024)] {
+    for (vocabulary, tokens) in [(1 << 17, 1024), (1 << 17, 2048)] {
         let logits = vocabulary * tokens * 4;
         let more = peak(vocabulary, tokens);
-        assert!(logits > 256 << 20 && more - few < 64 << 20, "{vocabulary} x {tokens}: {more} bytes against {few}");
+        assert!(more - few < 64 << 20 && more < logits / 2, "{vocabulary} x {tokens}: {more} bytes against {few}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! `generate`, `score` and `import` as their users meet them: the real programs, their files, messages and exit codes.
 //!
-//! Error messages are snapshots in `snapshots/programs/`; `UPDATE_SNAPSHOTS=1` writes them anew. Tests of the real
+//! Error messages are snapshots in `snapshots/inference/`; `ECHELON_BLESS=1` writes them anew. Tests of the real
 //! SmolLM2-135M-Instruct run when `ECHELON_SMOLLM2` names its folder.
 
 use std::fs;
@@ -136,24 +136,24 @@ fn greedy_is_the_best_scored_token_again_and_again() {
         let rows: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt_token_ids": prompt})).collect();
         let options = ["--temperature", "0", "--max-new-tokens", "4"];
         let (responses, stderr) = desk.answers(GENERATE, &folder, &rows, &options);
+        let mut candidates = Vec::new();
         for (prompt, response) in prompts.iter().zip(&responses) {
-            let mut prefix = prompt.clone();
-            let logprobs = numbers(&response["logprobs"]);
-            for (token, logprob) in ids(&response["token_ids"]).into_iter().zip(logprobs) {
-                let candidates: Vec<Value> =
-                    (0..vocabulary).map(|next| json!({"token_ids": [prefix.as_slice(), &[next]].concat()})).collect();
-                let scores: Vec<f64> = desk
-                    .scores(&folder, &candidates)
-                    .iter()
-                    .map(|a| *numbers(&a["logprobs"]).last().unwrap())
-                    .collect();
-                let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap();
-                assert_eq!(token, best as i64, "{model} after {prefix:?}");
-                assert_close(&[logprob], &[scores[best]]);
-                prefix.push(token);
+            let all = [prompt.clone(), ids(&response["token_ids"])].concat();
+            for length in prompt.len()..all.len() {
+                candidates
+                    .extend((0..vocabulary).map(|next| json!({"token_ids": ([&all[..length], &[next]].concat())})));
             }
             assert_eq!(ids(&response["prompt_token_ids"]), *prompt);
-            assert_eq!((prefix.len(), response["finish_reason"].as_str()), (prompt.len() + 4, Some("length")));
+            assert_eq!((all.len(), response["finish_reason"].as_str()), (prompt.len() + 4, Some("length")));
+        }
+        let scores = desk.scores(&folder, &candidates);
+        let scores: Vec<f64> = scores.iter().map(|a| *numbers(&a["logprobs"]).last().unwrap()).collect();
+        let tokens = responses.iter().flat_map(|response| ids(&response["token_ids"]));
+        let logprobs = responses.iter().flat_map(|response| numbers(&response["logprobs"]));
+        for ((token, logprob), scores) in tokens.zip(logprobs).zip(scores.chunks(vocabulary as usize)) {
+            let best = (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap();
+            assert_eq!(token, best as i64, "{model}");
+            assert_close(&[logprob], &[scores[best]]);
         }
         let timing: Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
         assert_eq!((&timing["prefill_tokens"], &timing["generated_tokens"]), (&json!(8), &json!(8)));
@@ -244,13 +244,13 @@ fn assert_refused(desk: &Desk, program: &str, arguments: &[&str], snapshot: &str
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{stderr}");
     assert_eq!(desk.names(), before, "{snapshot}: files were left");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/programs").join(format!("{snapshot}.txt"));
-    if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots/inference").join(format!("{snapshot}.txt"));
+    if std::env::var_os("ECHELON_BLESS").is_some() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, &stderr).unwrap();
     }
     let expected = fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(stderr, expected, "{snapshot}: UPDATE_SNAPSHOTS=1 accepts the new message");
+    assert_eq!(stderr, expected, "{snapshot}: ECHELON_BLESS=1 accepts the new message");
 }
 
 #[test]
@@ -385,8 +385,9 @@ fn smollm2_equals_transformers() {
         let top = case["last_top10"].as_array().unwrap();
         let mut rows = vec![json!({"text": case["prompt"]})];
         rows.extend(
-            top.iter()
-                .map(|pair| json!({"token_ids": [ids(&case["prompt_ids"]), vec![pair[0].as_i64().unwrap()]].concat()})),
+            top.iter().map(
+                |pair| json!({"token_ids": ([ids(&case["prompt_ids"]), vec![pair[0].as_i64().unwrap()]].concat())}),
+            ),
         );
         let answers = desk.scores(&model, &rows);
         assert_close(&numbers(&answers[0]["logprobs"]), &numbers(&case["prompt_token_logprobs"]));

@@ -253,7 +253,8 @@ mod tests {
     #[test]
     fn gradients_of_logprobs_and_entropy_equal_autograds() {
         let (vocabulary, width) = (19, 8);
-        let row = |length: i64| ((0..length).map(|t| (t * 7) % vocabulary).collect(), (0..length).map(|t| t > 1).collect());
+        let row =
+            |length: i64| ((0..length).map(|t| (t * 7) % vocabulary).collect(), (0..length).map(|t| t > 1).collect());
         let batch = PackedRows::new(&Tokens::from_rows(&[row(6), row(3), row(5)]), Device::Cpu);
         let rows = batch.targets.size()[0];
         let (hidden, weight) = (numbers(&[rows, width], 0.3), numbers(&[vocabulary, width], 0.7));
@@ -271,7 +272,9 @@ mod tests {
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
                 let output = head.forward(&hidden, &batch, true).unwrap();
                 let found = [output.logprobs(), output.entropy().unwrap()].map(|rows| batch.from_rows(rows));
-                assert!(largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12);
+                assert!(
+                    largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12
+                );
                 (&found[0] * &of_logprobs + &found[1] * &of_entropy).sum(Kind::Double).backward();
                 let of_hidden = tch::no_grad(|| head.backward(&hidden, &batch, &output)).unwrap();
                 assert!(largest_difference(&of_hidden, &leaves[0].grad()) < 1e-10, "hidden, chunks of {chunk_logits}");

@@ -227,6 +227,12 @@ impl ResolvedRecipe {
         format!("# The recipe as it ran, with every default.\n{comment}\n{}", to_toml(&recipe))
     }
 
+    /// The same as JSON, for programs.
+    pub fn to_json(&self) -> String {
+        let table: toml::Table = self.to_toml().parse().expect("the resolved recipe is TOML");
+        serde_json::to_string_pretty(&table).expect("a table of plain values serialises")
+    }
+
     /// The recipe that says all this outright.
     pub fn to_recipe(&self) -> Recipe {
         let reference = self.reference.clone();

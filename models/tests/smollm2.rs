@@ -1,0 +1,70 @@
+//! Loss and gradients of the real SmolLM2-135M-Instruct against transformers' in float32.
+//!
+//! Runs where `ECHELON_SMOLLM2` names the model's folder and `ECHELON_SMOLLM2_REFERENCE` a JSON file with the table
+//! `grad`: `ids`, `loss` (mean cross-entropy of every token but the first), `global_grad_norm`, `grad_norms` (by
+//! parameter) and `embed_grad_row1_first8` (the first numbers of the embedding's gradient for token 1).
+
+use std::path::PathBuf;
+
+use echelon_core::role::Role;
+use echelon_core::rollout::Tokens;
+use echelon_core::zero::{OptimizerConfig, PassConfig, Trainable, TrainingState};
+use echelon_models::checkpoint::Checkpoint;
+use echelon_models::config::DecoderConfig;
+use echelon_models::decoder::Decoder;
+use echelon_models::head::{LogprobHead, LogprobOutput};
+use serde_json::Value;
+use tch::{Device, Kind};
+
+#[test]
+fn gradients_equal_transformers() {
+    let given = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let (Some(folder), Some(reference)) = (given("ECHELON_SMOLLM2"), given("ECHELON_SMOLLM2_REFERENCE")) else {
+        println!("skipped: ECHELON_SMOLLM2 and ECHELON_SMOLLM2_REFERENCE name no model and no numbers for it");
+        return;
+    };
+    let reference: Value = serde_json::from_str(&std::fs::read_to_string(reference).unwrap()).unwrap();
+    let expected = &reference["grad"];
+    let ids: Vec<i64> = expected["ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
+    let wanted = ids.len() - 1;
+    let rows = Tokens::from_rows(&[(ids, vec![true; wanted + 1])]);
+    for activation_checkpointing in [false, true] {
+        let mut policy = trainable(&folder, activation_checkpointing);
+        let cross_entropy = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Float) / wanted as f64);
+        let loss = policy.forward_backward(&rows, cross_entropy).unwrap();
+        assert_close("loss", loss, &expected["loss"]);
+        assert_close("global norm", policy.state.grad_norm(), &expected["global_grad_norm"]);
+        let norms = expected["grad_norms"].as_object().unwrap();
+        let params = policy.state.params();
+        assert_eq!(norms.len(), params.len());
+        for (name, norm) in norms {
+            assert_close(name, params[name.as_str()].grad.norm().double_value(&[]), norm);
+        }
+        let row = params["model.embed_tokens.weight"].grad.get(1);
+        for (index, number) in expected["embed_grad_row1_first8"].as_array().unwrap().iter().enumerate() {
+            assert_close("embedding", row.double_value(&[index as i64]), number);
+        }
+    }
+}
+
+fn trainable(folder: &std::path::Path, activation_checkpointing: bool) -> Trainable<Decoder, LogprobHead> {
+    let config = DecoderConfig::read(folder).unwrap();
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+    let shape = config.shape();
+    let mut load = checkpoint.loader(&config, Kind::Float, Device::Cpu);
+    let place = (Kind::Float, Device::Cpu);
+    let state = TrainingState::new(Role::Actor, &shape, optimizer, place, &mut |name| Ok(load(name)?)).unwrap();
+    let params = state.params();
+    let model = Decoder::new(&config, &mut |name| Ok(params[name].weight.shallow_clone())).unwrap();
+    let head = LogprobHead::trained(params["model.embed_tokens.weight"].shallow_clone(), 1.0);
+    let pass = PassConfig { device: Device::Cpu, tokens_per_micro_batch: 4096, activation_checkpointing };
+    Trainable { state, model, head, pass }
+}
+
+/// Equal to 1e-4 of the larger of the number and 1.
+#[track_caller]
+fn assert_close(what: &str, ours: f64, theirs: &Value) {
+    let theirs = theirs.as_f64().unwrap();
+    assert!((ours - theirs).abs() <= 1e-4 * theirs.abs().max(1.0), "{what}: {ours} against {theirs}");
+}
