@@ -6,11 +6,13 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use common::{Workplace, assert_same, copy_folder, metrics, num_lines, said, send, series, wait_for};
+use common::{
+    Workplace, assert_same, copy_folder, deterministic_lines, metrics, num_lines, said, send, series, wait_for,
+};
 
 /// An undisturbed run of the small recipe, made once for all tests.
 fn undisturbed() -> &'static Path {
@@ -133,20 +135,23 @@ fn a_finished_run_resumes_to_the_same_end() {
     assert_same(&workplace.path("run"), undisturbed(), "resumed after its end");
 }
 
+/// A file of a checkpoint, and what happens to it.
+type Damage = (&'static str, fn(&Path));
+
 #[test]
 fn a_damaged_checkpoint_is_named_and_the_one_before_it_taken() {
-    let flip = |path: &Path| {
+    let flip: fn(&Path) = |path| {
         let mut bytes = fs::read(path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
         fs::write(path, bytes).unwrap();
     };
-    let cut = |path: &Path| fs::File::options().write(true).open(path).unwrap().set_len(1000).unwrap();
-    let gone = |path: &Path| fs::remove_file(path).unwrap();
-    let damages: [(&[(&str, &dyn Fn(&Path))], usize); 3] = [
-        (&[("step-6/critic.safetensors", &flip)], 4),
-        (&[("step-6/actor.safetensors", &cut), ("step-4/manifest.json", &gone)], 2),
-        (&[("step-6/state.json", &flip), ("step-4/actor.safetensors", &gone)], 2),
+    let cut: fn(&Path) = |path| fs::File::options().write(true).open(path).unwrap().set_len(1000).unwrap();
+    let gone: fn(&Path) = |path| fs::remove_file(path).unwrap();
+    let damages: [(&[Damage], usize); 3] = [
+        (&[("step-6/critic.safetensors", flip)], 4),
+        (&[("step-6/actor.safetensors", cut), ("step-4/manifest.json", gone)], 2),
+        (&[("step-6/state.json", flip), ("step-4/actor.safetensors", gone)], 2),
     ];
     for (index, (damage, taken)) in damages.into_iter().enumerate() {
         let workplace = Workplace::new();
@@ -317,4 +322,63 @@ fn the_newest_and_the_best_checkpoints_stay() {
     expected.dedup();
     assert_eq!(checkpoints(&run), expected, "{rewards:?}");
     assert_ne!(best, 6, "a seed whose best step is the last shows nothing: {rewards:?}");
+}
+
+/// Two epochs over forty rows, twenty optimizer steps.
+const SUPERVISED: &str = r#"
+name = "supervised"
+seed = 3
+[model]
+model = "QUICKSTART/language-model"
+[model.optimizer]
+lr = 1e-3
+[data]
+train = "train.jsonl"
+eval = "train.jsonl"
+[train]
+epochs = 2
+batch_size = 4
+eval_every_steps = 5
+[placement]
+device = "cpu"
+[checkpoint]
+every_steps = 3
+"#;
+
+#[test]
+fn supervised_runs_killed_or_interrupted_resume_as_if_undisturbed() {
+    let workplace = Workplace::new();
+    let recipe = workplace.write("supervised.toml", SUPERVISED);
+    for program in [env!("CARGO_BIN_EXE_sft"), env!("CARGO_BIN_EXE_reward")] {
+        let row = |index: i32| match program.ends_with("sft") {
+            true => format!("{{\"prompt\": \"The lamp {index} was\", \"completion\": \" bright {index} times.\"}}\n"),
+            false => format!("{{\"prompt\": \"A\", \"chosen\": \" good {index}\", \"rejected\": \" bad {index}\"}}\n"),
+        };
+        workplace.write("train.jsonl", &(0..40).map(row).collect::<String>());
+        let start = |run: &Path, arguments: &[&str]| {
+            let mut command = Command::new(program);
+            command.arg(&recipe).arg("--output-dir").arg(run).args(arguments).env("OMP_NUM_THREADS", "1");
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let finish = |run: &Path, arguments: &[&str]| {
+            let output = start(run, arguments).wait_with_output().unwrap();
+            assert!(output.status.success(), "{program}: {}", said(&output));
+            let files = ["metrics.jsonl", "model/model.safetensors", "model/config.json"];
+            let mut read = files.map(|name| fs::read(run.join(name)).unwrap());
+            read[0] = deterministic_lines(run).into_bytes();
+            read
+        };
+        let name = Path::new(program).file_name().unwrap().to_str().unwrap();
+        let expected = finish(&workplace.path(&format!("{name}-whole")), &[]);
+        for (lines, signal, code) in [(4, libc::SIGKILL, None), (11, libc::SIGKILL, None), (7, libc::SIGINT, Some(130))]
+        {
+            let run = workplace.path(&format!("{name}-{lines}"));
+            let mut child = start(&run, &[]);
+            assert!(wait_for(&mut child, || num_lines(&run.join("metrics.jsonl")) >= lines), "{program} ended");
+            send(&child, signal);
+            let output = child.wait_with_output().unwrap();
+            assert_eq!(output.status.code(), code, "{program}: {}", said(&output));
+            assert!(finish(&run, &["--resume"]) == expected, "{program} after a signal at step {lines}");
+        }
+    }
 }

@@ -76,13 +76,7 @@ impl Decoder {
 
     /// One layer: `[N, H]` to `[N, H]`. `attend` gets q `[N, heads, D]`, k and v `[N, kv_heads, D]` with rotary positions
     /// applied, and the layer's window, and returns `[N, heads, D]`.
-    pub fn layer_with(
-        &self,
-        index: usize,
-        hidden: &Tensor,
-        rotary: &RotaryTable,
-        attend: &mut Attend,
-    ) -> Tensor {
+    pub fn layer_with(&self, index: usize, hidden: &Tensor, rotary: &RotaryTable, attend: &mut Attend) -> Tensor {
         let layer = &self.layers[index];
         let x = layer.input_norm.forward(hidden);
         let heads = |linear: &Linear, norm: &Option<RmsNorm>| {

@@ -112,18 +112,21 @@ pub fn series(run: &Path, name: &str) -> Vec<f64> {
     metrics(run).iter().map(|step| step[name].as_f64().unwrap_or(f64::NAN)).collect()
 }
 
-/// What must be the same every time: the metrics outside `perf/` and `train/timing/` (compared as they are written,
-/// digit by digit), samples, evaluations and the trained weights. By name of its file.
-pub fn deterministic(run: &Path) -> Vec<(&'static str, Vec<u8>)> {
+/// The metrics outside `perf/` and `train/timing/`, as they are written, digit by digit.
+pub fn deterministic_lines(run: &Path) -> String {
     let is_clock = |key: &str| key.starts_with("perf/") || key.starts_with("train/timing/");
-    let mut lines = String::new();
-    for mut step in metrics(run) {
+    let line = |mut step: serde_json::Map<String, Value>| {
         step.retain(|key, _| !is_clock(key));
-        lines += &(Value::Object(step).to_string() + "\n");
-    }
+        Value::Object(step).to_string() + "\n"
+    };
+    metrics(run).into_iter().map(line).collect()
+}
+
+/// What must be the same every time: metrics but clocks, samples, evaluations and the trained weights. By file name.
+pub fn deterministic(run: &Path) -> Vec<(&'static str, Vec<u8>)> {
     let files = ["samples.jsonl", "eval_before.json", "eval_after.json", "actor/model.safetensors"];
     let read = |name: &'static str| (name, fs::read(run.join(name)).unwrap_or_else(|e| panic!("{name}: {e}")));
-    std::iter::once(("metrics.jsonl", lines.into_bytes())).chain(files.map(read)).collect()
+    std::iter::once(("metrics.jsonl", deterministic_lines(run).into_bytes())).chain(files.map(read)).collect()
 }
 
 /// Panics with the first file that differs between two finished runs, and where.
