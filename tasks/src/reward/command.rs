@@ -57,7 +57,7 @@ enum State {
 }
 
 impl CommandReward {
-    /// Starts the program.
+    /// Starts the program. It is killed when the thread that calls this ends: start it from the main thread.
     ///
     /// # Errors
     /// The shell could not be started. A command that the shell cannot find shows at the first [`Self::score`].
@@ -136,6 +136,14 @@ impl Program {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some(directory) = &config.directory {
             command.current_dir(directory);
+        }
+        // However the starting thread ends (kill -9 runs no destructor), the program ends with it.
+        // SAFETY: prctl is async-signal-safe and touches no memory of the parent.
+        unsafe {
+            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            });
         }
         let mut child = command.spawn()?;
         let missing = || io::Error::other("a pipe to the program is missing");
