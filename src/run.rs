@@ -104,7 +104,8 @@ impl Run {
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         let work = Work::new(&wire::shape(&folders.actor)?, recipe.reference.is_some(), &recipe);
-        header(&terminal, &recipe, &folder, held, warning.as_deref(), &prompts);
+        let num_params = wire::shape(&folders.actor)?.shape().num_params();
+        header(&terminal, (&recipe, num_params), &folder, held, warning.as_deref(), &prompts);
         notes.iter().for_each(|note| terminal.note(note));
         let parts = (interrupt.clone(), watch.clone() as _);
         let wired = wire::wire(&recipe, folders, held, tokenizer.clone(), parts, folder.clone()).await?;
@@ -305,7 +306,7 @@ fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
 
 fn header(
     terminal: &Terminal,
-    recipe: &ResolvedRecipe,
+    (recipe, num_params): (&ResolvedRecipe, i64),
     folder: &Path,
     held: crate::models::Held,
     warning: Option<&str>,
@@ -313,7 +314,7 @@ fn header(
 ) {
     let threads = tch::get_num_threads();
     let mut rows = vec![
-        ("actor", recipe.actor.model.to_string()),
+        ("actor", format!("{} ({:.1}M parameters)", recipe.actor.model, num_params as f64 / 1e6)),
         ("device", format!("{:?}, {:?}, {threads} threads", held.pass.device, held.kind)),
         ("prompts", format!("{} to learn from", prompts.num_rows())),
         ("batch", recipe.batch.to_string()),
