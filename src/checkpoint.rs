@@ -84,9 +84,10 @@ impl Checkpoints {
         Ok(Unfinished { temporary, done: self.folder.join(format!("step-{step}")) })
     }
 
-    /// Deletes what is neither among the newest nor the best.
-    pub fn prune(&self) -> Result<(), Failure> {
-        let steps = self.steps();
+    /// After the checkpoint of `newest`: deletes what is neither among the newest nor the best. Later steps are of a course
+    /// that this run has left (damaged ones, say); they neither count nor go.
+    pub fn prune(&self, newest: u64) -> Result<(), Failure> {
+        let steps: Vec<u64> = self.steps().into_iter().filter(|&step| step <= newest).collect();
         let best = steps
             .iter()
             .filter_map(|&step| Some((self.state(step).ok()?.metric?, step)))
@@ -131,7 +132,8 @@ impl Checkpoints {
         read_json(&self.path(step).join("state.json"))
     }
 
-    fn path(&self, step: u64) -> PathBuf {
+    /// The folder of a step's checkpoint.
+    pub fn path(&self, step: u64) -> PathBuf {
         self.folder.join(format!("step-{step}"))
     }
 
@@ -156,12 +158,12 @@ impl Unfinished {
         let manifest = Manifest { files: entries(&self.temporary).map_err(|error| failed(&self.temporary, error))? };
         write_json(&self.file("manifest.json"), &manifest)?;
         let parent = self.done.parent().expect("inside the checkpoints folder");
-        if self.done.exists() {
-            std::fs::remove_dir_all(&self.done).map_err(|error| failed(&self.done, error))?;
-        }
         let publish = || {
             File::open(&self.temporary)?.sync_all()?;
-            std::fs::rename(&self.temporary, &self.done)?;
+            match self.done.exists() {
+                true => exchange(&self.temporary, &self.done)?, // what was there goes with the temporary folder
+                false => std::fs::rename(&self.temporary, &self.done)?,
+            }
             File::open(parent)?.sync_all()
         };
         publish().map_err(|error| failed(&self.done, error))?;
@@ -171,8 +173,19 @@ impl Unfinished {
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.temporary); // gone already once it was renamed
+        let _ = std::fs::remove_dir_all(&self.temporary); // gone once it was renamed; the old one once exchanged
     }
+}
+
+/// Swaps two folders in one move, so that neither name is ever without one.
+fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = |path: &Path| std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(std::io::Error::other);
+    let (a, b) = (name(a)?, name(b)?);
+    // SAFETY: both are NUL-terminated paths that live through the call.
+    let moved =
+        unsafe { libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE) };
+    if moved == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 fn verify(path: &Path) -> Result<(), String> {

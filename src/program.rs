@@ -70,6 +70,9 @@ impl From<crate::monitor::MonitorError> for Failure {
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     echelon_core::shim::install_cpu_allocator();
+    // A file-size limit is then a failed write with a message, not a silent end.
+    // SAFETY: ignoring a signal runs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

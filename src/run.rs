@@ -243,7 +243,7 @@ impl Run {
         };
         let path = unfinished.finish(&state)?;
         self.saved = Some((self.step, path.clone()));
-        self.checkpoints.prune()?;
+        self.checkpoints.prune(self.step)?;
         Ok(path)
     }
 

@@ -165,6 +165,7 @@ impl<'a> Plan<'a> {
             terminal,
             interrupt,
             step,
+            saved: step,
             total: total as u64,
         };
         if let Some((path, state)) = saved {
@@ -203,6 +204,8 @@ struct Run<'a, L> {
     terminal: Arc<Terminal>,
     interrupt: Interrupt,
     step: u64,
+    /// The last step with a checkpoint of this process.
+    saved: u64,
     total: u64,
 }
 
@@ -212,7 +215,10 @@ impl<L: Learner> Run<'_, L> {
         while self.step < self.total {
             self.one_step()?;
             if self.interrupt.is_raised() {
-                let path = self.save()?;
+                if self.saved != self.step {
+                    self.save()?;
+                }
+                let path = self.checkpoints.path(self.step);
                 let message = format!("step {} is saved in {}; --resume continues", self.step, path.display());
                 return Err(Failure::Interrupted(message));
             }
@@ -267,7 +273,7 @@ impl<L: Learner> Run<'_, L> {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<PathBuf, Failure> {
+    fn save(&mut self) -> Result<(), Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
         save_state(self.learner.state(), &unfinished.file("model.safetensors"))?;
@@ -280,9 +286,9 @@ impl<L: Learner> Run<'_, L> {
             render_time: None,
             metric: None,
         };
-        let path = unfinished.finish(&state)?;
-        self.checkpoints.prune()?;
-        Ok(path)
+        unfinished.finish(&state)?;
+        self.saved = self.step;
+        self.checkpoints.prune(self.step)
     }
 
     fn restore(&mut self, path: &Path, state: &RunState) -> Result<(), Failure> {

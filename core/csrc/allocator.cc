@@ -65,34 +65,33 @@ FreeBlocks& free_blocks() {
   return *blocks;
 }
 
-struct Block {
-  void* data;
-  size_t size;
-};
-
-void release(void* context) {
-  auto* block = static_cast<Block*>(context);
-  live -= block->size;
-  if (block->size < kKeepFrom || !free_blocks().keep(block->data, block->size)) std::free(block->data);
-  delete block;
+// A block begins with its size; the data follows on the next alignment boundary. Data and context are one pointer, which
+// is what libtorch's raw_allocate asks for.
+void release(void* data) {
+  if (data == nullptr) return;
+  void* block = static_cast<char*>(data) - kAlignment;
+  size_t size = *static_cast<size_t*>(block);
+  live -= size;
+  if (size < kKeepFrom || !free_blocks().keep(block, size)) std::free(block);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes == 0) return {nullptr, nullptr, &release_nothing, c10::Device(c10::DeviceType::CPU)};
-    size_t size = size_class(bytes);
-    void* data = size >= kKeepFrom ? free_blocks().take(size) : nullptr;
-    if (data == nullptr) data = fresh(size);
+    if (bytes == 0) return {nullptr, nullptr, &release, c10::Device(c10::DeviceType::CPU)};
+    size_t size = size_class(bytes + kAlignment);
+    void* block = size >= kKeepFrom ? free_blocks().take(size) : nullptr;
+    if (block == nullptr) block = fresh(size);
+    *static_cast<size_t*>(block) = size;
     size_t now = live += size;
     for (size_t seen = peak.load(); now > seen && !peak.compare_exchange_weak(seen, now);) {
     }
-    return {data, new Block{data, size}, &release, c10::Device(c10::DeviceType::CPU)};
+    void* data = static_cast<char*>(block) + kAlignment;
+    return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static void release_nothing(void*) {}
   static void* fresh(size_t size) {
     void* data = nullptr;
     if (posix_memalign(&data, kAlignment, size) != 0) {

@@ -560,7 +560,7 @@ fn read_if_present(path: &Path) -> Result<Option<String>, MonitorError> {
 fn recipe_name(recipe: &str) -> Option<String> {
     let mut top = recipe.lines().take_while(|line| !line.starts_with('['));
     let value = top.find_map(|line| line.strip_prefix("name = "))?;
-    Some(value.trim().trim_matches('"').to_owned())
+    Some(value.trim().trim_matches(['"', '\'']).to_owned())
 }
 
 fn folder_name(run_dir: &Path) -> String {

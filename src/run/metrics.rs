@@ -90,6 +90,7 @@ pub struct Work {
     peak: Option<f64>,
     kind: Kind,
     epochs: f64,
+    samples_per_prompt: usize,
     pub last_kl: Option<f64>,
 }
 
@@ -109,6 +110,7 @@ impl Work {
             peak: None,
             kind: Kind::Float,
             epochs: recipe.ppo.epochs as f64,
+            samples_per_prompt: recipe.rollout.samples_per_prompt,
             last_kl: None,
         }
     }
@@ -153,7 +155,7 @@ impl Work {
             .set("perf/decode_steps", rollout.generation.decode_steps as f64)
             .set("perf/memory_live_bytes", shim::live_bytes() as f64)
             .set("perf/memory_peak_bytes", shim::peak_bytes() as f64);
-        metrics.set_text("samples", samples_markdown(&samples_of(0, report, 1)));
+        metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
         self.last_kl = Some(report.kl);
     }
 }

@@ -94,7 +94,8 @@ impl TrainingState {
         let limit = self.config.max_grad_norm;
         let scale = if limit > 0.0 { (limit / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
         self.steps += 1;
-        let step = Tensor::from(self.steps as f32);
+        let device = self.units.first().map_or(Device::Cpu, |unit| unit.weights.device());
+        let step = Tensor::from(self.steps as f32).to_device(device);
         for (unit, moments) in self.units.iter_mut().zip(&mut self.moments) {
             if scale < 1.0 {
                 let _ = unit.grads.f_mul_scalar_(scale)?;
