@@ -6,9 +6,17 @@ fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
     println!("cargo:rustc-link-search=native={lib}");
+    cc::Build::new()
+        .cpp(true)
+        .file("csrc/kernels.cc")
+        .std("c++17")
+        .opt_level(3)
+        .flag("-fno-math-errno")
+        .compile("echelon_kernels");
     cxx_build::bridge("src/shim.rs")
         .file("csrc/shim.cc")
         .file("csrc/allocator.cc")
+        .file("csrc/fused.cc")
         .std("c++17")
         .opt_level(2)
         .flag("-Wno-unused-parameter")

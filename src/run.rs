@@ -103,7 +103,7 @@ impl Run {
         let watch = Arc::new(Watch::new(terminal.clone()));
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
-        let work = Work::new(&wire::shape(&folders.actor)?, recipe.reference.is_some(), &recipe);
+        let work = Work::new(&wire::shape(&folders.actor)?, held, &recipe);
         let num_params = wire::shape(&folders.actor)?.shape().num_params();
         header(&terminal, (&recipe, num_params), &folder, held, warning.as_deref(), &prompts);
         notes.iter().for_each(|note| terminal.note(note));
@@ -189,7 +189,7 @@ impl Run {
         let (size, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
         let prompts =
             self.prompts.next_batch(step, size, samples, recipe.seed).map_err(|e| Error::Refused(e.to_string()))?;
-        shim::reset_peak_bytes();
+        shim::reset_peak_bytes(self.work.device);
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done

@@ -37,8 +37,8 @@ fn peak(vocabulary: i64, tokens: i64) -> i64 {
     let rows = Tokens::from_rows(&[row]);
     let mut pass = || policy.forward_backward(&rows, |output| Ok(-output.logprobs().sum(Kind::Float))).unwrap();
     pass(); // gradients are taken page by page at their first touch
-    let before = shim::live_bytes();
-    shim::reset_peak_bytes();
+    let before = shim::live_bytes(Device::Cpu);
+    shim::reset_peak_bytes(Device::Cpu);
     pass();
-    shim::peak_bytes() as i64 - before as i64
+    shim::peak_bytes(Device::Cpu) as i64 - before as i64
 }

@@ -20,6 +20,12 @@ void fused_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tens
                  const at::Tensor& exp_avg_sq, const at::Tensor& step, double lr, double beta1, double beta2,
                  double weight_decay, double eps);
 
+// A linear layer's weight [out, in] laid out for products with `rows` rows; undefined where this build has no such layout.
+std::unique_ptr<at::Tensor> pack_linear(const at::Tensor& weight, int64_t rows);
+// x [rows, in] times the packed weight, plus `bias` where it is defined.
+std::unique_ptr<at::Tensor> packed_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight,
+                                          const at::Tensor& bias, int64_t rows);
+
 // A flat tensor of zeros whose memory is taken page by page when first touched.
 std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype);
 
@@ -27,4 +33,8 @@ void install_cpu_allocator();
 size_t live_bytes();
 size_t peak_bytes();
 void reset_peak_bytes();
+// The same of a device whose caching allocator keeps count (CUDA).
+size_t device_live_bytes(int32_t cuda_index);
+size_t device_peak_bytes(int32_t cuda_index);
+void device_reset_peak_bytes(int32_t cuda_index);
 }  // namespace echelon

@@ -33,11 +33,26 @@ mod ffi {
             weight_decay: f64,
             eps: f64,
         ) -> Result<()>;
+        fn pack_linear(weight: &Tensor, rows: i64) -> Result<UniquePtr<Tensor>>;
+        fn packed_linear(
+            x: &Tensor,
+            packed: &Tensor,
+            weight: &Tensor,
+            bias: &Tensor,
+            rows: i64,
+        ) -> Result<UniquePtr<Tensor>>;
+        include!("fused.h");
+        fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<UniquePtr<Tensor>>;
+        fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<UniquePtr<Tensor>>;
+        fn swiglu(gate: &Tensor, up: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn zeros_on_demand(numel: i64, dtype: i32) -> Result<UniquePtr<Tensor>>;
         fn install_cpu_allocator();
         fn live_bytes() -> usize;
         fn peak_bytes() -> usize;
         fn reset_peak_bytes();
+        fn device_live_bytes(cuda_index: i32) -> Result<usize>;
+        fn device_peak_bytes(cuda_index: i32) -> Result<usize>;
+        fn device_reset_peak_bytes(cuda_index: i32) -> Result<()>;
     }
 }
 
@@ -139,22 +154,99 @@ pub fn fused_adamw(
     .map_err(torch_error)
 }
 
+/// Whether [`rms_norm`], [`rotate`] and [`swiglu`] take a tensor: f32 on the CPU.
+pub fn fuses(x: &Tensor) -> bool {
+    x.kind() == Kind::Float && x.device() == Device::Cpu
+}
+
+/// `x / rms(x) * weight` over the last dimension in one pass over memory, and its gradient in another.
+///
+/// # Errors
+/// Another dtype, device or shape.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor, TchError> {
+    Ok(adopt(&ffi::rms_norm(raw(x), raw(weight), eps).map_err(torch_error)?))
+}
+
+/// `[N, heads, D]` rotated by `cos` and `sin` `[N, 1, D / 2]`, halves as pairs, in one pass; differentiable.
+///
+/// # Errors
+/// Another dtype, device or shape.
+pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, TchError> {
+    Ok(adopt(&ffi::rotate(raw(x), raw(cos), raw(sin)).map_err(torch_error)?))
+}
+
+/// `silu(gate) * up` in one pass; differentiable.
+///
+/// # Errors
+/// Another dtype or device, or two shapes.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, TchError> {
+    Ok(adopt(&ffi::swiglu(raw(gate), raw(up)).map_err(torch_error)?))
+}
+
+/// A linear layer's weight laid out once for products with a fixed number of rows.
+///
+/// Where a product has few rows, laying the weight out anew at every call (which BLAS does) costs more than the product.
+#[derive(Debug)]
+pub struct PackedLinear {
+    weight: Tensor,
+    bias: Tensor,
+    packed: Tensor,
+    rows: i64,
+}
+
+impl PackedLinear {
+    /// Packs `weight` `[out, in]` for inputs of `rows` rows: f32 and bf16 on the CPU. None where libtorch has no such
+    /// layout.
+    ///
+    /// # Errors
+    /// libtorch's, when memory runs out.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>, rows: i64) -> Result<Option<PackedLinear>, TchError> {
+        let packed = adopt(&ffi::pack_linear(raw(weight), rows).map_err(torch_error)?);
+        let bias = bias.map_or_else(Tensor::new, Tensor::shallow_clone);
+        Ok(packed.defined().then(|| PackedLinear { weight: weight.shallow_clone(), bias, packed, rows }))
+    }
+
+    /// `[rows, in]` to `[rows, out]`; no gradient.
+    ///
+    /// # Errors
+    /// libtorch's, about shapes and dtypes.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
+        let out = ffi::packed_linear(raw(x), raw(&self.packed), raw(&self.weight), raw(&self.bias), self.rows);
+        Ok(adopt(&out.map_err(torch_error)?))
+    }
+
+    /// Rows that an input must have.
+    pub fn rows(&self) -> i64 {
+        self.rows
+    }
+}
+
 /// Makes libtorch use the counting, block-keeping CPU allocator. Call once, before the first tensor.
 pub fn install_cpu_allocator() {
     ffi::install_cpu_allocator();
 }
 
-/// Bytes now live in CPU tensors (of tensors made since [`install_cpu_allocator`]).
-pub fn live_bytes() -> usize {
-    ffi::live_bytes()
+/// Bytes now live in tensors on `device` (on the CPU, of tensors made since [`install_cpu_allocator`]). 0 where the
+/// device keeps no count.
+pub fn live_bytes(device: Device) -> usize {
+    match device {
+        Device::Cuda(index) => ffi::device_live_bytes(index as i32).unwrap_or(0),
+        _ => ffi::live_bytes(),
+    }
 }
 
-/// Most bytes live at once since the last [`reset_peak_bytes`].
-pub fn peak_bytes() -> usize {
-    ffi::peak_bytes()
+/// Most bytes live at once on `device` since the last [`reset_peak_bytes`].
+pub fn peak_bytes(device: Device) -> usize {
+    match device {
+        Device::Cuda(index) => ffi::device_peak_bytes(index as i32).unwrap_or(0),
+        _ => ffi::peak_bytes(),
+    }
 }
 
 /// Starts a new peak measurement at what is live now.
-pub fn reset_peak_bytes() {
-    ffi::reset_peak_bytes();
+pub fn reset_peak_bytes(device: Device) {
+    match device {
+        Device::Cuda(index) => ffi::device_reset_peak_bytes(index as i32).unwrap_or(()),
+        _ => ffi::reset_peak_bytes(),
+    }
 }

@@ -103,6 +103,7 @@ struct Generation<'a> {
     /// By prompt, then by sample.
     finished: Vec<Option<Sequence>>,
     num_finished: usize,
+    max_new_tokens: usize,
     report: GenerationReport,
 }
 
@@ -130,6 +131,7 @@ impl<'a> Generation<'a> {
             ends,
             finished: std::iter::repeat_with(|| None).take(total).collect(),
             num_finished: 0,
+            max_new_tokens: sampling.max_new_tokens,
             report: GenerationReport::default(),
         })
     }
@@ -166,9 +168,19 @@ impl<'a> Generation<'a> {
             .map(|&slot| self.scheduler.sequence(slot))
             .map(|sequence| (sequence.last_token(), sequence.cached_tokens() as i64))
             .unzip();
-        let logits = self.runner.decode(&tokens, &positions)?;
+        let steps_left = self.steps_left();
+        let logits = self.runner.decode(&tokens, &positions, steps_left)?;
         self.report.decode_steps += 1;
         self.sample(&live, &logits)
+    }
+
+    /// Decoding steps that will follow, at most.
+    fn steps_left(&self) -> usize {
+        if self.scheduler.some_wait() {
+            return self.max_new_tokens;
+        }
+        let left = |slot| self.max_new_tokens - self.scheduler.sequence(slot).num_generated();
+        (0..self.scheduler.num_live()).map(left).max().unwrap_or(0)
     }
 
     /// Draws a token for each of `slots` from its row of `[slots, V]` logits, and frees the slots whose sequence ended.

@@ -3,8 +3,7 @@
 use echelon_core::Result;
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
-use echelon_models::head::LogprobHead;
-use echelon_models::layers::packed_attention;
+use echelon_models::layers::{Linear, packed_attention};
 use tch::{Device, Kind, Tensor};
 
 use crate::kv_cache::KvCache;
@@ -14,10 +13,27 @@ use crate::scheduler::Admission;
 #[derive(Debug)]
 pub struct ModelRunner<'a> {
     model: &'a Decoder,
-    head: LogprobHead,
+    head: Linear,
+    temperature: f64,
     cache: KvCache,
     kept: Option<KeptPrompt>,
+    packed: Option<PackedModel>,
 }
+
+/// The model with weights laid out for decoding a fixed number of slots; the rows beyond the live ones are computed for
+/// nothing, which costs less than laying the weights out anew.
+#[derive(Debug)]
+struct PackedModel {
+    model: Decoder,
+    head: Linear,
+    slots: i64,
+}
+
+/// Decoding steps that pay for laying the weights out.
+const STEPS_THAT_PAY: usize = 12;
+
+/// Slots up to which a product with fewer rows takes about as long.
+const SLOTS_AT_ONE_PRICE: i64 = 32;
 
 /// A prompt that went through the model, for samples that wait for a slot.
 #[derive(Debug)]
@@ -38,7 +54,8 @@ struct Span<'a> {
 impl<'a> ModelRunner<'a> {
     /// Takes `head` `[V, H]`; logits are divided by `temperature`.
     pub fn new(model: &'a Decoder, head: &Tensor, temperature: f64, cache: KvCache) -> ModelRunner<'a> {
-        ModelRunner { model, head: LogprobHead::frozen(head.shallow_clone(), temperature), cache, kept: None }
+        let head = Linear::new(head.detach(), None);
+        ModelRunner { model, head, temperature, cache, kept: None, packed: None }
     }
 
     /// Brings prompts into the slots of their sequences; `[S, V]` logits of the first tokens, one row per slot given out.
@@ -99,24 +116,48 @@ impl<'a> ModelRunner<'a> {
         Ok(logits)
     }
 
-    /// One token more: the live slots' last `tokens` at their `positions`, slot by slot; `[S, V]` logits.
-    pub fn decode(&mut self, tokens: &[i64], positions: &[i64]) -> Result<Tensor> {
+    /// One token more: the live slots' last `tokens` at their `positions`, slot by slot; `[S, V]` logits. At most
+    /// `steps_left` such steps will follow.
+    pub fn decode(&mut self, tokens: &[i64], positions: &[i64], steps_left: usize) -> Result<Tensor> {
+        let live = tokens.len() as i64;
         let longest = positions.iter().copied().max().unwrap_or(0) + 1;
         self.cache.reserve(longest as usize)?;
-        let rows = self.cache.step_rows(positions, self.device());
-        let positions = self.tensor(positions);
-        let rotary = self.model.rotary(&positions);
-        let mut masks = StepMasks::new(positions, longest, self.model.kind());
-        let mut hidden = self.model.embed_tokens(&self.tensor(tokens));
-        for layer in 0..self.model.num_layers() {
+        self.pack(live, steps_left)?;
+        let (model, head, slots) = match &self.packed {
+            Some(packed) => (&packed.model, &packed.head, packed.slots),
+            None => (self.model, &self.head, live),
+        };
+        let padded = |values: &[i64]| {
+            let nothing = std::iter::repeat_n(0, (slots - live) as usize);
+            values.iter().copied().chain(nothing).collect::<Vec<i64>>()
+        };
+        let (tokens, positions) = (padded(tokens), padded(positions));
+        let rows = self.cache.step_rows(&positions, self.device());
+        let positions = self.tensor(&positions);
+        let rotary = model.rotary(&positions);
+        let mut masks = StepMasks::new(positions, longest, model.kind());
+        let mut hidden = model.embed_tokens(&self.tensor(&tokens));
+        for layer in 0..model.num_layers() {
             let cache = &mut self.cache;
-            hidden = self.model.layer_with(layer, &hidden, &rotary, &mut |q, k, v, window| {
+            hidden = model.layer_with(layer, &hidden, &rotary, &mut |q, k, v, window| {
                 cache.write_step(layer, &rows, k, v);
-                let (keys, values) = cache.read(layer, q.size()[0], longest);
+                let (keys, values) = cache.read(layer, slots, longest);
                 step_attention(q, &keys, &values, masks.of(window))
             });
         }
-        Ok(self.logits(&hidden))
+        Ok(divided(&head.forward(&model.norm(&hidden)), self.temperature).narrow(0, 0, live))
+    }
+
+    /// Packs the weights for the `live` slots, where the steps left pay for it: at first, and again when most slots that
+    /// they are packed for are empty.
+    fn pack(&mut self, live: i64, steps_left: usize) -> Result<()> {
+        let fits = |packed: &PackedModel| live * 2 > packed.slots || packed.slots <= SLOTS_AT_ONE_PRICE;
+        if self.device() != Device::Cpu || steps_left < STEPS_THAT_PAY || self.packed.as_ref().is_some_and(fits) {
+            return Ok(());
+        }
+        self.packed = None; // one packed copy at a time
+        self.packed = Some(PackedModel { model: self.model.packed(live)?, head: self.head.packed(live)?, slots: live });
+        Ok(())
     }
 
     /// Moves what a slot remembers: `length` tokens.
@@ -125,7 +166,7 @@ impl<'a> ModelRunner<'a> {
     }
 
     fn logits(&self, hidden: &Tensor) -> Tensor {
-        self.head.logits(&self.model.norm(hidden))
+        divided(&self.head.forward(&self.model.norm(hidden)), self.temperature)
     }
 
     fn tensor(&self, values: &[i64]) -> Tensor {
@@ -135,6 +176,15 @@ impl<'a> ModelRunner<'a> {
     fn device(&self) -> Device {
         self.model.embedding().device()
     }
+}
+
+/// Logits / temperature, in f32 (f64 stays f64).
+fn divided(logits: &Tensor, temperature: f64) -> Tensor {
+    let mut wide = if logits.kind() == Kind::Double { logits.shallow_clone() } else { logits.to_kind(Kind::Float) };
+    if temperature != 1.0 {
+        let _ = wide.divide_scalar_(temperature);
+    }
+    wide
 }
 
 /// Writes each prompt's part of `[N, kv_heads, D]` keys and values into its slots; a copy of the part of the one prompt

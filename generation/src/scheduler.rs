@@ -98,6 +98,11 @@ impl Scheduler {
         admissions
     }
 
+    /// Sequences wait for a slot.
+    pub fn some_wait(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     pub fn occupy(&mut self, slot: usize, sequence: Running) {
         let before = self.slots[slot].replace(sequence);
         assert!(before.is_none(), "slot {slot} was free");

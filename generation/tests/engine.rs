@@ -190,6 +190,24 @@ fn bf16_logprobs_are_near_the_trainers() {
     }
 }
 
+/// Slots that empty one after the other: weights packed for many slots, then for fewer, and rows for nothing between.
+#[test]
+fn logprobs_stay_the_trainers_while_slots_empty() {
+    let (_, model) = golden_models(Kind::Float).into_iter().next().unwrap();
+    let ends = tokenizer(&(100..112).collect::<Vec<i64>>());
+    let prompts = prompts(&[7; 70], 1, 112);
+    let (sequences, report) = model.generate_text(Some(&ends), slots(64), &prompts, &sampling(1.0, 60));
+    let mut lengths: Vec<usize> = sequences.iter().map(|s| s.response_token_ids.len()).collect();
+    lengths.sort_unstable();
+    assert!(lengths[35] < 20 && lengths[69] > 35, "most end early, some late: {lengths:?}");
+    let rollout = Rollout::from_sequences(&prompts, &sequences, 0, report);
+    let batch = PackedRows::new(&rollout.tokens(), Device::Cpu);
+    let head = LogprobHead::frozen(model.head.shallow_clone(), 1.0);
+    let ours = forward(&model.decoder, &head, &batch).unwrap().logprobs;
+    let worst = (ours - rollout.rollout_logprobs).abs().max().double_value(&[]);
+    assert!(worst <= 1e-4, "{worst:e}");
+}
+
 #[test]
 fn greedy_tokens_equal_a_loop_without_a_cache() {
     for (name, model) in golden_models(Kind::Float) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use echelon_core::shim;
-use echelon_core::zero::write_tensors;
+use echelon_core::zero::write_tensors_as;
 use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -284,8 +284,8 @@ fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]
 fn save_weights(folder: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
     let shards = split_into_shards(tensors, kind);
     let write = |name: &str, part: &[(String, Tensor)]| {
-        let path = folder.join(name);
-        write_tensors(&path, part, &[("format", "pt".into())]).map_err(|source| ModelError::Write { path, source })
+        let (path, metadata) = (folder.join(name), [("format", "pt".into())]);
+        write_tensors_as(&path, part, Some(kind), &metadata).map_err(|source| ModelError::Write { path, source })
     };
     if let [all] = shards.as_slice() {
         return write("model.safetensors", all);
@@ -302,19 +302,19 @@ fn save_weights(folder: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Resu
     std::fs::write(&path, index.to_string()).map_err(|source| ModelError::Io { path, source })
 }
 
-/// Parts of at most [`SHARD_BYTES`], converted as they are written.
-fn split_into_shards(tensors: &[(String, Tensor)], kind: Kind) -> Vec<Vec<(String, Tensor)>> {
-    let mut shards = vec![Vec::new()];
-    let mut used = 0;
-    for (name, tensor) in tensors {
+/// Parts of at most [`SHARD_BYTES`] in `kind`, in order.
+fn split_into_shards(tensors: &[(String, Tensor)], kind: Kind) -> Vec<&[(String, Tensor)]> {
+    let (mut begin, mut used) = (0, 0);
+    let mut shards = Vec::new();
+    for (index, (_, tensor)) in tensors.iter().enumerate() {
         let bytes = tensor.numel() * kind.elt_size_in_bytes();
         if used + bytes > SHARD_BYTES && used > 0 {
-            shards.push(Vec::new());
-            used = 0;
+            shards.push(&tensors[begin..index]);
+            (begin, used) = (index, 0);
         }
         used += bytes;
-        shards.last_mut().expect("never empty").push((name.clone(), tensor.detach().to_kind(kind)));
     }
+    shards.push(&tensors[begin..]);
     shards
 }
 

@@ -3,11 +3,11 @@
 
 use echelon_core::pack::PackedRows;
 use echelon_core::zero::Backbone;
-use tch::{Kind, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 use crate::config::DecoderConfig;
 use crate::error::Result;
-use crate::layers::{Linear, RmsNorm, RotaryTable, inverse_frequencies, packed_attention};
+use crate::layers::{Linear, RmsNorm, RotaryTable, inverse_frequencies, packed_attention, swiglu};
 
 /// Gives each parameter by its Hugging Face name, in the shape that [`DecoderConfig::shape`] lists.
 pub type Load<'a> = dyn FnMut(&str) -> Result<Tensor> + 'a;
@@ -51,6 +51,21 @@ impl Decoder {
         Ok(Decoder { config: config.clone(), embedding, layers, norm, inverse_frequencies })
     }
 
+    /// The same model with its linear layers packed for decoding `rows` sequences at once (see [`Linear::packed`]):
+    /// a second copy of their weights where libtorch can pack, none elsewhere.
+    ///
+    /// # Errors
+    /// libtorch's, when memory runs out.
+    pub fn packed(&self, rows: i64) -> std::result::Result<Decoder, TchError> {
+        Ok(Decoder {
+            config: self.config.clone(),
+            embedding: self.embedding.detach(),
+            layers: self.layers.iter().map(|layer| layer.packed(rows)).collect::<std::result::Result<_, _>>()?,
+            norm: self.norm.shallow_clone(),
+            inverse_frequencies: self.inverse_frequencies.shallow_clone(),
+        })
+    }
+
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
@@ -89,8 +104,7 @@ impl Decoder {
         let attended = attend(&q, &k, &v, layer.window);
         let hidden = hidden + layer.o.forward(&attended.reshape([x.size()[0], -1]));
         let x = layer.mlp_norm.forward(&hidden);
-        let gated = layer.gate.forward(&x).silu() * layer.up.forward(&x);
-        hidden + layer.down.forward(&gated)
+        hidden + layer.down.forward(&swiglu(&layer.gate.forward(&x), &layer.up.forward(&x)))
     }
 }
 
@@ -126,7 +140,7 @@ impl Layer {
         let linear = |name: &str, bias: bool, load: &mut Load| -> Result<Linear> {
             let weight = load(&format!("{name}.weight"))?;
             let bias = bias.then(|| load(&format!("{name}.bias"))).transpose()?;
-            Ok(Linear { weight, bias })
+            Ok(Linear::new(weight, bias))
         };
         let load: &mut Load = &mut load;
         Ok(Layer {
@@ -142,6 +156,23 @@ impl Layer {
             up: linear("mlp.up_proj", config.mlp_bias, load)?,
             down: linear("mlp.down_proj", config.mlp_bias, load)?,
             window: config.windows[index],
+        })
+    }
+    fn packed(&self, rows: i64) -> std::result::Result<Layer, TchError> {
+        let norm = |norm: &Option<RmsNorm>| norm.as_ref().map(RmsNorm::shallow_clone);
+        Ok(Layer {
+            input_norm: self.input_norm.shallow_clone(),
+            q: self.q.packed(rows)?,
+            k: self.k.packed(rows)?,
+            v: self.v.packed(rows)?,
+            o: self.o.packed(rows)?,
+            q_norm: norm(&self.q_norm),
+            k_norm: norm(&self.k_norm),
+            mlp_norm: self.mlp_norm.shallow_clone(),
+            gate: self.gate.packed(rows)?,
+            up: self.up.packed(rows)?,
+            down: self.down.packed(rows)?,
+            window: self.window,
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The layers that every architecture is made of. Inputs are packed tokens `[N, …]` without padding.
 
-use tch::{Kind, Tensor};
+use echelon_core::shim::{self, PackedLinear};
+use tch::{Kind, TchError, Tensor};
 
 use crate::config::{Rope, RopeScaling};
 
@@ -10,11 +11,26 @@ pub struct Linear {
     /// `[out, in]`.
     pub weight: Tensor,
     pub bias: Option<Tensor>,
+    packed: Option<PackedLinear>,
 }
 
 impl Linear {
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Linear {
+        Linear { weight, bias, packed: None }
+    }
+
+    /// The same layer with its weight packed for inputs of `rows` rows, where libtorch can; without gradients.
+    pub fn packed(&self, rows: i64) -> Result<Linear, TchError> {
+        let (weight, bias) = (self.weight.detach(), self.bias.as_ref().map(Tensor::detach));
+        let packed = PackedLinear::new(&weight, bias.as_ref(), rows)?;
+        Ok(Linear { weight, bias, packed })
+    }
+
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        match &self.packed {
+            Some(packed) if packed.rows() == x.size()[0] => packed.forward(x).expect("a packed layer's own shapes"),
+            _ => x.linear(&self.weight, self.bias.as_ref()),
+        }
     }
 }
 
@@ -26,7 +42,15 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
+    /// Another handle of the same layer.
+    pub fn shallow_clone(&self) -> RmsNorm {
+        RmsNorm { weight: self.weight.shallow_clone(), eps: self.eps }
+    }
+
     pub fn forward(&self, x: &Tensor) -> Tensor {
+        if shim::fuses(x) && shim::fuses(&self.weight) {
+            return shim::rms_norm(x, &self.weight, self.eps).expect("a norm's own shapes");
+        }
         let kind = x.kind();
         let wide = if kind == Kind::Double { x.shallow_clone() } else { x.to_kind(Kind::Float) };
         let scale = (wide.square().mean_dim(-1, true, None::<Kind>) + self.eps).rsqrt();
@@ -50,10 +74,21 @@ impl RotaryTable {
 
     /// Rotates `[N, heads, head_dim]`, halves as pairs.
     pub fn rotate(&self, x: &Tensor) -> Tensor {
+        if shim::fuses(x) && shim::fuses(&self.cos) {
+            return shim::rotate(x, &self.cos, &self.sin).expect("a table of the same rows");
+        }
         let halves = x.chunk(2, -1);
         let (left, right) = (&halves[0], &halves[1]);
         Tensor::cat(&[left * &self.cos - right * &self.sin, right * &self.cos + left * &self.sin], -1)
     }
+}
+
+/// `silu(gate) * up`.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    if shim::fuses(gate) && shim::fuses(up) {
+        return shim::swiglu(gate, up).expect("gate and up of one shape");
+    }
+    gate.silu() * up
 }
 
 /// `[head_dim / 2]` f32 inverse frequencies, scaled as the config says.
@@ -114,4 +149,85 @@ fn repeat_heads(x: &Tensor, groups: i64) -> Tensor {
     }
     let (n, heads, dim) = x.size3().expect("[N, kv_heads, D]");
     x.unsqueeze(2).expand([n, heads, groups, dim], false).reshape([n, heads * groups, dim])
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    fn numbers(size: &[i64], seed: f64) -> Tensor {
+        let count: i64 = size.iter().product();
+        ((Tensor::arange(count, tch::kind::DOUBLE_CPU) + seed) * 12.9898).sin().view(size) * 3.0
+    }
+
+    /// Output and gradients of `layer` on f32 copies of `inputs` against the same in f64, where every step is libtorch's.
+    fn agrees_with_f64(inputs: &[Tensor], layer: impl Fn(&[Tensor]) -> Tensor) {
+        let run = |kind: Kind| {
+            let inputs: Vec<Tensor> = inputs.iter().map(|x| x.to_kind(kind).set_requires_grad(true)).collect();
+            let output = layer(&inputs);
+            let weights = numbers(&output.size(), 0.9).to_kind(kind);
+            (&output * weights).sum(kind).backward();
+            let grads = inputs.iter().map(Tensor::grad).filter(Tensor::defined).map(|g| g.to_kind(Kind::Double));
+            let output = output.detach().to_kind(Kind::Double);
+            let unrecorded = tch::no_grad(|| layer(&inputs)).to_kind(Kind::Double);
+            assert_eq!(output, unrecorded, "with and without a graph");
+            std::iter::once(output).chain(grads).collect::<Vec<Tensor>>()
+        };
+        let (single, double) = (run(Kind::Float), run(Kind::Double));
+        assert_eq!(single.len(), double.len());
+        for (index, (single, double)) in single.iter().zip(&double).enumerate() {
+            let scale = double.abs().max().double_value(&[]);
+            let difference = (single - double).abs().max().double_value(&[]) / scale;
+            assert!(difference < 2e-6, "output or gradient {index} differs by {difference}");
+        }
+    }
+
+    /// Widths that fill no vector register, and enough rows for several threads.
+    #[test]
+    fn a_fused_norm_is_the_norm() {
+        for size in [[1, 5], [3, 16], [700, 64], [90, 577]] {
+            agrees_with_f64(&[numbers(&size, 0.1), numbers(&size[1..], 0.5)], |x| {
+                RmsNorm { weight: x[1].shallow_clone(), eps: 1e-5 }.forward(&x[0])
+            });
+        }
+    }
+
+    #[test]
+    fn a_fused_rotation_is_the_rotation() {
+        let frequencies = Tensor::from_slice(&[1.0f32, 0.5, 0.03]);
+        for rows in [1i64, 900] {
+            let positions = Tensor::arange(rows, (Kind::Int64, Device::Cpu)).remainder(50);
+            agrees_with_f64(&[numbers(&[rows, 5, 6], 0.2)], |x| {
+                RotaryTable::new(&frequencies, &positions, x[0].kind()).rotate(&x[0])
+            });
+        }
+    }
+
+    #[test]
+    fn a_fused_gate_is_the_gate() {
+        agrees_with_f64(&[numbers(&[900, 33], 0.2) * 8.0, numbers(&[900, 33], 0.7)], |x| swiglu(&x[0], &x[1]));
+        let far = Tensor::from_slice(&[-200f32, -90.0, 90.0, 200.0, f32::NAN]);
+        let gated = Vec::<f32>::try_from(swiglu(&far, &far.ones_like())).unwrap();
+        assert!(gated[..2].iter().all(|x| x.abs() < 1e-30) && gated[2..4] == [90.0, 200.0] && gated[4].is_nan());
+    }
+
+    #[test]
+    fn a_packed_layer_is_the_layer() {
+        let (weight, bias) = (numbers(&[48, 40], 0.3), numbers(&[48], 0.8));
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
+            let [weight, bias, x] = [&weight, &bias, &numbers(&[6, 40], 0.6)].map(|x| x.to_kind(kind));
+            for bias in [None, Some(bias)] {
+                let layer = Linear::new(weight.shallow_clone(), bias);
+                let packed = layer.packed(6).unwrap();
+                for x in [x.shallow_clone(), x.narrow(0, 0, 2)] {
+                    let [plain, packed] = [&layer, &packed].map(|l| l.forward(&x).to_kind(Kind::Double));
+                    let difference = (&plain - packed).abs().max().double_value(&[]);
+                    let allowed = if kind == Kind::BFloat16 { 1e-2 } else { 1e-5 };
+                    assert!(difference <= allowed * plain.abs().max().double_value(&[]), "{kind:?}: {difference}");
+                }
+            }
+        }
+    }
 }

@@ -4,8 +4,9 @@ use echelon_algorithms::ppo::StepReport;
 use echelon_core::rollout::FinishReason;
 use echelon_core::shim;
 use echelon_models::config::DecoderConfig;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::models::Held;
 use crate::monitor::{
     Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, record_perf, samples_markdown,
     training_flops_per_token,
@@ -89,6 +90,7 @@ pub struct Work {
     /// Floating-point operations per second that a large matrix product reaches here; measured once.
     peak: Option<f64>,
     kind: Kind,
+    pub device: Device,
     epochs: f64,
     samples_per_prompt: usize,
     pub last_kl: Option<f64>,
@@ -96,7 +98,7 @@ pub struct Work {
 
 impl Work {
     /// Critic, reference and reward model are counted as large as the actor.
-    pub fn new(config: &DecoderConfig, has_reference: bool, recipe: &ResolvedRecipe) -> Work {
+    pub fn new(config: &DecoderConfig, held: Held, recipe: &ResolvedRecipe) -> Work {
         let shape = config.shape();
         let embedding = if config.tied_embeddings { 0 } else { config.vocab_size * config.hidden_size };
         let model_rewards = recipe.reward.sources.iter().filter(|s| matches!(s.source, ScoreSource::Model(_))).count();
@@ -106,9 +108,10 @@ impl Work {
                 layers: config.num_layers as f64,
                 hidden: (config.num_heads * config.head_dim) as f64,
             },
-            scoring_models: 2.0 + f64::from(u8::from(has_reference)) + model_rewards as f64,
+            scoring_models: 2.0 + f64::from(u8::from(recipe.reference.is_some())) + model_rewards as f64,
             peak: None,
-            kind: Kind::Float,
+            kind: held.kind,
+            device: held.pass.device,
             epochs: recipe.ppo.epochs as f64,
             samples_per_prompt: recipe.rollout.samples_per_prompt,
             last_kl: None,
@@ -118,7 +121,7 @@ impl Work {
     /// Sets timings, tokens per second, MFU and memory.
     pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, seconds: f64) {
         let Some(rollout) = &report.rollout else { return };
-        let peak = *self.peak.get_or_insert_with(|| measured_peak(self.kind));
+        let peak = *self.peak.get_or_insert_with(|| measured_peak(self.kind, self.device));
         let tokens: i64 = rollout.lengths.iter().sum();
         let context = tokens as f64 / rollout.num_rows() as f64 / 2.0;
         let forward = forward_flops_per_token(self.size, context);
@@ -153,22 +156,24 @@ impl Work {
             .set("perf/weight_sync_s", timing.publish_s)
             .set("perf/prefill_tokens", rollout.generation.prefill_tokens as f64)
             .set("perf/decode_steps", rollout.generation.decode_steps as f64)
-            .set("perf/memory_live_bytes", shim::live_bytes() as f64)
-            .set("perf/memory_peak_bytes", shim::peak_bytes() as f64);
+            .set("perf/memory_live_bytes", shim::live_bytes(self.device) as f64)
+            .set("perf/memory_peak_bytes", shim::peak_bytes(self.device) as f64);
         metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
         self.last_kl = Some(report.kl);
     }
 }
 
-/// Best of three products of 1024 × 1024 matrices.
-fn measured_peak(kind: Kind) -> f64 {
-    let matrix = Tensor::ones([1024, 1024], (kind, tch::Device::Cpu));
+/// Best of some products of square matrices, large enough to fill the device.
+fn measured_peak(kind: Kind, device: Device) -> f64 {
+    let side = if device == Device::Cpu { 1024 } else { 8192 };
+    let matrix = Tensor::ones([side, side], (kind, device));
     let rate = |_| {
         let begun = std::time::Instant::now();
-        let _ = matrix.matmul(&matrix);
-        2.0 * 1024f64.powi(3) / begun.elapsed().as_secs_f64()
+        let product = matrix.matmul(&matrix);
+        let _ = product.double_value(&[0, 0]); // waits for the device
+        2.0 * (side as f64).powi(3) / begun.elapsed().as_secs_f64()
     };
-    (0..3).map(rate).fold(0.0, f64::max)
+    (0..5).map(rate).fold(0.0, f64::max)
 }
 
 fn mean(values: &[f64]) -> f64 {

@@ -13,5 +13,5 @@ mod trainable;
 pub use flat::{FlatUnit, ParamWithGrad};
 pub use optimizer::{OptimizerConfig, StepReport, TrainingState};
 pub use pass::{Backbone, Head, forward, forward_backward};
-pub use state_file::{StateFileError, TensorFile, write_tensors};
+pub use state_file::{StateFileError, TensorFile, write_tensors, write_tensors_as};
 pub use trainable::{PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, stack_rows};

@@ -26,6 +26,16 @@ pub fn write_tensors(
     tensors: &[(String, Tensor)],
     metadata: &[(&str, String)],
 ) -> Result<(), StateFileError> {
+    write_tensors_as(path, tensors, None, metadata)
+}
+
+/// [`write_tensors`] with every tensor converted to `kind` as it is written: one converted tensor in memory at a time.
+pub fn write_tensors_as(
+    path: &Path,
+    tensors: &[(String, Tensor)],
+    kind: Option<Kind>,
+    metadata: &[(&str, String)],
+) -> Result<(), StateFileError> {
     let io = |source| StateFileError::Io { path: path.into(), source };
     let mut header = Map::new();
     header.insert(
@@ -34,8 +44,9 @@ pub fn write_tensors(
     );
     let mut end = 0;
     for (name, tensor) in tensors {
-        let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
-        let dtype = dtype_name(tensor.kind());
+        let kind = kind.unwrap_or(tensor.kind());
+        let bytes = tensor.numel() * kind.elt_size_in_bytes();
+        let dtype = dtype_name(kind);
         header
             .insert(name.clone(), json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [end, end + bytes]}));
         end += bytes;
@@ -47,7 +58,7 @@ pub fn write_tensors(
     file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
     file.write_all(&header).map_err(io)?;
     for (_, tensor) in tensors {
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let tensor = tensor.detach().to_kind(kind.unwrap_or(tensor.kind())).to_device(Device::Cpu).contiguous();
         let bytes = tensor.numel() * tensor.kind().elt_size_in_bytes();
         // SAFETY: a contiguous CPU tensor owns `bytes` bytes from its data pointer, and lives through the write.
         file.write_all(unsafe { std::slice::from_raw_parts(tensor.data_ptr() as *const u8, bytes) }).map_err(io)?;
