@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use echelon_algorithms::kl::KlController;
 use echelon_algorithms::ppo::{self, Moment, StepReport};
+use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::{Export, Restore, Save};
-use echelon_core::{Error, shim};
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Resumed, RunState};
@@ -189,7 +189,7 @@ impl Run {
         let (size, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
         let prompts =
             self.prompts.next_batch(step, size, samples, recipe.seed).map_err(|e| Error::Refused(e.to_string()))?;
-        shim::reset_peak_bytes(self.work.device);
+        self.work.begin();
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done

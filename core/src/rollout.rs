@@ -73,6 +73,8 @@ pub struct GenerationReport {
     pub generated_tokens: usize,
     pub decode_steps: usize,
     pub seconds: f64,
+    /// Seconds until the first token was there.
+    pub first_token_s: f64,
 }
 
 /// Prompts with sampled responses. B rows, T columns; a row is prompt, response, padding.

@@ -104,6 +104,7 @@ struct Generation<'a> {
     finished: Vec<Option<Sequence>>,
     num_finished: usize,
     max_new_tokens: usize,
+    started: Instant,
     report: GenerationReport,
 }
 
@@ -132,6 +133,7 @@ impl<'a> Generation<'a> {
             finished: std::iter::repeat_with(|| None).take(total).collect(),
             num_finished: 0,
             max_new_tokens: sampling.max_new_tokens,
+            started: Instant::now(),
             report: GenerationReport::default(),
         })
     }
@@ -195,6 +197,9 @@ impl<'a> Generation<'a> {
             })
             .collect();
         let drawn = self.sampler.sample(logits, &keys)?;
+        if self.report.generated_tokens == 0 {
+            self.report.first_token_s = self.started.elapsed().as_secs_f64();
+        }
         self.report.generated_tokens += drawn.len();
         for (&slot, drawn) in slots.iter().zip(drawn) {
             if let Some(reason) = self.scheduler.sequence_mut(slot).push(drawn, &self.ends)? {

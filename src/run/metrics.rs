@@ -90,7 +90,9 @@ pub struct Work {
     /// Floating-point operations per second that a large matrix product reaches here; measured once.
     peak: Option<f64>,
     kind: Kind,
-    pub device: Device,
+    device: Device,
+    /// Age of the process at the beginning of the run's first step; none after it.
+    age: Option<f64>,
     epochs: f64,
     samples_per_prompt: usize,
     pub last_kl: Option<f64>,
@@ -112,10 +114,17 @@ impl Work {
             peak: None,
             kind: held.kind,
             device: held.pass.device,
+            age: None,
             epochs: recipe.ppo.epochs as f64,
             samples_per_prompt: recipe.rollout.samples_per_prompt,
             last_kl: None,
         }
+    }
+
+    /// Call before a step's first work.
+    pub fn begin(&mut self) {
+        shim::reset_peak_bytes(self.device);
+        self.age = self.last_kl.is_none().then(process_age).flatten();
     }
 
     /// Sets timings, tokens per second, MFU and memory.
@@ -158,9 +167,24 @@ impl Work {
             .set("perf/decode_steps", rollout.generation.decode_steps as f64)
             .set("perf/memory_live_bytes", shim::live_bytes(self.device) as f64)
             .set("perf/memory_peak_bytes", shim::peak_bytes(self.device) as f64);
+        let generation = &rollout.generation;
+        let waited = timing.generation_s - generation.seconds + generation.first_token_s;
+        metrics.set("perf/first_token_s", waited);
+        if let Some(age) = self.age {
+            metrics.set("perf/start_to_first_token_s", age + waited);
+        }
         metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
         self.last_kl = Some(report.kl);
     }
+}
+
+/// Seconds since this process was started, its libraries' loading included.
+fn process_age() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let begun: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
+    let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
+    // SAFETY: asks for a constant of the system.
+    Some(uptime - begun / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64)
 }
 
 /// Best of some products of square matrices, large enough to fill the device.
