@@ -13,15 +13,17 @@ fn main() {
         .opt_level(3)
         .flag("-fno-math-errno")
         .compile("echelon_kernels");
-    cxx_build::bridge("src/shim.rs")
+    cxx_build::bridges(["src/shim.rs", "src/collective.rs"])
         .file("csrc/shim.cc")
         .file("csrc/allocator.cc")
         .file("csrc/fused.cc")
+        .file("csrc/process_group.cc")
         .std("c++17")
         .opt_level(2)
         .flag("-Wno-unused-parameter")
         .flag("-Wno-sign-compare")
         .include("csrc")
+        .include("csrc/gloo_declarations")
         .include(torch.join("include"))
         .include(torch.join("include/torch/csrc/api/include"))
         .compile("echelon_shim");

@@ -26,6 +26,7 @@ pub mod random;
 
 pub mod device;
 
+pub mod collective;
 mod error;
 pub mod shim;
 

@@ -72,7 +72,7 @@ fn scalar_type(kind: Kind) -> Result<i32, TchError> {
     }
 }
 
-fn torch_error(error: cxx::Exception) -> TchError {
+pub(crate) fn torch_error(error: cxx::Exception) -> TchError {
     let first_line = error.what().lines().next().unwrap_or_default();
     TchError::Torch(first_line.to_string())
 }
