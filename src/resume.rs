@@ -39,7 +39,9 @@ pub(crate) fn resume<T: Root>(folder: &Path, checkpoints: &Checkpoints, present:
     refuse_changes::<T>(folder, present)?;
     let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
     RunLog::check(folder, step).map_err(Failure::input)?;
-    Evaluation::read(&folder.join("eval_before.json")).map_err(Failure::input)?;
+    if step > 0 {
+        Evaluation::read(&folder.join("eval_before.json")).map_err(Failure::input)?; // else it is made again
+    }
     Ok(resumed)
 }
 

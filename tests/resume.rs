@@ -276,6 +276,7 @@ fn a_signal_before_the_first_step_leaves_nothing_to_save() {
     let (exit, said) = stop_in_scoring(&workplace, libc::SIGINT);
     assert_eq!(exit, Some(130), "{said}");
     assert!(said.contains("no step was finished, so nothing was saved; --resume begins this run again"), "{said}");
+    workplace.write("run/eval_before.json", "{\"mean_rew"); // as a kill in the middle of writing it leaves it
     workplace.finish("run", &["--resume"]);
     workplace.finish("whole", &[]);
     assert_same(&workplace.path("run"), &workplace.path("whole"), "resumed from nothing");
@@ -532,4 +533,38 @@ fn supervised_runs_are_evaluated_before_and_keep_their_best_checkpoint() {
         let state: Value = serde_json::from_str(&state).unwrap();
         assert_eq!((state["program"].as_str(), state["metric"]["name"].as_str()), (Some(program), Some(best)));
     }
+}
+
+#[test]
+fn a_resumed_supervised_run_shows_its_rows_the_time_that_it_began_at() {
+    let workplace = Workplace::new();
+    let model = workplace.path("model");
+    copy_folder(&common::quickstart().join("language-model"), &model);
+    let template = "{{ strftime_now('%Y') }}{% for message in messages %} {{ message.role }}: {{ message.content }}\
+                    <eos>{% endfor %}{% if add_generation_prompt %} assistant:{% endif %}";
+    fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let recipe = workplace.write(
+        "supervised.toml",
+        &SUPERVISED.replace("QUICKSTART/language-model", "./model").replace("epochs = 2\n", ""),
+    );
+    let row = |index: i32| {
+        let turn = |role: &str, content: &str| format!("{{\"role\": \"{role}\", \"content\": \"{content}\"}}");
+        format!(
+            "{{\"messages\": [{}, {}]}}\n",
+            turn("user", &format!("Lamp {index}?")),
+            turn("assistant", "It is bright.")
+        )
+    };
+    workplace.write("train.jsonl", &(0..40).map(row).collect::<String>());
+    let run = |seconds_since_1970: &str, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sft"));
+        command.arg(&recipe).arg("--output-dir").arg(workplace.path("run")).args(arguments);
+        let output = command.env("SOURCE_DATE_EPOCH", seconds_since_1970).env("OMP_NUM_THREADS", "1").output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        said(&output)
+    };
+    run("0", &["--set", "train.steps=3"]);
+    let said = run("1000000000", &["--set", "train.steps=6", "--resume"]);
+    assert!(said.contains("resumed after step 3"), "{said}");
+    assert_eq!(metrics(&workplace.path("run")).len(), 6);
 }
