@@ -4,20 +4,27 @@
 //! * CK-1: a checkpoint is taken at a step's end and holds all that the next step depends on.
 //! * CK-2: `manifest.json` has every file's length and checksum; a checkpoint that does not match is not used.
 //! * CK-3: the newest `keep` and the best by the eval metric stay; nothing is deleted before its successor is whole.
+//!
+//! [`crate::resume`] decides whether a run may go on from one.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use echelon_algorithms::kl::KlController;
+use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::StreamPosition;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::monitor::Metrics;
 use crate::program::Failure;
+use crate::recipe::Checkpoint;
 
 /// What a run needs to go on, beside the roles' training states.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RunState {
+    /// Whose run it is: `ppo`, `sft` or `reward`.
+    pub program: String,
     /// The last finished step.
     pub step: u64,
     pub policy_version: u64,
@@ -29,8 +36,23 @@ pub struct RunState {
     pub num_threads: i32,
     /// What `strftime_now` shows in chat templates.
     pub render_time: Option<String>,
-    /// Value of the eval metric, where one was taken at this step.
-    pub metric: Option<f64>,
+    /// What `checkpoint.best_metric` was at this step, where it was measured.
+    pub metric: Option<Measured>,
+}
+
+/// A metric and its value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    pub name: String,
+    pub value: f64,
+}
+
+impl Measured {
+    /// The larger, the better: losses and perplexities count downwards.
+    fn goodness(&self) -> f64 {
+        let falls = ["loss", "perplexity"].iter().any(|end| self.name.ends_with(end));
+        if falls { -self.value } else { self.value }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -49,6 +71,7 @@ struct FileEntry {
 pub struct Checkpoints {
     folder: PathBuf,
     keep: usize,
+    best_metric: Option<String>,
 }
 
 /// Where a run continues.
@@ -60,6 +83,20 @@ pub struct Resumed {
     pub notes: Vec<String>,
 }
 
+impl Resumed {
+    /// The tokenizer of a model folder, whose chat template shows the time that it showed when the run began.
+    ///
+    /// # Errors
+    /// The folder has none that can be used.
+    pub fn tokenizer(&self, folder: &Path) -> Result<Tokenizer, Failure> {
+        let mut tokenizer = Tokenizer::load(folder).map_err(Failure::input)?;
+        if let Some(time) = self.saved.as_ref().and_then(|(_, state)| state.render_time.as_ref()) {
+            tokenizer.set_render_time(time).map_err(Failure::input)?;
+        }
+        Ok(tokenizer)
+    }
+}
+
 /// A checkpoint being written; dropping it unfinished leaves nothing.
 pub struct Unfinished {
     temporary: PathBuf,
@@ -67,8 +104,15 @@ pub struct Unfinished {
 }
 
 impl Checkpoints {
-    pub fn new(run_folder: &Path, keep: usize) -> Checkpoints {
-        Checkpoints { folder: run_folder.join("checkpoints"), keep }
+    pub fn new(run_folder: &Path, recipe: &Checkpoint) -> Checkpoints {
+        let folder = run_folder.join("checkpoints");
+        Checkpoints { folder, keep: recipe.keep, best_metric: recipe.best_metric.clone() }
+    }
+
+    /// The metric that decides which checkpoint is best, as a step's `metrics` have it.
+    pub fn measured(&self, metrics: &Metrics) -> Option<Measured> {
+        let name = self.best_metric.as_ref()?;
+        metrics.get(name).map(|value| Measured { name: name.clone(), value })
     }
 
     /// A folder to write the roles' states into. What killed runs left unfinished is removed first.
@@ -88,9 +132,13 @@ impl Checkpoints {
     /// that this run has left (damaged ones, say); they neither count nor go.
     pub fn prune(&self, newest: u64) -> Result<(), Failure> {
         let steps: Vec<u64> = self.steps().into_iter().filter(|&step| step <= newest).collect();
+        let goodness = |step: u64| {
+            let measured = self.state(step).ok()?.metric?;
+            (Some(&measured.name) == self.best_metric.as_ref()).then(|| measured.goodness())
+        };
         let best = steps
             .iter()
-            .filter_map(|&step| Some((self.state(step).ok()?.metric?, step)))
+            .filter_map(|&step| Some((goodness(step)?, step)))
             .max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)))
             .map(|(_, step)| step);
         for &step in steps.iter().skip(self.keep).filter(|step| Some(**step) != best) {

@@ -104,14 +104,16 @@ impl DeviceRoles {
         let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
         let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}.safetensors"));
         let named = |name: &str, tensor: &Tensor| (name.to_string(), tensor.shallow_clone());
-        let tensors = [
+        let mut tensors = vec![
             named("token_ids", &experience.tokens.token_ids),
+            ("lengths".to_string(), Tensor::from_slice(&experience.tokens.lengths)),
             named("response_mask", &experience.tokens.mask),
             named("old_logprobs", &experience.old_logprobs),
             named("values", &experience.values),
             named("advantages", &experience.advantages),
             named("returns", &experience.returns),
         ];
+        tensors.extend(experience.ref_logprobs.iter().map(|tensor| named("ref_logprobs", tensor)));
         match write_tensors(&path, &tensors, &[]) {
             Ok(()) => Error::Refused(format!("{error}; its batch is in {}", path.display())),
             Err(_) => error,

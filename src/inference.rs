@@ -1,5 +1,7 @@
 //! What `generate` and `score` do: a frozen model around its mapped file, JSON lines in, JSON lines out.
 
+use std::fs::Metadata;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use echelon_core::device::{self, DeviceChoice};
@@ -75,16 +77,18 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
     check_counts(&sampling, max_sequences)?;
 
     let reader = Reader::open(options)?;
-    let rows = json_lines::read(Path::new(options.required("prompts")?), |line| {
+    let held = held(options)?;
+    check_folder(&reader.folder, Some(HeadKind::Logits)).map_err(Failure::input)?;
+    let files = files(options, "prompts")?;
+    let rows = json_lines::read(files.input, |line| {
         let (token_ids, text) = reader.tokens(line, "prompt_token_ids", "prompt")?;
+        reader.check_context(token_ids.len(), sampling.max_new_tokens)?;
         Ok((token_ids, text.unwrap_or_default()))
     })?;
     let rows = rows.into_iter().enumerate();
     let rows = rows.map(|(id, (token_ids, text))| Prompt { id: id as u64, token_ids, text, label: None }).collect();
     let prompts = Prompts { rows, samples_per_prompt: 1, seed, evaluation: false };
-    let held = held(options)?;
-    check_folder(&reader.folder, Some(HeadKind::Logits)).map_err(Failure::input)?;
-    let mut output = LineWriter::create(Path::new(options.required("output")?))?;
+    let mut output = LineWriter::create(files.output)?;
 
     let policy = frozen_policy(&reader.folder, held, 1.0).map_err(Failure::input)?;
     let policy = Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
@@ -105,7 +109,8 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
 /// [`Failure::Input`] for arguments, a model or a line that cannot be used; nothing is written then.
 pub fn score(options: &Options) -> Result<(), Failure> {
     let reader = Reader::open(options)?;
-    let rows = json_lines::read(Path::new(options.required("input")?), |line| {
+    let files = files(options, "input")?;
+    let rows = json_lines::read(files.input, |line| {
         let (token_ids, _) = reader.tokens(line, "token_ids", "text")?;
         let wanted = vec![true; token_ids.len()];
         Ok((token_ids, wanted))
@@ -113,7 +118,7 @@ pub fn score(options: &Options) -> Result<(), Failure> {
     let rows = Tokens::from_rows(&rows);
     let held = held(options)?;
     check_folder(&reader.folder, None).map_err(Failure::input)?;
-    let mut output = LineWriter::create(Path::new(options.required("output")?))?;
+    let mut output = LineWriter::create(files.output)?;
     interruptible(|interrupt| match reader.config.head {
         HeadKind::Logits => write_logprobs(&reader.folder, held, &rows, interrupt, &mut output),
         HeadKind::Score => write_scores(&reader.folder, held, &rows, interrupt, &mut output),
@@ -192,6 +197,26 @@ impl<'a> Generated<'a> {
     }
 }
 
+/// What a program reads and what it writes.
+struct Files<'a> {
+    input: &'a Path,
+    output: &'a Path,
+}
+
+/// The file of `--INPUT` and that of `--output`, which must not be the same one.
+fn files<'a>(options: &'a Options, input: &str) -> Result<Files<'a>, Failure> {
+    let files = Files { input: Path::new(options.required(input)?), output: Path::new(options.required("output")?) };
+    let file =
+        |path: &Path| std::fs::metadata(path).ok().filter(Metadata::is_file).map(|file| (file.dev(), file.ino()));
+    if file(files.output).is_some() && file(files.input) == file(files.output) {
+        return Err(Failure::Input(format!(
+            "--output {} is the file of --{input}, which would be lost: give it another name",
+            files.output.display()
+        )));
+    }
+    Ok(files)
+}
+
 /// A model's folder, and how lines become its token ids.
 struct Reader {
     folder: PathBuf,
@@ -233,6 +258,18 @@ impl Reader {
             )),
             None => Ok((token_ids, given)),
         }
+    }
+
+    /// Refuses a response that would leave the positions the model was made for.
+    fn check_context(&self, prompt_tokens: usize, max_new_tokens: usize) -> Result<(), String> {
+        let (tokens, most) = (prompt_tokens + max_new_tokens, self.config.max_positions);
+        if tokens as i64 <= most {
+            return Ok(());
+        }
+        Err(format!(
+            "{prompt_tokens} tokens and --max-new-tokens {max_new_tokens} make {tokens}, but the model's \
+             max_position_embeddings is {most}: shorten the prompt, or lower --max-new-tokens"
+        ))
     }
 
     fn encode(&self, ids: &str, text: &str) -> Result<Vec<i64>, String> {

@@ -19,5 +19,6 @@ pub mod models;
 pub mod monitor;
 pub mod options;
 pub mod prompts;
+pub mod resume;
 pub mod reward;
 pub mod watch;

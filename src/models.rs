@@ -151,8 +151,6 @@ pub fn frozen_policy(folder: &Path, held: Held, temperature: f64) -> Result<Froz
 pub struct FrozenScorer {
     pub model: Decoder,
     pub head: ScalarHead,
-    /// Mean and standard deviation of its scores on its training data, as `reward` (and OpenRLHF) store them.
-    pub statistics: Option<(f64, f64)>,
 }
 
 pub fn frozen_scorer(folder: &Path, held: Held) -> Result<FrozenScorer> {
@@ -165,14 +163,31 @@ pub fn frozen_scorer(folder: &Path, held: Held) -> Result<FrozenScorer> {
     let mut load = checkpoint.loader(&config, held.kind, held.pass.device);
     let model = Decoder::new(&config, &mut load)?;
     let head = ScalarHead::frozen(load("score.weight")?, ScalarRows::LastTokens);
-    Ok(FrozenScorer { model, head, statistics: score_statistics(folder) })
+    Ok(FrozenScorer { model, head })
 }
 
-/// `mean` and `std` in a reward model's `config.json`.
-pub fn score_statistics(folder: &Path) -> Option<(f64, f64)> {
-    let text = std::fs::read_to_string(folder.join("config.json")).ok()?;
-    let config: Value = serde_json::from_str(&text).ok()?;
-    Some((config.get("mean")?.as_f64()?, config.get("std")?.as_f64()?))
+/// Mean and standard deviation of a reward model's scores on its held-out data: `mean` and `std` of its `config.json`, as
+/// `reward` and OpenRLHF store them.
+///
+/// # Errors
+/// They are not there, or cannot be subtracted and divided by.
+pub fn score_statistics(folder: &Path) -> Result<(f64, f64)> {
+    let file = folder.join("config.json");
+    let refused = |what: &str| {
+        let next =
+            "train the model again with the `reward` program, which stores them, or set reward.normalize = false";
+        Error::Refused(format!("{}: reward.normalize = true, and {what}: {next}", file.display()))
+    };
+    let text = std::fs::read_to_string(&file).map_err(|error| refused(&error.to_string()))?;
+    let config: Value = serde_json::from_str(&text).map_err(|error| refused(&error.to_string()))?;
+    let number = |key: &str| config.get(key).and_then(Value::as_f64);
+    let (Some(mean), Some(std)) = (number("mean"), number("std")) else {
+        return Err(refused("it lacks the scores' `mean` and `std`"));
+    };
+    if !mean.is_finite() || !std.is_finite() || std <= 0.0 {
+        return Err(refused(&format!("scores with `mean` = {mean} and `std` = {std} cannot be normalised")));
+    }
+    Ok((mean, std))
 }
 
 /// Writes a learner's weights as a Hugging Face folder, in the dtype of the folder it started from.

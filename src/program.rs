@@ -1,11 +1,12 @@
 //! What all programs share: arguments, exit codes, signals, and the process's settings.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use echelon_core::progress::Interrupt;
 
+use crate::monitor::MonitorError;
 use crate::recipe::RecipeError;
 
 /// Why a program ends without having done its work.
@@ -54,17 +55,32 @@ impl From<RecipeError> for Failure {
 impl From<echelon_core::Error> for Failure {
     fn from(error: echelon_core::Error) -> Failure {
         match error.root() {
-            echelon_core::Error::Interrupted => Failure::Interrupted("nothing was lost".into()),
+            echelon_core::Error::Interrupted => {
+                Failure::Interrupted("--resume goes on from the newest checkpoint".into())
+            }
             echelon_core::Error::WorkerGone(_) => Failure::Worker(error.to_string()),
             _ => Failure::Other(error.to_string()),
         }
     }
 }
 
-impl From<crate::monitor::MonitorError> for Failure {
-    fn from(error: crate::monitor::MonitorError) -> Failure {
+impl From<MonitorError> for Failure {
+    fn from(error: MonitorError) -> Failure {
         Failure::Other(error.to_string())
     }
+}
+
+/// How a run ends that was stopped before its first step was finished.
+pub const BEFORE_THE_FIRST_STEP: &str = "no step was finished, so nothing was saved; --resume begins this run again";
+
+/// Writes a file beside its name and renames it when it is complete.
+///
+/// # Errors
+/// The operating system's.
+pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
+    let unfinished = path.with_extension("unfinished");
+    let written = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, path));
+    written.map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
 }
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use echelon_algorithms::reward_shaping::normalize_scores;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
 use echelon_core::rollout::{FinishReason, Rollout};
@@ -18,7 +19,11 @@ use crate::recipe::{Rule, ScoreSource};
 
 /// One source of scores.
 pub enum Source {
-    Model(RewardGroup),
+    Model {
+        group: RewardGroup,
+        /// Mean and standard deviation that its scores are normalised by before they are weighted.
+        normalization: Option<(f64, f64)>,
+    },
     Task(Arc<dyn RewardSource>),
 }
 
@@ -54,7 +59,10 @@ impl Source {
     /// `[B]` f64.
     async fn scores(&self, rollout: &Rollout, interrupt: &Interrupt) -> Result<Tensor> {
         match self {
-            Source::Model(group) => all_finite(group.scores(rollout).await?.to_kind(Kind::Double), rollout),
+            Source::Model { group, normalization } => {
+                let scores = all_finite(group.scores(rollout).await?.to_kind(Kind::Double), rollout)?;
+                Ok(normalization.map_or(scores.shallow_clone(), |(mean, std)| normalize_scores(&scores, mean, std)))
+            }
             Source::Task(task) => {
                 let (task, requests) = (task.clone(), requests(rollout));
                 let mut scoring = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests));
@@ -108,10 +116,10 @@ pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
         ScoreSource::Rule(rule) => rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?.into(),
         ScoreSource::Url { url, timeout_s, retries } => {
             let timeout = Duration::from_secs_f64(*timeout_s);
-            let config = UrlConfig { attempts: (*retries).max(1), timeout, ..UrlConfig::default() };
+            let config = UrlConfig { attempts: retries + 1, timeout, ..UrlConfig::default() };
             Arc::new(UrlReward::new(url, config).map_err(Failure::input)?)
         }
-        ScoreSource::Command { command, folder, timeout_s, .. } => {
+        ScoreSource::Command { command, folder, timeout_s } => {
             let timeout = Duration::from_secs_f64(*timeout_s);
             let config =
                 CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
@@ -121,6 +129,16 @@ pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
     Ok(Some((task.name(), task)))
 }
 
+/// The names of several sources in metrics; equal ones are numbered from 1.
+pub fn distinct_names(names: &[String]) -> Vec<String> {
+    let count = |names: &[String], name: &String| names.iter().filter(|other| *other == name).count();
+    let named = names.iter().enumerate().map(|(index, name)| match count(names, name) {
+        1 => name.clone(),
+        _ => format!("{name}_{}", count(&names[..=index], name)),
+    });
+    named.collect()
+}
+
 fn rule_config(rule: &Rule) -> RuleConfig {
     match rule.clone() {
         Rule::Math { tolerance } => RuleConfig::Math { tolerance },
@@ -128,5 +146,37 @@ fn rule_config(rule: &Rule) -> RuleConfig {
         Rule::Format { structure } => RuleConfig::Format { structure },
         Rule::Length { min_tokens, max_tokens } => RuleConfig::Length { min: min_tokens, max: max_tokens },
         Rule::Sentiment { lexicon } => RuleConfig::Sentiment { lexicon },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_names_are_numbered_and_others_are_not() {
+        let names = ["math", "length", "math", "model", "math"].map(str::to_owned);
+        assert_eq!(distinct_names(&names), ["math_1", "length", "math_2", "model", "math_3"]);
+    }
+
+    #[test]
+    fn retries_come_after_the_first_attempt() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let request = RewardRequest {
+            prompt: "p".into(),
+            response: "r".into(),
+            label: None,
+            num_response_tokens: 1,
+            finished: true,
+        };
+        for retries in [0, 1] {
+            let source = ScoreSource::Url { url: url.clone(), timeout_s: 5.0, retries };
+            let (_, task) = task_source(&source).unwrap().expect("a server is no model");
+            let message = task.score(std::slice::from_ref(&request)).unwrap_err().to_string();
+            let attempts = retries + 1;
+            assert!(message.contains(&format!("attempt {attempts} of {attempts},")), "{message}");
+        }
     }
 }

@@ -12,13 +12,15 @@ use echelon_core::role::Role;
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::checkpoint::{Checkpoints, Resumed, RunState};
+use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
-use crate::program::{Arguments, Failure, PlanFormat, run_folder, watch_signals};
+use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
-use crate::recipe::{Recipe, ResolvedRecipe};
+use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
+use crate::resume::resume;
 use crate::watch::Watch;
-use crate::wire::{self, Wired};
+use crate::wire::{self, ModelFolders, Wired};
 
 mod evaluate;
 mod metrics;
@@ -74,47 +76,38 @@ struct Run {
     step: u64,
     policy_version: u64,
     /// What `checkpoint.best_metric` was at that step, where it was measured.
-    metric: Option<f64>,
+    metric: Option<Measured>,
     /// The newest checkpoint that is known to be whole, with its step.
     saved: Option<(u64, PathBuf)>,
 }
 
 impl Run {
-    /// Loads and checks everything; only then is the run folder made.
-    async fn prepare(recipe: ResolvedRecipe, folder: PathBuf, resume: bool) -> Result<Run, Failure> {
+    /// Loads, checks and restores everything; only then is the run folder made, or changed.
+    async fn prepare(recipe: ResolvedRecipe, folder: PathBuf, resumes: bool) -> Result<Run, Failure> {
         let begun = Instant::now();
-        let folders = wire::model_folders(&recipe)?;
-        let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices)?;
-        let mut tokenizer = Tokenizer::load(&folders.actor).map_err(Failure::input)?;
-        let checkpoints = Checkpoints::new(&folder, recipe.checkpoint.keep);
-        let Resumed { saved, notes } = if resume { checkpoints.newest()? } else { Resumed::default() };
-        if let Some((_, state)) = &saved {
-            tch::set_num_threads(state.num_threads);
-            if let Some(time) = &state.render_time {
-                tokenizer.set_render_time(time).map_err(Failure::input)?;
-            }
-        }
-        let tokenizer = Arc::new(tokenizer);
-        let format = wire::prompt_format(&recipe, tokenizer.clone());
-        let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
-        let evaluator = evaluation_prompts(&recipe, &format)?.map(|prompts| Evaluator::new(prompts, &recipe));
+        let resolved = recipe.to_toml();
+        let checkpoints = Checkpoints::new(&folder, &recipe.checkpoint);
+        let resumed = if resumes { resume::<Recipe>(&folder, &checkpoints, &resolved)? } else { Resumed::default() };
+        let inputs = Inputs::load(&recipe, &resumed)?;
 
         let terminal = Arc::new(Terminal::new(recipe.train.steps as u64));
         let watch = Arc::new(Watch::new(terminal.clone()));
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
-        let work = Work::new(&wire::shape(&folders.actor)?, held, &recipe);
-        let num_params = wire::shape(&folders.actor)?.shape().num_params();
-        header(&terminal, (&recipe, num_params), &folder, held, warning.as_deref(), &prompts);
-        notes.iter().for_each(|note| terminal.note(note));
+        let shape = wire::shape(&inputs.folders.actor)?;
+        header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
+        resumed.notes.iter().for_each(|note| terminal.note(note));
+        let Inputs { folders, held, tokenizer, mut prompts, evaluator, .. } = inputs;
         let parts = (interrupt.clone(), watch.clone() as _);
         let wired = wire::wire(&recipe, folders, held, tokenizer.clone(), parts, folder.clone()).await?;
+        if let Some((path, state)) = &resumed.saved {
+            restore(&wired, &mut prompts, path, state).await?;
+        }
 
         std::fs::create_dir_all(&folder).map_err(|error| Failure::Other(format!("{}: {error}", folder.display())))?;
-        let step = saved.as_ref().map_or(0, |(_, state)| state.step);
-        let log = if resume { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
-        write_file(&folder.join("recipe.resolved.toml"), &recipe.to_toml())?;
-        let kl = kl_controller(&recipe);
+        let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
+        let log = if resumes { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
+        write_whole(&folder.join(RESOLVED_FILE), &resolved)?;
         let mut run = Run {
             folder,
             wired,
@@ -122,12 +115,12 @@ impl Run {
             evaluator,
             checkpoints,
             log,
-            kl,
+            kl: kl_controller(&recipe),
             tokenizer,
             terminal,
             watch,
             interrupt,
-            work,
+            work: Work::new(&shape, held, &recipe),
             begun,
             step,
             policy_version: 0,
@@ -135,33 +128,27 @@ impl Run {
             saved: None,
             recipe,
         };
-        if let Some((path, state)) = saved {
-            run.restore(&path, state).await?;
+        if let Some((path, state)) = resumed.saved {
+            run.take_up(path, state);
         }
         Ok(run)
     }
 
-    /// Takes up a checkpoint.
-    async fn restore(&mut self, path: &Path, state: RunState) -> Result<(), Failure> {
-        for (role, file) in [(Role::Actor, "actor.safetensors"), (Role::Critic, "critic.safetensors")] {
-            let request = Restore { role, file: path.join(file), policy_version: state.policy_version };
-            match role {
-                Role::Critic => self.wired.roles.critic.restore(request).await?,
-                _ => self.wired.roles.actor.restore(request).await?,
-            }
-        }
-        self.prompts.restore(&state.data)?;
+    /// Goes on from a checkpoint that the roles and the prompts have taken up.
+    fn take_up(&mut self, path: PathBuf, state: RunState) {
+        self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
         self.kl = state.kl.unwrap_or(self.kl);
         self.policy_version = state.policy_version;
         self.metric = state.metric;
-        self.saved = Some((state.step, path.into()));
-        self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
-        Ok(())
+        self.saved = Some((state.step, path));
     }
 
     /// Every step that is left, with what surrounds it.
     async fn steps(&mut self) -> Result<(), Failure> {
-        let before = self.evaluate_once("eval_before.json").await?;
+        let before = match self.evaluate_once("eval_before.json").await {
+            Err(Failure::Interrupted(_)) => return self.stop().await,
+            before => before?,
+        };
         while self.step < self.recipe.train.steps as u64 {
             let position = self.prompts.position();
             match self.step().await {
@@ -211,7 +198,7 @@ impl Run {
         self.record(&metrics, &report).map_err(|error| Error::other("logging", error))?;
         let last = step == self.recipe.train.steps as u64;
         let checkpoint = &self.recipe.checkpoint;
-        self.metric = checkpoint.best_metric.as_ref().and_then(|name| metrics.get(name));
+        self.metric = self.checkpoints.measured(&metrics);
         if checkpoint.every_steps.is_some_and(|every| last || step.is_multiple_of(every as u64)) {
             let unsaved = |error| Error::Refused(format!("{error}; --resume continues from the checkpoint before it"));
             self.save().await.map_err(unsaved)?;
@@ -233,13 +220,14 @@ impl Run {
         self.wired.roles.actor.save(Save { role: Role::Actor, file: actor }).await?;
         self.wired.roles.critic.save(Save { role: Role::Critic, file: critic }).await?;
         let state = RunState {
+            program: Recipe::PROGRAM.into(),
             step: self.step,
             policy_version: self.policy_version,
             data: self.prompts.position(),
             kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
             render_time: self.tokenizer.render_time(),
-            metric: self.metric,
+            metric: self.metric.clone(),
         };
         let path = unfinished.finish(&state)?;
         self.saved = Some((self.step, path.clone()));
@@ -247,11 +235,11 @@ impl Run {
         Ok(path)
     }
 
-    /// After a signal: the last finished step is saved.
+    /// After a signal: the last finished step is saved. Before the first there is nothing to save, only to begin again.
     async fn stop(&mut self) -> Result<(), Failure> {
         self.watch.clear();
         if self.step == 0 {
-            return Err(Failure::Interrupted("no step was finished, nothing to save".into()));
+            return Err(Failure::Interrupted(BEFORE_THE_FIRST_STEP.into()));
         }
         let path = match &self.saved {
             Some((step, path)) if *step == self.step => path.clone(),
@@ -297,6 +285,39 @@ impl Run {
     }
 }
 
+/// What a run reads before it starts anything.
+struct Inputs {
+    folders: ModelFolders,
+    held: Held,
+    /// Why the device is not what the hardware suggests.
+    warning: Option<String>,
+    tokenizer: Arc<Tokenizer>,
+    prompts: TrainingPrompts,
+    evaluator: Option<Evaluator>,
+}
+
+impl Inputs {
+    fn load(recipe: &ResolvedRecipe, resumed: &Resumed) -> Result<Inputs, Failure> {
+        let folders = wire::model_folders(recipe)?;
+        let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices)?;
+        wire::check_limits(recipe, &folders, held)?;
+        let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
+        let format = wire::prompt_format(recipe, tokenizer.clone());
+        let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
+        let evaluator = evaluation_prompts(recipe, &format)?.map(|prompts| Evaluator::new(prompts, recipe));
+        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator })
+    }
+}
+
+/// Gives the roles and the prompts what they had at a checkpoint; the run folder stays as it is.
+async fn restore(wired: &Wired, prompts: &mut TrainingPrompts, path: &Path, state: &RunState) -> Result<(), Failure> {
+    tch::set_num_threads(state.num_threads);
+    prompts.restore(&state.data)?;
+    let request = |role, file| Restore { role, file: path.join(file), policy_version: state.policy_version };
+    wired.roles.actor.restore(request(Role::Actor, "actor.safetensors")).await.map_err(Failure::input)?;
+    wired.roles.critic.restore(request(Role::Critic, "critic.safetensors")).await.map_err(Failure::input)
+}
+
 fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
     match recipe.ppo.kl_target {
         Some(target) => KlController::adaptive(recipe.ppo.kl_coef, target, recipe.ppo.kl_horizon),
@@ -307,10 +328,8 @@ fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
 fn header(
     terminal: &Terminal,
     (recipe, num_params): (&ResolvedRecipe, i64),
+    Inputs { held, warning, prompts, .. }: &Inputs,
     folder: &Path,
-    held: crate::models::Held,
-    warning: Option<&str>,
-    prompts: &TrainingPrompts,
 ) {
     let threads = tch::get_num_threads();
     let mut rows = vec![
@@ -320,13 +339,9 @@ fn header(
         ("batch", recipe.batch.to_string()),
         ("run folder", folder.display().to_string()),
     ];
-    rows.extend(warning.map(|warning| ("warning", warning.to_string())));
+    rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {
         rows.push(("left out", format!("{name}: {report}")));
     }
     terminal.header(&format!("ppo {}", recipe.name), &rows);
-}
-
-fn write_file(path: &Path, text: &str) -> Result<(), Failure> {
-    std::fs::write(path, text).map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use echelon_algorithms::schedule::LrSchedule;
+use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::rollout::Tokens;
 use echelon_core::zero::TrainingState;
@@ -12,11 +13,13 @@ use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoints, Resumed, RunState};
+use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::models::{restore_state, save_state};
 use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
-use crate::program::{Arguments, Failure, run_folder, watch_signals};
-use crate::recipe::{Checkpoint, RewardRecipe, SftRecipe, SupervisedTrain};
+use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
+use crate::recipe::{Checkpoint, ModelSource, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain};
+use crate::resume::resume;
+use crate::wire;
 
 mod language_model;
 mod reward_model;
@@ -53,10 +56,9 @@ trait Learner {
 /// See [`Failure`].
 pub fn sft(arguments: &Arguments) -> Result<(), Failure> {
     let recipe = SftRecipe::load(&arguments.recipe, &arguments.sets)?;
-    let text = crate::recipe::to_toml(&recipe);
-    let plan = Plan::new("sft", &recipe.name, recipe.seed, &recipe.train, &recipe.checkpoint, text, arguments)?;
-    let data = language_model::load_data(&recipe)?;
-    plan.run(data, |total| LanguageModel::start(&recipe, total))
+    let plan = Plan::new(&recipe, (&recipe.model.model, &recipe.train, &recipe.checkpoint), recipe.seed, arguments)?;
+    let data = language_model::load_data(&recipe, &plan.tokenizer)?;
+    plan.run(data, |total| LanguageModel::start(&recipe, plan.tokenizer.clone(), total))
 }
 
 /// `reward RECIPE`.
@@ -65,22 +67,23 @@ pub fn sft(arguments: &Arguments) -> Result<(), Failure> {
 /// See [`Failure`].
 pub fn reward(arguments: &Arguments) -> Result<(), Failure> {
     let recipe = RewardRecipe::load(&arguments.recipe, &arguments.sets)?;
-    let text = crate::recipe::to_toml(&recipe);
-    let plan = Plan::new("reward", &recipe.name, recipe.seed, &recipe.train, &recipe.checkpoint, text, arguments)?;
-    let data = reward_model::load_data(&recipe)?;
-    plan.run(data, |total| RewardModel::start(&recipe, total))
+    let plan = Plan::new(&recipe, (&recipe.model.model, &recipe.train, &recipe.checkpoint), recipe.seed, arguments)?;
+    let data = reward_model::load_data(&recipe, &plan.tokenizer)?;
+    plan.run(data, |total| RewardModel::start(&recipe, plan.tokenizer.clone(), total))
 }
 
 /// What both programs take from their recipe.
 struct Plan<'a> {
     program: &'static str,
-    name: &'a str,
+    name: String,
     seed: u64,
     train: &'a SupervisedTrain,
     checkpoint: &'a Checkpoint,
     recipe_text: String,
     folder: PathBuf,
-    resume: bool,
+    resumes: bool,
+    resumed: Resumed,
+    tokenizer: Arc<Tokenizer>,
 }
 
 /// Rows to learn from and rows held out.
@@ -115,17 +118,26 @@ impl Data {
 }
 
 impl<'a> Plan<'a> {
-    fn new(
-        program: &'static str,
-        name: &'a str,
+    /// Checks what the recipe asks for and what `--resume` may go on from; reads the tokenizer, but neither rows nor weights.
+    fn new<T: Root>(
+        recipe: &T,
+        (model, train, checkpoint): (&ModelSource, &'a SupervisedTrain, &'a Checkpoint),
         seed: u64,
-        train: &'a SupervisedTrain,
-        checkpoint: &'a Checkpoint,
-        recipe_text: String,
         arguments: &Arguments,
     ) -> Result<Plan<'a>, Failure> {
-        let folder = run_folder(name, arguments)?;
-        Ok(Plan { program, name, seed, train, checkpoint, recipe_text, folder, resume: arguments.resume })
+        let recipe_text = recipe.resolved_text();
+        let name = recipe.name().to_owned();
+        let folder = run_folder(&name, arguments)?;
+        let resumed = match arguments.resume {
+            true => resume::<T>(&folder, &Checkpoints::new(&folder, checkpoint), &recipe_text)?,
+            false => Resumed::default(),
+        };
+        let model = wire::model_folder(model)?;
+        let keys = format!("train.max_tokens = {}", train.max_tokens);
+        wire::check_context(&model, train.max_tokens, &keys)?;
+        let tokenizer = Arc::new(resumed.tokenizer(&model)?);
+        let (program, resumes) = (T::PROGRAM, arguments.resume);
+        Ok(Plan { program, name, seed, train, checkpoint, recipe_text, folder, resumes, resumed, tokenizer })
     }
 
     fn run<L: Learner>(
@@ -135,42 +147,41 @@ impl<'a> Plan<'a> {
     ) -> Result<(), Failure> {
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
         let total = self.train.optimizer_steps(num_rows);
-        let (learner, speed) = start(total)?;
-        let checkpoints = Checkpoints::new(&self.folder, self.checkpoint.keep);
-        let Resumed { saved, notes } = if self.resume { checkpoints.newest()? } else { Resumed::default() };
+        let (mut learner, speed) = start(total)?;
         let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
         let _guard = runtime.enter();
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         let terminal = Arc::new(Terminal::new(total as u64));
         self.header(&terminal, &data, num_rows, total);
-        notes.iter().for_each(|note| terminal.note(note));
+        self.resumed.notes.iter().for_each(|note| terminal.note(note));
+        let held_out = rows_of(data.held_out.iter());
+        let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, self.seed);
+        let mut step = 0;
+        if let Some((path, state)) = &self.resumed.saved {
+            restore(&mut learner, &mut stream, path, state)?;
+            terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
+            step = state.step;
+        }
 
         std::fs::create_dir_all(&self.folder).map_err(|e| Failure::Other(format!("{}: {e}", self.folder.display())))?;
-        let resolved = self.folder.join("recipe.resolved.toml");
-        std::fs::write(&resolved, &self.recipe_text)
-            .map_err(|e| Failure::Other(format!("{}: {e}", resolved.display())))?;
-        let step = saved.as_ref().map_or(0, |(_, state)| state.step);
-        let log = if self.resume { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
-        let held_out = rows_of(data.held_out.iter());
-        let stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, self.seed);
-        let mut run = Run {
+        let log = if self.resumes { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
+        write_whole(&self.folder.join(RESOLVED_FILE), &self.recipe_text)?;
+        let run = Run {
             plan: self,
             learner,
             speed,
             stream,
             held_out,
-            checkpoints,
+            checkpoints: Checkpoints::new(&self.folder, self.checkpoint),
             log,
             terminal,
             interrupt,
             step,
             saved: step,
+            metric: None,
             total: total as u64,
         };
-        if let Some((path, state)) = saved {
-            run.restore(&path, &state)?;
-        }
         run.steps()
     }
 
@@ -206,12 +217,17 @@ struct Run<'a, L> {
     step: u64,
     /// The last step with a checkpoint of this process.
     saved: u64,
+    /// What `checkpoint.best_metric` was at the last finished step, where it was measured.
+    metric: Option<Measured>,
     total: u64,
 }
 
 impl<L: Learner> Run<'_, L> {
     fn steps(mut self) -> Result<(), Failure> {
         let begun = Instant::now();
+        if self.step == 0 {
+            self.evaluate_before()?;
+        }
         while self.step < self.total {
             self.one_step()?;
             if self.interrupt.is_raised() {
@@ -237,6 +253,22 @@ impl<L: Learner> Run<'_, L> {
         Ok(())
     }
 
+    /// What the model is like before it learns: a line of news, step 0 in TensorBoard, and `eval_before.json`.
+    fn evaluate_before(&mut self) -> Result<(), Failure> {
+        if self.held_out.num_rows() == 0 {
+            return Ok(());
+        }
+        let metrics = self.learner.evaluate(&self.held_out, &self.interrupt).map_err(|error| match error.root() {
+            Error::Interrupted => Failure::Interrupted(BEFORE_THE_FIRST_STEP.into()),
+            _ => error.into(),
+        })?;
+        self.log.write_start(&metrics)?;
+        metrics.write_file(&self.plan.folder.join("eval_before.json"))?;
+        let shown: Vec<String> = metrics.scalars.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        self.terminal.note(&format!("before training: {}", shown.join(", ")));
+        Ok(())
+    }
+
     fn one_step(&mut self) -> Result<(), Failure> {
         let begun = Instant::now();
         let step = self.step + 1;
@@ -254,6 +286,7 @@ impl<L: Learner> Run<'_, L> {
         if evaluates && self.held_out.num_rows() > 0 {
             metrics.extend(self.learner.evaluate(&self.held_out, &self.interrupt)?);
         }
+        self.metric = self.checkpoints.measured(&metrics);
         self.log.write(step, &metrics, &[])?;
         let mut line = StepLine::new(step, seconds);
         line.tokens_per_second = Some(tokens as f64 / seconds);
@@ -278,26 +311,31 @@ impl<L: Learner> Run<'_, L> {
         let unfinished = self.checkpoints.begin(self.step)?;
         save_state(self.learner.state(), &unfinished.file("model.safetensors"))?;
         let state = RunState {
+            program: self.plan.program.into(),
             step: self.step,
             policy_version: 0,
             data: self.stream.position(),
             kl: None,
             num_threads: tch::get_num_threads(),
-            render_time: None,
-            metric: None,
+            render_time: self.plan.tokenizer.render_time(),
+            metric: self.metric.clone(),
         };
         unfinished.finish(&state)?;
         self.saved = self.step;
         self.checkpoints.prune(self.step)
     }
+}
 
-    fn restore(&mut self, path: &Path, state: &RunState) -> Result<(), Failure> {
-        tch::set_num_threads(state.num_threads);
-        restore_state(self.learner.state(), &path.join("model.safetensors"))?;
-        self.stream.restore(&state.data).map_err(Failure::input)?;
-        self.terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
-        Ok(())
-    }
+/// Gives the learner and the rows what they had at a checkpoint; the run folder stays as it is.
+fn restore(
+    learner: &mut impl Learner,
+    stream: &mut RowStream<Example>,
+    path: &Path,
+    state: &RunState,
+) -> Result<(), Failure> {
+    tch::set_num_threads(state.num_threads);
+    stream.restore(&state.data).map_err(Failure::input)?;
+    restore_state(learner.state(), &path.join("model.safetensors")).map_err(Failure::input)
 }
 
 fn rows_of<'a>(examples: impl Iterator<Item = &'a Example>) -> Tokens {

@@ -16,7 +16,7 @@ use echelon_core::role::{
 };
 use echelon_core::rollout::SamplingConfig;
 use echelon_core::zero::{OptimizerConfig, PassConfig};
-use echelon_generation::{Engine, EngineConfig};
+use echelon_generation::{Engine, EngineConfig, check_budget};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::head::ScalarRows;
 use echelon_models::hub::resolve_model;
@@ -33,7 +33,7 @@ use crate::prompts::PromptFormat;
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
 };
-use crate::reward::{Source, WeightedSources, task_source};
+use crate::reward::{Source, WeightedSources, distinct_names, task_source};
 
 /// A run's parts, ready to step.
 pub struct Wired {
@@ -92,7 +92,6 @@ fn critic_folder(recipe: &ResolvedRecipe, reward: Option<&ModelSource>) -> Resul
         return Ok(critic);
     }
     let actor = model_folder(&recipe.actor.model)?;
-    let fingerprint = |folder: &Path| Tokenizer::load(folder).map(|t| t.fingerprint()).map_err(Failure::input);
     Ok(if fingerprint(&critic)? == fingerprint(&actor)? { critic } else { actor })
 }
 
@@ -133,6 +132,63 @@ pub fn held(compute: &Compute, devices: &Devices) -> Result<(Held, Option<String
     Ok((Held { kind, pass }, chosen.warning))
 }
 
+/// Refuses what the models and the device cannot do, before anything starts.
+///
+/// # Errors
+/// [`Failure::Input`]: sequences beyond a model's context, an engine over more devices than there are, or a key-value cache
+/// that does not hold one sequence.
+pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held) -> Result<(), Failure> {
+    let tensor_parallel_size = recipe.generation.tensor_parallel_size;
+    if tensor_parallel_size > 1 {
+        return Err(Failure::Input(format!(
+            "generation.tensor_parallel_size = {tensor_parallel_size}, but this run has one device: delete the key; --plan \
+             resolves recipes for more devices"
+        )));
+    }
+    let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
+    let keys = format!("data.max_prompt_tokens = {prompt} plus rollout.max_new_tokens = {response}");
+    let own = [Some(&folders.actor), Some(&folders.critic), folders.reference.as_ref()];
+    for folder in own.into_iter().flatten() {
+        check_context(folder, prompt + response, &keys)?;
+    }
+    // A reward model with a tokenizer of its own counts other tokens.
+    if let Some(folder) = &folders.reward
+        && let Err(error) = check_context(folder, prompt + response, &keys)
+        && fingerprint(folder)? == fingerprint(&folders.actor)?
+    {
+        return Err(error);
+    }
+    check_budget(&engine_config(recipe), (&shape(&folders.actor)?, held.kind), prompt, response)
+        .map_err(|error| Failure::Input(format!("generation.{error}")))
+}
+
+/// Refuses sequences of up to `tokens`, which come of `keys`, where the model in `folder` was made for shorter ones.
+///
+/// # Errors
+/// [`Failure::Input`], with both numbers.
+pub fn check_context(folder: &Path, tokens: usize, keys: &str) -> Result<(), Failure> {
+    let most = shape(folder)?.max_positions;
+    if tokens as i64 <= most {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "{}: max_position_embeddings is {most}, but {keys} gives sequences of up to {tokens} tokens: lower the limit",
+        folder.join("config.json").display()
+    )))
+}
+
+fn engine_config(recipe: &ResolvedRecipe) -> EngineConfig {
+    EngineConfig {
+        max_sequences: recipe.generation.max_sequences,
+        max_batched_tokens: recipe.generation.max_batched_tokens,
+        kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed(),
+    }
+}
+
+fn fingerprint(folder: &Path) -> Result<String, Failure> {
+    Tokenizer::load(folder).map(|tokenizer| tokenizer.fingerprint()).map_err(Failure::input)
+}
+
 /// How rows of data become prompts of this run.
 pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> PromptFormat {
     PromptFormat {
@@ -168,14 +224,18 @@ pub async fn wire(
     (interrupt, progress): (Interrupt, Arc<dyn Progress>),
     run_folder: PathBuf,
 ) -> Result<Wired, Failure> {
-    let statistics = folders.reward.as_deref().and_then(score_statistics);
-    if recipe.reward.normalize && statistics.is_none() {
-        let message = "reward.normalize = true needs a reward model whose config.json has `mean` and `std` (the reward program stores them)";
-        return Err(Failure::Input(message.into()));
-    }
-    let ppo = ppo_config(recipe, statistics);
+    let statistics = match folders.reward.as_deref().filter(|_| recipe.reward.normalize) {
+        Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
+        None => None,
+    };
+    // A lone model's scores are reported as they are and normalised for learning; in a sum they must be normalised first.
+    let is_lone = matches!(&recipe.reward.sources[..], [only] if only.weight == 1.0);
+    let (alone, in_sum) = if is_lone { (statistics, None) } else { (None, statistics) };
+    let ppo = ppo_config(recipe, alone);
     let tasks =
         recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
+    let names: Vec<String> =
+        tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
     let has_reference = folders.reference.is_some();
     let plan = HostPlan {
         held,
@@ -185,29 +245,28 @@ pub async fn wire(
         critic: critic_config(recipe),
         actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
         critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
-        engine: EngineConfig {
-            max_sequences: recipe.generation.max_sequences,
-            max_batched_tokens: recipe.generation.max_batched_tokens,
-            kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed(),
-        },
+        engine: engine_config(recipe),
         folders,
     };
     let host_interrupt = interrupt.clone();
     let build = move || build_host(plan, tokenizer, host_interrupt, progress, run_folder);
     let (worker, worker_task) = start_worker("device 0", build).await.map_err(Failure::input)?;
-    let sources = tasks.into_iter().zip(&recipe.reward.sources).map(|(task, source)| match task {
-        Some((name, task)) => (name, source.weight, Source::Task(task)),
+    let sources = tasks.into_iter().map(|task| match task {
+        Some((_, task)) => Source::Task(task),
         None => {
             let group: RewardGroup = WorkerGroup::new(Role::Reward, vec![Arc::new(worker.clone())]);
-            ("model".to_string(), source.weight, Source::Model(group))
+            Source::Model { group, normalization: in_sum }
         }
     });
+    let weights = recipe.reward.sources.iter().map(|source| source.weight);
+    let sources = distinct_names(&names).into_iter().zip(weights).zip(sources);
+    let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
     let reference: Option<ReferenceGroup> =
         has_reference.then(|| WorkerGroup::new(Role::Reference, vec![Arc::new(worker.clone()) as _]));
     let actor: ActorGroup = WorkerGroup::new(Role::Actor, vec![Arc::new(worker.clone())]);
     let critic: CriticGroup = WorkerGroup::new(Role::Critic, vec![Arc::new(worker.clone())]);
     let generator: GeneratorGroup = WorkerGroup::new(Role::Generator, vec![Arc::new(worker.clone())]);
-    let reward = Box::new(WeightedSources { sources: sources.collect(), interrupt: interrupt.clone() });
+    let reward = Box::new(WeightedSources { sources, interrupt: interrupt.clone() });
     Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, worker, worker_task })
 }
 
@@ -250,7 +309,7 @@ fn build_host(
     })
 }
 
-fn ppo_config(recipe: &ResolvedRecipe, statistics: Option<(f64, f64)>) -> PpoConfig {
+fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> PpoConfig {
     PpoConfig {
         sampling: sampling(recipe, recipe.rollout.temperature),
         epochs: recipe.ppo.epochs,
@@ -263,7 +322,7 @@ fn ppo_config(recipe: &ResolvedRecipe, statistics: Option<(f64, f64)>) -> PpoCon
             recipe::KlPlacement::Loss => ppo::KlPlacement::Loss,
         },
         score_shaping: ScoreShaping {
-            normalization: if recipe.reward.normalize { statistics } else { None },
+            normalization,
             missing_eos_penalty: recipe.reward.missing_eos_penalty,
             clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
         },

@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use serde_json::Value;
+
 use common::{SMALL, Workplace, assert_same, copy_folder, quickstart, said};
 
 /// Compares with the snapshot of that name.
@@ -106,6 +108,52 @@ fn arguments_that_cannot_be() {
 }
 
 #[test]
+fn limits_that_models_and_devices_have() {
+    let workplace = Workplace::new();
+    for (name, setting) in [
+        ("beyond-the-context", "rollout.max_new_tokens=225"),
+        ("tensor-parallel-on-one-device", "generation.tensor_parallel_size=2"),
+        ("cache-below-one-sequence", "generation.kv_cache_bytes=1000"),
+    ] {
+        assert_refused(name, &workplace, &["--set", setting]);
+    }
+    let recipe = workplace.write("long.toml", LONG_ROWS);
+    for program in [env!("CARGO_BIN_EXE_sft"), env!("CARGO_BIN_EXE_reward")] {
+        let run = workplace.path("run");
+        let output = Command::new(program).arg(&recipe).arg("--output-dir").arg(&run).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert_snapshot("rows-beyond-the-context", &workplace, &output);
+        assert!(!run.exists());
+    }
+}
+
+/// Rows may be longer than the 256 positions of the quickstart's models.
+const LONG_ROWS: &str = r#"
+[model]
+model = "QUICKSTART/language-model"
+[data]
+train = "QUICKSTART/prompts-train.jsonl"
+[train]
+max_tokens = 257
+[placement]
+device = "cpu"
+"#;
+
+#[test]
+fn scores_that_cannot_be_normalised() {
+    let workplace = Workplace::new();
+    let config = copied_model(&workplace, "reward-model").join("config.json");
+    let whole: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    let setting = format!("reward.model={}", workplace.path("reward-model").display());
+    for (name, key, value) in [("no-spread-of-scores", "std", Some(0.0)), ("no-mean-of-scores", "mean", None)] {
+        let mut changed = whole.clone();
+        changed[key] = value.map_or(Value::Null, Value::from);
+        fs::write(&config, changed.to_string()).unwrap();
+        assert_refused(name, &workplace, &["--set", &setting]);
+    }
+}
+
+#[test]
 fn run_folders_that_cannot_be_used() {
     let workplace = Workplace::new();
     workplace.write("run/notes.txt", "mine");
@@ -156,8 +204,10 @@ fn scores_too_large_to_learn_from() {
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert_snapshot("non-finite-loss", &workplace, &output);
     let batch = fs::read(workplace.path("run/non-finite-actor-1.safetensors")).expect("the batch for inspection");
-    let header = String::from_utf8_lossy(&batch[8..600]).into_owned();
-    for tensor in ["token_ids", "response_mask", "old_logprobs", "advantages", "returns", "values"] {
+    let header = String::from_utf8_lossy(&batch[8..900]).into_owned();
+    for tensor in
+        ["token_ids", "lengths", "response_mask", "old_logprobs", "ref_logprobs", "advantages", "returns", "values"]
+    {
         assert!(header.contains(tensor), "{tensor} is not in {header}");
     }
     assert!(!workplace.path("run/checkpoints").exists());

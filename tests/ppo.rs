@@ -324,3 +324,34 @@ fn a_non_finite_loss_moves_nothing() {
         assert_eq!(found, expected, "{name}");
     }
 }
+
+#[test]
+fn in_a_mix_only_the_models_scores_are_normalised_and_equal_names_are_numbered() {
+    let workplace = Workplace::new();
+    workplace.finish("alone", &["--set", "train.steps=1"]);
+    let mix = r#"normalize = true
+[[reward.mix]]
+model = "QUICKSTART/reward-model"
+weight = 2.0
+[[reward.mix]]
+rule = "length"
+target_tokens = 4
+[[reward.mix]]
+rule = "length"
+target_tokens = 9
+weight = -0.5
+"#;
+    workplace.write("small.toml", &SMALL.replace("model = \"QUICKSTART/reward-model\"\nnormalize = true\n", mix));
+    workplace.finish("mixed", &["--set", "train.steps=1"]);
+    let config = fs::read(quickstart().join("reward-model/config.json")).unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let (mean, std) = (config["mean"].as_f64().unwrap(), config["std"].as_f64().unwrap());
+    let raw = series(&workplace.path("alone"), "train/reward")[0]; // of the same rollout: it is the first
+    let mixed = |name: &str| series(&workplace.path("mixed"), name)[0];
+    let close = |found: f64, expected: f64| assert!((found - expected).abs() < 1e-9, "{found}, expected {expected}");
+    close(mixed("train/reward_model"), (raw - mean) / std);
+    let lengths = [mixed("train/reward_length_1"), mixed("train/reward_length_2")];
+    assert_ne!(lengths[0], lengths[1]);
+    close(mixed("train/reward"), 2.0 * mixed("train/reward_model") + lengths[0] - 0.5 * lengths[1]);
+    close(mixed("train/score"), mixed("train/reward"));
+}

@@ -355,6 +355,36 @@ fn models_that_cannot_be_used_are_named() {
 }
 
 #[test]
+fn a_program_does_not_write_over_its_own_input() {
+    let desk = Desk::new();
+    copied(&desk, "llama_tied_f32");
+    let (prompts, input) = ("{\"prompt_token_ids\": [1, 2]}\n", "{\"token_ids\": [1, 2]}\n");
+    desk.write("prompts.jsonl", prompts);
+    desk.write("in.jsonl", input);
+    std::os::unix::fs::symlink("in.jsonl", desk.path("other-name.jsonl")).unwrap();
+    let arguments = ["--model", "model", "--prompts", "prompts.jsonl", "--output", "./prompts.jsonl"];
+    assert_refused(&desk, GENERATE, &arguments, "generate-onto-its-input");
+    let arguments = ["--model", "model", "--input", "in.jsonl", "--output", "other-name.jsonl"];
+    assert_refused(&desk, SCORE, &arguments, "score-onto-its-input");
+    assert_eq!(fs::read_to_string(desk.path("prompts.jsonl")).unwrap(), prompts);
+    assert_eq!(fs::read_to_string(desk.path("in.jsonl")).unwrap(), input);
+}
+
+#[test]
+fn a_response_stays_inside_the_models_context() {
+    let desk = Desk::new();
+    copied(&desk, "llama_tied_f32"); // 128 positions
+    desk.write("prompts.jsonl", "{\"prompt_token_ids\": [1]}\n{\"prompt_token_ids\": [1, 2, 3]}\n");
+    let generate = |tokens: &'static str| {
+        let arguments = ["--model", "model", "--prompts", "prompts.jsonl", "--output", "out.jsonl"];
+        [&arguments[..], &["--ignore-eos", "--max-new-tokens", tokens]].concat()
+    };
+    assert_refused(&desk, GENERATE, &generate("126"), "generate-beyond-the-context");
+    let output = desk.run(GENERATE, &generate("125"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn what_was_there_stays_when_a_program_refuses() {
     let desk = Desk::new();
     copied(&desk, "llama_tied_f32");

@@ -4,11 +4,14 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use common::{
     Workplace, assert_same, copy_folder, deterministic_lines, metrics, num_lines, said, send, series, wait_for,
@@ -272,6 +275,8 @@ fn a_signal_before_the_first_step_leaves_nothing_to_save() {
     let workplace = waiting(2);
     let (exit, said) = stop_in_scoring(&workplace, libc::SIGINT);
     assert_eq!(exit, Some(130), "{said}");
+    assert!(said.contains("no step was finished, so nothing was saved; --resume begins this run again"), "{said}");
+    workplace.write("run/eval_before.json", "{\"mean_rew"); // as a kill in the middle of writing it leaves it
     workplace.finish("run", &["--resume"]);
     workplace.finish("whole", &[]);
     assert_same(&workplace.path("run"), &workplace.path("whole"), "resumed from nothing");
@@ -329,6 +334,106 @@ fn the_newest_and_the_best_checkpoints_stay() {
     assert_ne!(best, 6, "a seed whose best step is the last shows nothing: {rewards:?}");
 }
 
+/// Every file of a folder with its bytes.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                files.insert(path.clone(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+/// RS-1: the program refuses to go on, says `expected`, and every file is as it was.
+#[track_caller]
+fn assert_not_resumed(run: &Path, mut command: Command, expected: &[&str]) {
+    let before = contents(run);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    for expected in expected {
+        assert!(said(&output).contains(expected), "{expected:?} is not in:\n{}", said(&output));
+    }
+    assert!(contents(run) == before, "the refused resume changed the run folder");
+}
+
+#[test]
+fn a_resume_with_another_recipe_is_refused_and_changes_nothing() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    copy_folder(undisturbed(), &run);
+    let resume = |sets: &[&str]| workplace.ppo("run", &[&["--resume"], sets].concat());
+    let ends = ["change it back, or start a new run with another --output-dir", "may change name, train.steps"];
+    for (sets, changes) in [
+        (vec!["--set", "seed=8"], vec!["seed: 7 before, 8 now"]),
+        (
+            vec!["--set", "ppo.kl_coef=0.2", "--set", "rollout.batch_size=8"],
+            vec!["ppo.kl_coef: 0.1 before, 0.2 now", "rollout.batch_size: 4 before, 8 now"],
+        ),
+    ] {
+        assert_not_resumed(&run, resume(&sets), &[&changes[..], &ends].concat());
+    }
+    let free = ["train.steps=7", "eval.every_steps=off", "checkpoint.keep=1", "placement.workers=1"];
+    let free: Vec<&str> = free.iter().flat_map(|set| ["--set", set]).collect();
+    let said = workplace.finish("run", &[&["--resume"], &free[..]].concat());
+    assert!(said.contains("resumed after step 6"), "{said}");
+    assert_eq!(metrics(&run).len(), 7);
+}
+
+#[test]
+fn a_resume_of_something_else_or_something_damaged_is_refused_and_changes_nothing() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    copy_folder(undisturbed(), &run);
+    let recipe = workplace.write("supervised.toml", SUPERVISED);
+    workplace.write("train.jsonl", &"{\"prompt\": \"A\", \"completion\": \" b\"}\n".repeat(8));
+    let mut sft = Command::new(env!("CARGO_BIN_EXE_sft"));
+    sft.arg(&recipe).arg("--output-dir").arg(&run).arg("--resume");
+    assert_not_resumed(&run, sft, &["step-6 is a checkpoint of `ppo`, and this is `sft`", "another --output-dir"]);
+
+    let resume = || workplace.ppo("run", &["--resume"]);
+    let samples = fs::read_to_string(run.join("samples.jsonl")).unwrap();
+    fs::write(run.join("samples.jsonl"), samples.replacen("{\"step\"", "{\"stp\"", 1)).unwrap();
+    // Something to cut, which a resume that fails must not have cut.
+    let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    fs::write(run.join("metrics.jsonl"), format!("{metrics}{{\"step\":7}}\n")).unwrap();
+    assert_not_resumed(&run, resume(), &["samples.jsonl:1: not a JSON object with a `step`"]);
+    fs::write(run.join("samples.jsonl"), &samples).unwrap();
+
+    // The recipe is the same, the rows in its file are not.
+    let rows = fs::read_to_string(common::quickstart().join("prompts-train.jsonl")).unwrap();
+    workplace.write("prompts.jsonl", &rows);
+    let own = ["--set".to_owned(), format!("data.prompts={}", workplace.path("prompts.jsonl").display())];
+    let own: Vec<&str> = own.iter().map(String::as_str).chain(["--set", "train.steps=2"]).collect();
+    workplace.finish("own", &own);
+    let lines: Vec<&str> = rows.lines().skip(1).collect();
+    workplace.write("prompts.jsonl", &(lines.join("\n") + "\n"));
+    let run = workplace.path("own");
+    let resume = workplace.ppo("own", &[&own[..], &["--resume"]].concat());
+    assert_not_resumed(&run, resume, &["the number of rows by source"]);
+}
+
+#[test]
+fn a_finished_run_without_a_checkpoint_does_not_begin_anew() {
+    let workplace = Workplace::new();
+    let run = workplace.path("run");
+    copy_folder(undisturbed(), &run);
+    fs::remove_dir_all(run.join("checkpoints")).unwrap();
+    let expected = ["has finished", "no checkpoint to go on from", "another --output-dir"];
+    assert_not_resumed(&run, workplace.ppo("run", &["--resume"]), &expected);
+    for end in ["actor/config.json", "eval_after.json", "report.html"] {
+        let only = workplace.path("only");
+        let file = workplace.write(&format!("only/{end}"), "");
+        assert_not_resumed(&only, workplace.ppo("only", &["--resume"]), &expected);
+        fs::remove_dir_all(file.ancestors().find(|path| path.parent() == only.parent()).unwrap()).unwrap();
+    }
+}
+
 /// Two epochs over forty rows, twenty optimizer steps.
 const SUPERVISED: &str = r#"
 name = "supervised"
@@ -343,6 +448,7 @@ eval = "train.jsonl"
 [train]
 epochs = 2
 batch_size = 4
+max_tokens = 256
 eval_every_steps = 5
 [placement]
 device = "cpu"
@@ -386,4 +492,79 @@ fn supervised_runs_killed_or_interrupted_resume_as_if_undisturbed() {
             assert!(finish(&run, &["--resume"]) == expected, "{program} after a signal at step {lines}");
         }
     }
+}
+
+#[test]
+fn supervised_runs_are_evaluated_before_and_keep_their_best_checkpoint() {
+    let workplace = Workplace::new();
+    // The held-out rows say the opposite of what is learned, and it is learned in great steps: their loss rises.
+    let text =
+        SUPERVISED.replace("eval = \"train.jsonl\"", "eval = \"eval.jsonl\"").replace("epochs = 2", "epochs = 1");
+    let text = text.replace("lr = 1e-3", "lr = 0.5\nwarmup_ratio = 0.0");
+    let text = text.replace("eval_every_steps = 5", "eval_every_steps = 3") + "keep = 1\nbest_metric = \"eval/loss\"\n";
+    let recipe = workplace.write("supervised.toml", &text);
+    let completion =
+        |index: i32, word: &str| format!("{{\"prompt\": \"The lamp {index} was\", \"completion\": \" {word}.\"}}\n");
+    let pair = |index: i32, [good, bad]: [&str; 2]| {
+        format!("{{\"prompt\": \"The lamp {index} was\", \"chosen\": \" {good}.\", \"rejected\": \" {bad}.\"}}\n")
+    };
+    let best = "eval/loss";
+    for (program, binary) in [("sft", env!("CARGO_BIN_EXE_sft")), ("reward", env!("CARGO_BIN_EXE_reward"))] {
+        let rows = |words: [&str; 2]| -> String {
+            let row = |index| if program == "sft" { completion(index, words[0]) } else { pair(index, words) };
+            (0..36).map(row).collect()
+        };
+        workplace.write("train.jsonl", &rows(["bright", "broken"]));
+        workplace.write("eval.jsonl", &rows(["broken", "bright"]));
+        let run = workplace.path(program);
+        let mut command = Command::new(binary);
+        command.arg(&recipe).arg("--output-dir").arg(&run).env("OMP_NUM_THREADS", "1");
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        assert!(said(&output).contains("before training: eval/"), "{}", said(&output));
+        let before: Value = serde_json::from_slice(&fs::read(run.join("eval_before.json")).unwrap()).unwrap();
+        assert!(before[best].as_f64().is_some_and(f64::is_finite), "{before}");
+
+        let losses: Vec<f64> = [3, 6, 9].iter().map(|step| metrics(&run)[step - 1][best].as_f64().unwrap()).collect();
+        let lowest = (0..3).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
+        assert_ne!(lowest, 2, "{program}: a run whose last step is the best shows nothing: {losses:?}");
+        assert_eq!(checkpoints(&run), [format!("step-{}", 3 * (lowest + 1)), "step-9".to_owned()], "{losses:?}");
+        let state = fs::read_to_string(run.join("checkpoints/step-9/state.json")).unwrap();
+        let state: Value = serde_json::from_str(&state).unwrap();
+        assert_eq!((state["program"].as_str(), state["metric"]["name"].as_str()), (Some(program), Some(best)));
+    }
+}
+
+#[test]
+fn a_resumed_supervised_run_shows_its_rows_the_time_that_it_began_at() {
+    let workplace = Workplace::new();
+    let model = workplace.path("model");
+    copy_folder(&common::quickstart().join("language-model"), &model);
+    let template = "{{ strftime_now('%Y') }}{% for message in messages %} {{ message.role }}: {{ message.content }}\
+                    <eos>{% endfor %}{% if add_generation_prompt %} assistant:{% endif %}";
+    fs::write(model.join("chat_template.jinja"), template).unwrap();
+    let recipe = workplace.write(
+        "supervised.toml",
+        &SUPERVISED.replace("QUICKSTART/language-model", "./model").replace("epochs = 2\n", ""),
+    );
+    let row = |index: i32| {
+        let turn = |role: &str, content: &str| format!("{{\"role\": \"{role}\", \"content\": \"{content}\"}}");
+        format!(
+            "{{\"messages\": [{}, {}]}}\n",
+            turn("user", &format!("Lamp {index}?")),
+            turn("assistant", "It is bright.")
+        )
+    };
+    workplace.write("train.jsonl", &(0..40).map(row).collect::<String>());
+    let run = |seconds_since_1970: &str, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sft"));
+        command.arg(&recipe).arg("--output-dir").arg(workplace.path("run")).args(arguments);
+        let output = command.env("SOURCE_DATE_EPOCH", seconds_since_1970).env("OMP_NUM_THREADS", "1").output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+        said(&output)
+    };
+    run("0", &["--set", "train.steps=3"]);
+    let said = run("1000000000", &["--set", "train.steps=6", "--resume"]);
+    assert!(said.contains("resumed after step 3"), "{said}");
+    assert_eq!(metrics(&workplace.path("run")).len(), 6);
 }

@@ -4,6 +4,7 @@
 //! grows in steps with the longest sequence, up to the longest that the call can make.
 
 use echelon_core::{Error, Result};
+use echelon_models::config::DecoderConfig;
 use echelon_models::decoder::Decoder;
 use tch::{Device, Kind, Tensor};
 
@@ -50,7 +51,8 @@ impl KvCache {
             Some(budget) => {
                 let shared = groups.iter().any(|group| group.num_waiting() > 1);
                 let kept_tokens = if shared { longest_prompt } else { 0 };
-                slots_within(budget, bytes_per_token(model), max_length, kept_tokens)?.min(wanted)
+                let bytes_per_token = bytes_per_token(model.config(), model.kind());
+                slots_within(budget, bytes_per_token, max_length, kept_tokens)?.min(wanted)
             }
             None => wanted,
         };
@@ -150,9 +152,22 @@ fn options(model: &Decoder) -> (Kind, Device) {
 }
 
 /// Bytes of one token's keys and values over all layers.
-fn bytes_per_token(model: &Decoder) -> usize {
-    let config = model.config();
-    2 * config.num_layers * (config.num_kv_heads * config.head_dim) as usize * model.kind().elt_size_in_bytes()
+fn bytes_per_token(config: &DecoderConfig, kind: Kind) -> usize {
+    2 * config.num_layers * (config.num_kv_heads * config.head_dim) as usize * kind.elt_size_in_bytes()
+}
+
+/// Whether the budget of `engine` holds the longest sequence there can be, beside its prompt kept for other samples.
+///
+/// # Errors
+/// It does not; the message has both sizes.
+pub fn check_budget(
+    engine: &EngineConfig,
+    (config, kind): (&DecoderConfig, Kind),
+    prompt_tokens: usize,
+    max_new_tokens: usize,
+) -> Result<()> {
+    let Some(budget) = engine.kv_cache_bytes else { return Ok(()) };
+    slots_within(budget, bytes_per_token(config, kind), prompt_tokens + max_new_tokens - 1, prompt_tokens).map(drop)
 }
 
 /// Slots of `length` tokens that fit beside the `kept_tokens` of a prompt whose other samples wait.
@@ -171,6 +186,18 @@ fn slots_within(budget: usize, bytes_per_token: usize, length: usize, kept_token
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_budget_is_checked_for_the_longest_sequence_there_can_be() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/quickstart/language-model");
+        let config = DecoderConfig::read(&folder).unwrap();
+        let bytes = bytes_per_token(&config, Kind::Float);
+        let engine = |tokens: usize| EngineConfig { kv_cache_bytes: Some(tokens * bytes), ..EngineConfig::default() };
+        let check = |tokens| check_budget(&engine(tokens), (&config, Kind::Float), 32, 12);
+        check(43 + 32).unwrap();
+        let refused = check(43 + 31).unwrap_err().to_string();
+        assert!(refused.contains(&format!("one sequence needs {}", (43 + 32) * bytes)), "{refused}");
+    }
 
     #[test]
     fn a_budget_gives_whole_slots_or_says_what_one_needs() {

@@ -17,3 +17,4 @@ pub mod model_runner;
 pub mod sampler;
 
 pub use engine::{Engine, EngineConfig, Policy};
+pub use kv_cache::check_budget;

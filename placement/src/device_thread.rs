@@ -89,7 +89,25 @@ fn serve<H>(mut host: H, queue: &Receiver<Job<H>>) -> String {
     "stopped".into()
 }
 
+/// The first line of a panic's message: below it libtorch's have a C++ backtrace.
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic".into())
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.and_then(|text| text.lines().find(|line| !line.trim().is_empty())).unwrap_or("panic").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_told_by_its_first_line() {
+        let message = |panic: Box<dyn std::any::Any + Send>| panic_message(panic.as_ref());
+        let torch = String::from("called on an Err: \"shape mismatch\n");
+        assert_eq!(
+            message(Box::new(torch + "frame #0: c10::Error\nframe #1: main")),
+            "called on an Err: \"shape mismatch"
+        );
+        assert_eq!(message(Box::new("short")), "short");
+        assert_eq!(message(Box::new(7)), "panic");
+    }
 }

@@ -58,6 +58,17 @@ impl Metrics {
         self
     }
 
+    /// Writes the scalars as one JSON object: what was measured at no step.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write_file(&self, path: &Path) -> Result<(), MonitorError> {
+        let object: Map<String, Value> =
+            self.scalars.iter().map(|(name, value)| (name.clone(), Value::from(*value))).collect();
+        let text = format!("{:#}\n", Value::Object(object));
+        std::fs::write(path, text).map_err(|source| MonitorError::io("write", path, source))
+    }
+
     /// The line of `metrics.jsonl` for `step`: `step`, then the scalars; non-finite ones are null.
     fn to_json(&self, step: u64) -> Value {
         let mut object = Map::new();
@@ -122,13 +133,18 @@ impl JsonLines {
         Ok(Self { path: path.into(), file })
     }
 
+    /// Bytes of the lines of `step` or before; 0 where there is no file.
+    pub(super) fn kept_bytes(path: &Path, step: u64) -> Result<usize, MonitorError> {
+        match std::fs::read(path) {
+            Ok(bytes) => length_up_to(&bytes, step, path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(MonitorError::io("read", path, error)),
+        }
+    }
+
     /// Cuts the file after its last line of `step` or before, and continues there. A missing file is an empty one.
     pub(super) fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
-        let kept = match std::fs::read(path) {
-            Ok(bytes) => length_up_to(&bytes, step, path)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
-            Err(error) => return Err(MonitorError::io("read", path, error)),
-        };
+        let kept = Self::kept_bytes(path, step)?;
         let file = OpenOptions::new()
             .create(true)
             .append(true)

@@ -14,6 +14,7 @@ mod terminal;
 
 use std::path::{Path, PathBuf};
 
+use metrics::JsonLines;
 pub use metrics::{Metrics, MetricsLog};
 pub use perf::{
     ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
@@ -54,6 +55,24 @@ impl RunLog {
             samples: SampleLog::resume(&run_dir.join(SAMPLES_FILE), step)?,
             events: EventWriter::resume(&run_dir.join(TENSORBOARD_FOLDER), step)?,
         })
+    }
+
+    /// Whether the files in `run_dir` can be continued after `step`. Changes nothing.
+    ///
+    /// # Errors
+    /// A file cannot be read or holds a damaged line.
+    pub fn check(run_dir: &Path, step: u64) -> Result<(), MonitorError> {
+        [METRICS_FILE, SAMPLES_FILE]
+            .iter()
+            .try_for_each(|file| JsonLines::kept_bytes(&run_dir.join(file), step).map(|_| ()))
+    }
+
+    /// Writes what was measured before the first step, to TensorBoard alone: `metrics.jsonl` counts steps from 1.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_start(&mut self, metrics: &Metrics) -> Result<(), MonitorError> {
+        self.events.write(0, metrics)
     }
 
     /// Writes one step: scalars everywhere, histograms and texts to TensorBoard, `samples` to `samples.jsonl`.

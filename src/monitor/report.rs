@@ -72,7 +72,7 @@ impl Evaluation {
         std::fs::write(path, json + "\n").map_err(|source| MonitorError::io("write", path, source))
     }
 
-    /// Reads the file at `path`; None when there is none.
+    /// Reads the file at `path`; None when there is none, or when it holds metrics, as those of `sft` and `reward` do.
     ///
     /// # Errors
     /// The file cannot be read or has another form.
@@ -80,6 +80,10 @@ impl Evaluation {
         let Some(text) = read_if_present(path)? else {
             return Ok(None);
         };
+        let is_metrics = |value: &Value| value.as_object().is_some_and(|all| all.keys().any(|key| key.contains('/')));
+        if serde_json::from_str(&text).is_ok_and(|value| is_metrics(&value)) {
+            return Ok(None);
+        }
         let evaluation = serde_json::from_str(&text);
         evaluation.map(Some).map_err(|source| MonitorError::DamagedFile { path: path.into(), source })
     }

@@ -43,8 +43,16 @@ impl Root for Recipe {
     const PROGRAM: &'static str = "ppo";
     const TABLE: &'static str = "actor";
 
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
+    }
+
+    fn resolved_text(&self) -> String {
+        self.resolve().to_toml()
     }
 
     fn check(&self, rules: &mut Rules) {
@@ -75,6 +83,10 @@ impl Root for SftRecipe {
     const PROGRAM: &'static str = "sft";
     const TABLE: &'static str = "model";
 
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
     }
@@ -82,7 +94,7 @@ impl Root for SftRecipe {
     fn check(&self, rules: &mut Rules) {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
-        check_supervised(&self.data, &self.train, self.checkpoint.best_metric.is_some(), rules);
+        check_supervised(&self.data, &self.train, &self.checkpoint, &["eval/loss", "eval/perplexity"], rules);
         check_devices(&self.placement, rules);
     }
 }
@@ -91,6 +103,10 @@ impl Root for RewardRecipe {
     const PROGRAM: &'static str = "reward";
     const TABLE: &'static str = "model";
 
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
     }
@@ -98,7 +114,8 @@ impl Root for RewardRecipe {
     fn check(&self, rules: &mut Rules) {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
-        check_supervised(&self.data, &self.train, self.checkpoint.best_metric.is_some(), rules);
+        let measured = ["eval/accuracy", "eval/loss", "eval/score_mean", "eval/score_std"];
+        check_supervised(&self.data, &self.train, &self.checkpoint, &measured, rules);
         check_devices(&self.placement, rules);
         if self.data.chosen_key == self.data.rejected_key {
             let message = format!("`data.chosen_key` and `data.rejected_key` are both \"{}\"", self.data.chosen_key);
@@ -205,7 +222,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
         ("lexicon", rule(RuleName::Sentiment), "`rule = \"sentiment\"`"),
         ("command_dir", source.command.is_some(), "`command`"),
         ("timeout_s", remote, "`url` and `command`"),
-        ("retries", remote, "`url` and `command`"),
+        ("retries", source.url.is_some(), "`url`"),
     ];
     // Defaults written out by `recipe.resolved.toml` say nothing, so they may stand anywhere.
     let plain = RewardSource::default();
@@ -416,10 +433,22 @@ fn check_eval(recipe: &Recipe, rules: &mut Rules) {
         let message = "`eval.prompts` has no labels for `rule = \"math\"`: `data.label_key` is not set".into();
         rules.broken(&["eval.prompts"], message, "evaluation reads the keys of [data]".into());
     }
+    check_best_metric(&recipe.checkpoint, &["eval/reward", "eval/reward_std"], rules);
     if recipe.checkpoint.best_metric.is_some() && (eval.prompts.is_none() || eval.every_steps.is_none()) {
         let help = "give [eval] `prompts` and `every_steps`";
         rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
     }
+}
+
+/// A metric that is never measured would keep no checkpoint.
+fn check_best_metric(checkpoint: &Checkpoint, measured: &[&'static str], rules: &mut Rules) {
+    let Some(name) = checkpoint.best_metric.as_deref().filter(|name| !measured.contains(name)) else { return };
+    let meant = super::names::nearest(name, measured.iter().copied());
+    let help = match meant {
+        Some(meant) => format!("did you mean \"{meant}\"?"),
+        None => format!("an evaluation measures {}", measured.join(", ")),
+    };
+    rules.broken(&["checkpoint.best_metric"], format!("`checkpoint.best_metric` = \"{name}\" is no eval metric"), help);
 }
 
 fn check_init(init: Init, model: &ModelSource, rules: &mut Rules) {
@@ -433,7 +462,13 @@ fn check_init(init: Init, model: &ModelSource, rules: &mut Rules) {
     }
 }
 
-fn check_supervised(data: &impl Sources, train: &SupervisedTrain, has_best: bool, rules: &mut Rules) {
+fn check_supervised(
+    data: &impl Sources,
+    train: &SupervisedTrain,
+    checkpoint: &Checkpoint,
+    measured: &[&'static str],
+    rules: &mut Rules,
+) {
     let (single, mixed, held_out, fraction) = data.sources();
     if single && mixed > 0 {
         let message = format!("[data] has `train` and {mixed} [[data.mix]] tables");
@@ -459,7 +494,8 @@ fn check_supervised(data: &impl Sources, train: &SupervisedTrain, has_best: bool
             help.into(),
         );
     }
-    if has_best && !(evaluates && train.eval_every_steps.is_some()) {
+    check_best_metric(checkpoint, measured, rules);
+    if checkpoint.best_metric.is_some() && !(evaluates && train.eval_every_steps.is_some()) {
         let help = "give held-out rows in [data] and `eval_every_steps` in [train]";
         rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
     }

@@ -9,6 +9,7 @@
 //! * RE-3: relative paths mean the recipe's folder, those of `--set` the working directory; in the value all are absolute.
 
 mod arithmetic;
+mod changes;
 mod check;
 mod error;
 mod foreign;
@@ -27,6 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use arithmetic::BatchArithmetic;
+pub(crate) use changes::{FREE_KEYS, RESOLVED_FILE, changes_since};
 pub use error::{Diagnostic, RecipeError};
 pub use reference::reference_page;
 pub use resolve::{
@@ -145,10 +147,16 @@ pub(crate) trait Root: Table {
     const PROGRAM: &'static str;
     /// The table that no recipe of this program is without.
     const TABLE: &'static str;
+    /// Names the run folder.
+    fn name(&self) -> &str;
     /// The name and the places, which every recipe has.
     fn common(&mut self) -> (&mut String, &mut Origins);
     /// Checks the rules between keys.
     fn check(&self, rules: &mut Rules);
+    /// What `recipe.resolved.toml` holds.
+    fn resolved_text(&self) -> String {
+        to_toml(self)
+    }
 }
 
 fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, RecipeError> {

@@ -90,7 +90,7 @@ pub enum ScoreSource {
     /// A reward server.
     Url { url: String, timeout_s: f64, retries: usize },
     /// A program run by `sh -c` in `folder`.
-    Command { command: String, folder: PathBuf, timeout_s: f64, retries: usize },
+    Command { command: String, folder: PathBuf, timeout_s: f64 },
 }
 
 /// A built-in rule with its parameters.
@@ -336,7 +336,7 @@ fn score_source(table: &RewardSource, folder: &Path) -> ScoreSource {
     }
     if let Some(command) = &table.command {
         let folder = table.command_dir.clone().unwrap_or_else(|| folder.to_owned());
-        return ScoreSource::Command { command: command.clone(), folder, timeout_s, retries };
+        return ScoreSource::Command { command: command.clone(), folder, timeout_s };
     }
     let rule = table.rule.expect("a loaded recipe has one reward source");
     ScoreSource::Rule(match rule {
@@ -365,8 +365,8 @@ impl ScoreSource {
             ScoreSource::Url { url, timeout_s, retries } => {
                 RewardSource { url: Some(url), timeout_s, retries, ..table }
             }
-            ScoreSource::Command { command, folder, timeout_s, retries } => {
-                RewardSource { command: Some(command), command_dir: Some(folder), timeout_s, retries, ..table }
+            ScoreSource::Command { command, folder, timeout_s } => {
+                RewardSource { command: Some(command), command_dir: Some(folder), timeout_s, ..table }
             }
             ScoreSource::Rule(rule) => rule.to_table(),
         }

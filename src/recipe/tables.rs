@@ -143,7 +143,7 @@ table! {
         pub command_dir: Option<PathBuf> = None;
         /// For `url` and `command`: seconds that one request may take.
         pub timeout_s: f64 = 180.0, in above(0.0);
-        /// For `url` and `command`: how often a failed request is tried again.
+        /// For `url`: how often a failed request is tried again, after the first attempt.
         pub retries: usize = 5, in between(0.0, 100.0);
     }
 }
@@ -170,7 +170,8 @@ table! {
         inline source: RewardSource;
         /// Scores are clipped to this range.
         pub clip_range: Option<[f64; 2]> = Some([-10.0, 10.0]);
-        /// Subtract the reward model's stored mean and divide by its stored standard deviation.
+        /// Subtract the reward model's stored mean from its scores and divide by its stored standard deviation. In a mix this
+        /// comes before the weights, and the other sources keep their scores.
         pub normalize: bool = false;
         /// Subtracted from the score of a response that reached `max_new_tokens` without ending.
         pub missing_eos_penalty: Option<f64> = None;
@@ -463,7 +464,7 @@ table! {
         pub every_steps: Option<usize> = Some(50), in at_least(1.0);
         /// Newest checkpoints kept.
         pub keep: usize = 3, in at_least(1.0);
-        /// Also keep the checkpoint in which this eval metric was highest.
+        /// Also keep the checkpoint in which this eval metric was best: highest, or lowest for a loss and a perplexity.
         pub best_metric: Option<String> = None;
     }
 }

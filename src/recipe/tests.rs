@@ -315,8 +315,7 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     assert_eq!(sources[2].source, ScoreSource::Rule(Rule::Length { min_tokens: 20, max_tokens: Some(20) }));
     assert_eq!((sources[2].weight, sources.len()), (-0.5, 9));
     let base = folder.0.canonicalize().unwrap();
-    let command =
-        ScoreSource::Command { command: "python3 score.py".into(), folder: base, timeout_s: 180.0, retries: 5 };
+    let command = ScoreSource::Command { command: "python3 score.py".into(), folder: base, timeout_s: 180.0 };
     assert_eq!(sources[7].source, command);
     assert_round_trip(&resolved);
 }
@@ -369,4 +368,44 @@ fn later_errors_point_at_their_key() {
     assert!(error.contains("small.toml:7:1: `data.prompts` is empty\n"), "{error}");
     let error = recipe.error_at("rollout.max_new_tokens", "too long", "").to_string();
     assert!(error.starts_with("--set rollout.max_new_tokens=9000: too long\n"), "{error}");
+}
+
+#[test]
+fn only_the_keys_that_decide_what_is_learned_must_stay_in_a_resumed_run() {
+    let folder = Folder::new("changes");
+    let stored = folder.write(RESOLVED_FILE, &load_small(&folder, "", &[]).resolve().to_toml());
+    let changes = |sets: &[&str]| -> Vec<String> {
+        let present = load_small(&folder, "", sets).resolve().to_toml();
+        changes_since::<Recipe>(&stored, &present).unwrap().iter().map(ToString::to_string).collect()
+    };
+    let free = [
+        "name=other",
+        "train.steps=7",
+        "checkpoint.every_steps=off",
+        "eval.temperature=0.1",
+        "placement.device=cpu",
+        "placement.actor={devices=[0]}",
+        "actor.shape=shapes/tiny",
+    ];
+    assert!(changes(&free).is_empty(), "{:?}", changes(&free));
+    assert_eq!(
+        changes(&[
+            "seed=1",
+            "ppo.kl_coef=0.5",
+            "rollout.top_k=5",
+            "train.dtype=float64",
+            "train.tokens_per_micro_batch=8"
+        ]),
+        [
+            "ppo.kl_coef: 0.01 before, 0.5 now",
+            "rollout.top_k: unset before, 5 now",
+            "seed: 42 before, 1 now",
+            "train.dtype: \"auto\" before, \"float64\" now",
+            "train.tokens_per_micro_batch: 16192 before, 8 now",
+        ]
+    );
+    let mixed = changes(&["reward={mix=[{rule=\"math\", weight=0.5}]}"]);
+    assert!(mixed.contains(&"reward.mix.0.weight: unset before, 0.5 now".to_owned()), "{mixed:?}");
+    let foreign = changes_since::<SftRecipe>(&stored, "").unwrap_err().to_string();
+    assert!(foreign.contains("a recipe of `sft` has [model], this one has [actor]"), "{foreign}");
 }

@@ -26,17 +26,20 @@ use crate::wire;
 pub struct LanguageModel {
     policy: Policy,
     folder: PathBuf,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
 }
 
 impl LanguageModel {
-    pub fn start(recipe: &SftRecipe, total: usize) -> Result<(LanguageModel, Speed), Failure> {
+    pub fn start(
+        recipe: &SftRecipe,
+        tokenizer: Arc<Tokenizer>,
+        total: usize,
+    ) -> Result<(LanguageModel, Speed), Failure> {
         let folder = wire::model_folder(&recipe.model.model)?;
         let (held, _) = wire::held(&recipe.train.compute, &recipe.placement)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
         let policy = trainable_policy(Role::Actor, &folder, random, held, optimizer, 1.0).map_err(Failure::input)?;
-        let tokenizer = Tokenizer::load(&folder).map_err(Failure::input)?;
         let schedule = wire::schedule(&recipe.model.optimizer, total);
         let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
         Ok((LanguageModel { policy, folder, tokenizer }, speed))
@@ -79,9 +82,7 @@ impl Learner for LanguageModel {
 }
 
 /// Rows as tokens; those over `max_tokens` are dropped and counted.
-pub fn load_data(recipe: &SftRecipe) -> Result<Data, Failure> {
-    let folder = wire::model_folder(&recipe.model.model)?;
-    let tokenizer = Arc::new(Tokenizer::load(&folder).map_err(Failure::input)?);
+pub fn load_data(recipe: &SftRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
     let data = &recipe.data;
     let keys = TrainingKeys {
         messages: data.messages_key.clone(),
@@ -89,7 +90,7 @@ pub fn load_data(recipe: &SftRecipe) -> Result<Data, Failure> {
         completion: data.completion_key.clone(),
         text: data.text_key.clone(),
     };
-    let encode = |row: &TrainingExample| encode(&tokenizer, row, data.apply_chat_template, data.completion_only);
+    let encode = |row: &TrainingExample| encode(tokenizer, row, data.apply_chat_template, data.completion_only);
     let limit = recipe.train.max_tokens;
     let load = |path: &Path| {
         let loaded = load_training(path, &keys, data.max_samples, &mut |row| {

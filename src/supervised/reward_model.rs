@@ -1,6 +1,7 @@
 //! `reward`: a model with a score head learns which of two responses is the better.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use echelon_algorithms::reward_model;
 use echelon_core::Error;
@@ -26,11 +27,15 @@ use crate::wire;
 pub struct RewardModel {
     scorer: Scorer,
     folder: PathBuf,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
 }
 
 impl RewardModel {
-    pub fn start(recipe: &RewardRecipe, total: usize) -> Result<(RewardModel, Speed), Failure> {
+    pub fn start(
+        recipe: &RewardRecipe,
+        tokenizer: Arc<Tokenizer>,
+        total: usize,
+    ) -> Result<(RewardModel, Speed), Failure> {
         let folder = wire::model_folder(&recipe.model.model)?;
         let (held, _) = wire::held(&recipe.train.compute, &recipe.placement)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
@@ -38,7 +43,6 @@ impl RewardModel {
         let reads = ScalarRows::LastTokens;
         let scorer = trainable_scorer(Role::Reward, &folder, random, recipe.seed, held, optimizer, reads)
             .map_err(Failure::input)?;
-        let tokenizer = Tokenizer::load(&folder).map_err(Failure::input)?;
         let schedule = wire::schedule(&recipe.model.optimizer, total);
         let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
         Ok((RewardModel { scorer, folder, tokenizer }, speed))
@@ -102,9 +106,7 @@ impl Learner for RewardModel {
 }
 
 /// Pairs as tokens; those with a side over `max_tokens` are dropped and counted.
-pub fn load_data(recipe: &RewardRecipe) -> Result<Data, Failure> {
-    let folder = wire::model_folder(&recipe.model.model)?;
-    let tokenizer = Tokenizer::load(&folder).map_err(Failure::input)?;
+pub fn load_data(recipe: &RewardRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
     let data = &recipe.data;
     let keys = PairKeys {
         prompt: data.prompt_key.clone(),
@@ -114,11 +116,11 @@ pub fn load_data(recipe: &RewardRecipe) -> Result<Data, Failure> {
     let limit = recipe.train.max_tokens;
     let load = |path: &Path| {
         let loaded = load_pairs(path, &keys, data.max_samples, &mut |pair| {
-            let length = encode(&tokenizer, pair, data.apply_chat_template)?.longest();
+            let length = encode(tokenizer, pair, data.apply_chat_template)?.longest();
             Ok(if length > limit { Verdict::Drop(format!("longer than max_tokens = {limit}")) } else { Verdict::Keep })
         })
         .map_err(Failure::input)?;
-        let encode = |pair| encode(&tokenizer, pair, data.apply_chat_template).map_err(Failure::input);
+        let encode = |pair| encode(tokenizer, pair, data.apply_chat_template).map_err(Failure::input);
         Ok::<_, Failure>((loaded.rows.iter().map(encode).collect::<Result<Vec<_>, _>>()?, loaded.report))
     };
     let files = data.train.iter().map(|path| (path, 1.0)).chain(data.mix.iter().map(|part| (&part.train, part.weight)));
