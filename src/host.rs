@@ -9,7 +9,7 @@ use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Rollout, Tokens};
 use echelon_core::verb::*;
-use echelon_core::zero::{Head, PolicyOutput, ScalarValues, forward_rows, stack_rows, write_tensors};
+use echelon_core::zero::{Head, PolicyOutput, ScalarValues, Trainable, forward_rows, stack_rows, write_tensors};
 use echelon_core::{Error, Result};
 use echelon_generation::Engine;
 use echelon_models::config::HeadKind;
@@ -129,7 +129,7 @@ struct Asking {
 }
 
 impl Asking {
-    /// Outputs of a model, one per micro-batch, in the order of the rows.
+    /// Outputs of a model that does not learn, one per micro-batch, in the order of the rows.
     fn ask<H: Head>(
         &self,
         model: (&Decoder, &H),
@@ -137,13 +137,36 @@ impl Asking {
         read: impl Fn(&H::Output) -> Tensor,
     ) -> Result<Vec<Tensor>> {
         let mut parts = Vec::new();
+        let each = self.collect(tokens, &mut parts, read);
+        forward_rows(model, &self.held.pass, tokens, &self.interrupt, each)?;
+        Ok(parts)
+    }
+
+    /// The same of one that learns.
+    fn ask_learner<H: Head>(
+        &self,
+        model: &mut Trainable<Decoder, H>,
+        tokens: &Tokens,
+        read: impl Fn(&H::Output) -> Tensor,
+    ) -> Result<Vec<Tensor>> {
+        let mut parts = Vec::new();
+        let each = self.collect(tokens, &mut parts, read);
+        model.forward_rows(tokens, &self.interrupt, each)?;
+        Ok(parts)
+    }
+
+    fn collect<O>(
+        &self,
+        tokens: &Tokens,
+        parts: &mut Vec<Tensor>,
+        read: impl Fn(&O) -> Tensor,
+    ) -> impl FnMut(&[i64], O) {
         let mut done = 0;
-        forward_rows(model, &self.held.pass, tokens, &self.interrupt, |rows, output| {
+        move |rows, output| {
             parts.push(read(&output));
             done += rows.len();
             self.progress.advance(self.phase, done, tokens.num_rows());
-        })?;
-        Ok(parts)
+        }
     }
 }
 
@@ -182,8 +205,7 @@ impl Serve<Logprobs> for DeviceRoles {
             }
             _ => {
                 let asking = self.asking("logprobs");
-                let policy = &self.actor()?.policy;
-                asking.ask((&policy.model, &policy.head), tokens, read)?
+                asking.ask_learner(&mut self.actor()?.policy, tokens, read)?
             }
         };
         Ok(stack_rows(&parts, size(tokens)))
@@ -193,9 +215,8 @@ impl Serve<Logprobs> for DeviceRoles {
 impl Serve<Values> for DeviceRoles {
     fn serve(&mut self, request: Values) -> Result<Tensor> {
         let asking = self.asking("values");
-        let critic = &self.critic()?.model;
         let read = |output: &ScalarOutput| output.values().shallow_clone();
-        let parts = asking.ask((&critic.model, &critic.head), &request.tokens, read)?;
+        let parts = asking.ask_learner(&mut self.critic()?.model, &request.tokens, read)?;
         Ok(stack_rows(&parts, size(&request.tokens)))
     }
 }

@@ -5,10 +5,10 @@ use std::path::Path;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::zero::{
-    OptimizerConfig, ParamWithGrad, PassConfig, TensorFile, Trainable, TrainingState, write_tensors,
+    OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile, TensorWriter, Trainable, TrainingState,
 };
 use echelon_core::{Error, Result};
-use echelon_models::checkpoint::{Checkpoint, random_parameter, save_pretrained};
+use echelon_models::checkpoint::{Checkpoint, WeightsWriter, random_parameter, save_pretrained};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::decoder::Decoder;
 use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
@@ -74,7 +74,7 @@ pub fn trainable_policy(
     let model = decoder_of(&config, &params)?;
     let head = if config.tied_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
     let head = LogprobHead::trained(params[head].shallow_clone(), temperature);
-    Ok(Trainable { state, model, head, pass: held.pass })
+    Ok(Trainable::new(state, model, head, held.pass))
 }
 
 /// A model with one number per position (critic) or per sequence (reward model) that learns. A folder without a score
@@ -109,7 +109,7 @@ pub fn trainable_scorer(
     let params = state.params();
     let model = decoder_of(&config, &params)?;
     let head = ScalarHead::trained(params["score.weight"].shallow_clone(), reads);
-    Ok(Trainable { state, model, head, pass: held.pass })
+    Ok(Trainable::new(state, model, head, held.pass))
 }
 
 type Params = std::collections::HashMap<String, ParamWithGrad>;
@@ -124,7 +124,8 @@ fn state(
     let shape = config.shape();
     let shapes: std::collections::HashMap<&str, &[i64]> =
         shape.units.iter().flat_map(|unit| &unit.params).map(|p| (p.name.as_str(), p.shape.as_slice())).collect();
-    TrainingState::new(role, &shape, optimizer, (held.kind, held.pass.device), &mut |name| load(name, shapes[name]))
+    let place = (held.kind, held.pass.device);
+    TrainingState::new(role, &shape, optimizer, place, &Sharding::whole(), &mut |name| load(name, shapes[name]))
 }
 
 fn decoder_of(config: &DecoderConfig, params: &Params) -> Result<Decoder> {
@@ -198,19 +199,31 @@ pub fn export(
     folder: &Path,
     extra: &[(&str, Value)],
 ) -> Result<()> {
-    let weights: Vec<(String, Tensor)> = state
-        .tensors()
-        .into_iter()
-        .filter_map(|(name, tensor)| name.strip_prefix("weights.").map(|name| (name.to_string(), tensor)))
-        .collect();
+    let parts = [StatePart::Weights];
+    let own = |name: &str| name.strip_prefix("weights.").expect("a part's name").to_string();
+    let names: Vec<_> = state.names(&parts).into_iter().map(|(name, shape)| (own(&name), shape)).collect();
     let kind = DecoderConfig::read(like)?.dtype.unwrap_or(Kind::Float);
-    Ok(save_pretrained(folder, like, head, &weights, kind, extra)?)
+    let first = state.sharding().group.rank() == 0;
+    let mut writer = first.then(|| save_pretrained(folder, like, head, &names, kind, extra)).transpose()?;
+    state.visit(&parts, &mut |name, tensor| match &mut writer {
+        Some(writer) => Ok(writer.write(&own(name), tensor)?),
+        None => Ok(()),
+    })?;
+    Ok(writer.map_or(Ok(()), WeightsWriter::finish)?)
 }
 
-/// Writes a learner's whole training state.
+/// Writes a learner's whole training state: the first rank, with every rank's part.
 pub fn save_state(state: &TrainingState, file: &Path) -> Result<()> {
+    let failed = |error| Error::other("saving a checkpoint", error);
     let metadata = [("optimizer_steps", state.steps.to_string())];
-    write_tensors(file, &state.tensors(), &metadata).map_err(|error| Error::other("saving a checkpoint", error))
+    let (names, first) = (state.names(&StatePart::ALL), state.sharding().group.rank() == 0);
+    let create = || TensorWriter::create(file, &names, state.kind(), &metadata);
+    let mut writer = first.then(create).transpose().map_err(failed)?;
+    state.visit(&StatePart::ALL, &mut |name, tensor| match &mut writer {
+        Some(writer) => writer.write(name, tensor).map_err(failed),
+        None => Ok(()),
+    })?;
+    writer.map_or(Ok(()), TensorWriter::finish).map_err(failed)
 }
 
 /// Takes up what [`save_state`] wrote.

@@ -43,7 +43,7 @@ trait Learner {
     /// One optimizer step; metrics named `train/…`.
     fn step(&mut self, rows: &Tokens, lr: f64) -> echelon_core::Result<Metrics>;
     /// Metrics named `eval/…` over all held-out rows; a row's micro-batch never matters.
-    fn evaluate(&self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics>;
+    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics>;
     /// Writes the model as a Hugging Face folder, with what it learned about its own scores.
     fn export(&mut self, rows: &Tokens, folder: &Path) -> echelon_core::Result<()>;
     /// What a step's line shows.

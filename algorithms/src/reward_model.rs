@@ -3,12 +3,10 @@
 //! `cargo run --bin reward -- RECIPE` runs it.
 
 use echelon_core::Result;
-use echelon_core::role::Role;
 use echelon_core::rollout::{Tokens, micro_batches};
 use echelon_core::zero::{Backbone, Head, ScalarValues, Trainable};
 
 use crate::bradley_terry::bradley_terry;
-use crate::update::finite;
 
 /// What one optimizer step saw.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,7 +27,7 @@ pub fn step<B: Backbone, H: Head<Output: ScalarValues>>(
 ) -> Result<RewardReport> {
     let num_pairs = (rows.num_rows() / 2) as f64;
     let mut report = RewardReport { lr, ..RewardReport::default() };
-    for pairs in pair_batches(rows, model.pass.tokens_per_micro_batch) {
+    for pairs in model.agree_on(pair_batches(rows, model.pass.tokens_per_micro_batch))? {
         let batch = rows.select(&pairs).to_device(model.pass.device);
         let mut correct = 0.0;
         let loss = model.forward_backward(&batch, |output| {
@@ -38,7 +36,6 @@ pub fn step<B: Backbone, H: Head<Output: ScalarValues>>(
             correct = compared.num_correct;
             Ok(compared.sum / num_pairs)
         })?;
-        finite(Role::Reward, loss, model)?;
         report.loss += loss;
         report.accuracy += correct / num_pairs;
         report.num_tokens += batch.lengths.iter().sum::<i64>();

@@ -3,13 +3,11 @@
 //! `cargo run --bin sft -- RECIPE` runs it.
 
 use echelon_core::Result;
-use echelon_core::role::Role;
-use echelon_core::rollout::{Tokens, micro_batches};
+use echelon_core::rollout::Tokens;
 use echelon_core::zero::{Backbone, Head, PolicyOutput, Trainable};
 use tch::Kind;
 
 use crate::masked::masked_sum;
-use crate::update::finite;
 
 /// What one optimizer step saw.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,11 +27,10 @@ pub fn step<B: Backbone, H: Head<Output: PolicyOutput>>(
 ) -> Result<SftReport> {
     let num_tokens = rows.mask.sum(Kind::Double).double_value(&[]).max(1.0);
     let mut report = SftReport { lr, ..SftReport::default() };
-    for micro_batch in micro_batches(&rows.lengths, model.pass.tokens_per_micro_batch) {
+    for micro_batch in model.micro_batches(&rows.lengths)? {
         let batch = rows.select(&micro_batch).to_device(model.pass.device);
         let loss =
             model.forward_backward(&batch, |output| Ok(-masked_sum(output.logprobs(), &batch.mask) / num_tokens))?;
-        finite(Role::Actor, loss, model)?;
         report.loss += loss;
         report.num_tokens += batch.lengths.iter().sum::<i64>();
     }

@@ -3,12 +3,10 @@
 //! A loss is a sum over response tokens divided by `num_tokens`, their number in the whole mini-batch over all ranks, so
 //! the gradient does not depend on the micro-batch size or on the number of ranks.
 
+use echelon_core::Result;
 use echelon_core::experience::Experience;
-use echelon_core::role::Role;
-use echelon_core::rollout::micro_batches;
 use echelon_core::verb::{ActorReport, CriticReport};
 use echelon_core::zero::{Backbone, Head, PolicyOutput, ScalarValues, Trainable};
-use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::kl::KlEstimator;
@@ -38,7 +36,9 @@ pub struct CriticConfig {
 /// One optimizer step of the actor on this rank's rows; every rank of the group runs it together.
 ///
 /// # Errors
-/// [`Error::NonFinite`] when a loss or the gradient norm is not finite: the optimizer has not moved.
+/// [`NonFinite`] when a loss or the gradient norm is not finite: the optimizer has not moved.
+///
+/// [`NonFinite`]: echelon_core::Error::NonFinite
 pub fn update_actor<B: Backbone, H: Head<Output: PolicyOutput>>(
     actor: &mut Trainable<B, H>,
     rows: &Experience,
@@ -48,9 +48,9 @@ pub fn update_actor<B: Backbone, H: Head<Output: PolicyOutput>>(
 ) -> Result<ActorReport> {
     let mut stats = PolicyStats::default();
     let mut report = ActorReport::default();
-    for micro_batch in micro_batches(&rows.tokens.lengths, actor.pass.tokens_per_micro_batch) {
+    for micro_batch in actor.micro_batches(&rows.tokens.lengths)? {
         let batch = rows.select(&micro_batch).to_device(actor.pass.device);
-        let loss = actor.forward_backward(&batch.tokens, |output| {
+        actor.forward_backward(&batch.tokens, |output| {
             let mask = &batch.tokens.mask;
             let surrogate = policy_loss(output.logprobs(), &batch.old_logprobs, &batch.advantages, mask, config.clip);
             report.policy_loss += surrogate.sum.double_value(&[]) / num_tokens;
@@ -70,7 +70,6 @@ pub fn update_actor<B: Backbone, H: Head<Output: PolicyOutput>>(
             }
             Ok(total / num_tokens)
         })?;
-        finite(Role::Actor, loss, actor)?;
         report.num_tokens += batch.tokens.lengths.iter().sum::<i64>();
     }
     report.lr = config.lr * config.schedule.factor(actor.state.steps as usize);
@@ -94,7 +93,7 @@ pub fn update_critic<B: Backbone, H: Head<Output: ScalarValues>>(
 ) -> Result<CriticReport> {
     let mut stats = ValueStats::default();
     let mut report = CriticReport::default();
-    for micro_batch in micro_batches(&rows.tokens.lengths, critic.pass.tokens_per_micro_batch) {
+    for micro_batch in critic.micro_batches(&rows.tokens.lengths)? {
         let batch = rows.select(&micro_batch).to_device(critic.pass.device);
         let loss = critic.forward_backward(&batch.tokens, |output| {
             let clip = config.value_clip;
@@ -102,7 +101,6 @@ pub fn update_critic<B: Backbone, H: Head<Output: ScalarValues>>(
             stats += loss.stats;
             Ok(loss.sum / num_tokens)
         })?;
-        finite(Role::Critic, loss, critic)?;
         report.critic_loss += loss;
         report.num_tokens += batch.tokens.lengths.iter().sum::<i64>();
     }
@@ -111,15 +109,6 @@ pub fn update_critic<B: Backbone, H: Head<Output: ScalarValues>>(
     report.clip_fraction = stats.clip_fraction();
     report.values_mean = stats.value_mean();
     Ok(report)
-}
-
-/// Refuses a loss that is not finite; what it left in the gradients is cleared.
-pub(crate) fn finite<B: Backbone, H: Head>(role: Role, loss: f64, learner: &mut Trainable<B, H>) -> Result<()> {
-    if loss.is_finite() {
-        return Ok(());
-    }
-    learner.state.zero_grads();
-    Err(Error::NonFinite { role, what: "the loss", value: loss, optimizer_step: learner.state.steps + 1 })
 }
 
 fn ratios_of(ratio: &Tensor, mask: &Tensor) -> Vec<f32> {

@@ -131,7 +131,7 @@ void free_storage(const at::Tensor& tensor) {
 }
 
 std::unique_ptr<at::Tensor> unversioned(const at::Tensor& tensor) {
-  return std::make_unique<at::Tensor>(tensor.tensor_data());
+  return std::make_unique<at::Tensor>(tensor.variable_data());
 }
 
 }  // namespace echelon

@@ -2,14 +2,14 @@
 
 use tch::{TchError, Tensor};
 
-use crate::shim::torch_error;
+use crate::shim::{adopt, raw, torch_error};
 
 #[cxx::bridge(namespace = "echelon")]
 pub(crate) mod ffi {
     unsafe extern "C++" {
         include!("process_group.h");
         #[namespace = "at"]
-        type Tensor;
+        type Tensor = crate::shim::ffi::Tensor;
         type MeetingStore;
         fn meet_at(host: &str, port: u16, serve: bool, timeout_ms: i64) -> Result<UniquePtr<MeetingStore>>;
         fn port(self: &MeetingStore) -> u16;
@@ -35,7 +35,6 @@ pub(crate) mod ffi {
         fn barrier(self: &RankGroup) -> Result<UniquePtr<PendingWork>>;
 
         type PendingWork;
-        fn is_done(self: &PendingWork) -> bool;
         fn wait(self: &PendingWork, timeout_ms: i64) -> Result<bool>;
 
         fn allocate_storage(tensor: &Tensor) -> Result<()>;
@@ -50,11 +49,6 @@ unsafe impl Sync for ffi::MeetingStore {}
 unsafe impl Send for ffi::RankGroup {}
 unsafe impl Sync for ffi::RankGroup {}
 unsafe impl Send for ffi::PendingWork {}
-
-pub(crate) fn raw(tensor: &Tensor) -> &ffi::Tensor {
-    // SAFETY: a tch tensor's pointer is a valid `at::Tensor*` for as long as the tensor lives.
-    unsafe { &*tensor.as_ptr().cast::<ffi::Tensor>() }
-}
 
 /// Takes memory for a tensor whose storage was freed; views see it at once. What it holds is undefined.
 ///
@@ -77,7 +71,5 @@ pub fn free_storage(tensor: &Tensor) -> Result<(), TchError> {
 /// # Errors
 /// libtorch's.
 pub fn unversioned(tensor: &Tensor) -> Result<Tensor, TchError> {
-    let alias = ffi::unversioned(raw(tensor)).map_err(torch_error)?;
-    // SAFETY: makes a second handle of the same tensor; the first is dropped by its owner.
-    Ok(unsafe { Tensor::clone_from_ptr(alias.as_ptr().cast_mut().cast()) })
+    Ok(adopt(&ffi::unversioned(raw(tensor)).map_err(torch_error)?))
 }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
 
-use crate::collective::{ffi, raw};
+use crate::collective::ffi;
 use crate::error::{Error, Result};
-use crate::shim::torch_error;
+use crate::shim::{raw, torch_error};
 
 /// How long ranks wait for each other.
 #[derive(Clone, Copy, Debug)]
@@ -93,8 +93,13 @@ impl Journal {
     }
 }
 
-/// The ranks of one group, seen from one of them.
+/// The ranks of one group, seen from one of them. Clones are handles of the same group.
+#[derive(Clone)]
 pub struct ProcessGroup {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
     name: String,
     rank: usize,
     size: usize,
@@ -112,7 +117,11 @@ struct Peers {
 impl ProcessGroup {
     /// A group of one rank: every collective is the identity, and there is no network.
     pub fn solo() -> ProcessGroup {
-        ProcessGroup { name: "solo".into(), rank: 0, size: 1, journal: Arc::default(), peers: None }
+        ProcessGroup::of("solo", (0, 1), Arc::default(), None)
+    }
+
+    fn of(name: &str, (rank, size): (usize, usize), journal: Arc<Journal>, peers: Option<Peers>) -> ProcessGroup {
+        ProcessGroup { inner: Arc::new(Inner { name: name.into(), rank, size, journal, peers }) }
     }
 
     /// Joins the group called `name` as `rank` of `size`; `address` is where other ranks reach this one.
@@ -127,7 +136,7 @@ impl ProcessGroup {
         patience: Patience,
     ) -> Result<ProcessGroup> {
         if size == 1 {
-            return Ok(ProcessGroup { name: name.into(), ..ProcessGroup::solo() });
+            return Ok(ProcessGroup::of(name, (0, 1), Arc::default(), None));
         }
         let failed = |error| Error::other(format!("rank {rank} of {size} joining group `{name}`"), torch_error(error));
         let store = at.store.clone();
@@ -158,30 +167,30 @@ impl ProcessGroup {
         let journal = Arc::<Journal>::default();
         let pulse = Pulse::start(store.clone(), format!("{name}/standing/{rank}"), journal.clone());
         let peers = Some(Peers { group, store, patience, _pulse: pulse });
-        Ok(ProcessGroup { name: name.into(), rank, size, journal, peers })
+        Ok(ProcessGroup::of(name, (rank, size), journal, peers))
     }
 
     pub fn rank(&self) -> usize {
-        self.rank
+        self.inner.rank
     }
 
     pub fn size(&self) -> usize {
-        self.size
+        self.inner.size
     }
 
     /// Bytes that this rank has sent to others in collectives.
     pub fn bytes_sent(&self) -> u64 {
-        self.journal.bytes_sent.load(Ordering::Relaxed)
+        self.inner.journal.bytes_sent.load(Ordering::Relaxed)
     }
 
     /// What this rank is doing.
     pub fn standing(&self) -> Standing {
-        self.journal.standing()
+        self.inner.journal.standing()
     }
 
     /// Says that something was finished between operations: peers that wait then wait on.
     pub fn made_progress(&self) {
-        self.journal.work.fetch_add(1, Ordering::Relaxed);
+        self.inner.journal.work.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Replaces `tensor` by the sum over ranks.
@@ -196,9 +205,16 @@ impl ProcessGroup {
         Ok(total.double_value(&[0]))
     }
 
+    /// The largest of the ranks' numbers.
+    pub fn max(&self, operation: &str, value: i64) -> Result<i64> {
+        let all = Tensor::zeros([self.size() as i64], tch::kind::INT64_CPU);
+        self.start_all_gather(operation, &all, &Tensor::from_slice(&[value]))?.wait()?;
+        Ok(all.max().int64_value(&[]))
+    }
+
     /// Starts to fill the flat `gathered` with the ranks' flat `shard`s, in order.
-    pub fn start_all_gather(&self, operation: &str, gathered: &Tensor, shard: &Tensor) -> Result<Pending<'_>> {
-        if self.peers.is_none() {
+    pub fn start_all_gather(&self, operation: &str, gathered: &Tensor, shard: &Tensor) -> Result<Pending> {
+        if self.inner.peers.is_none() {
             tch::no_grad(|| gathered.shallow_clone().f_copy_(shard))?;
         }
         let (gathered, shard) = (&gathered.shallow_clone(), &shard.shallow_clone());
@@ -207,19 +223,19 @@ impl ProcessGroup {
 
     /// Starts to send each rank its part of the flat `full`; [`Parts::sum`] is then this rank's part of the sum over
     /// ranks.
-    pub fn start_reduce_scatter(&self, operation: &str, full: &Tensor) -> Result<Parts<'_>> {
-        if self.peers.is_none() {
+    pub fn start_reduce_scatter(&self, operation: &str, full: &Tensor) -> Result<Parts> {
+        if self.inner.peers.is_none() {
             return Ok(Parts { pending: self.idle(operation), received: full.shallow_clone(), size: 1 });
         }
         let received = full.f_empty_like()?;
         let pending = self
             .start(operation, [full, &received], self.others(), |group| group.all_to_all(raw(&received), raw(full)))?;
-        Ok(Parts { pending, received, size: self.size as i64 })
+        Ok(Parts { pending, received, size: self.size() as i64 })
     }
 
     /// Gives rank `i` the `i`-th part of the flat `sent` and takes the parts for this rank, in the order of ranks.
     pub fn all_to_all(&self, operation: &str, sent: &Tensor) -> Result<Tensor> {
-        if self.peers.is_none() {
+        if self.inner.peers.is_none() {
             return Ok(sent.shallow_clone());
         }
         let received = sent.f_empty_like()?;
@@ -230,20 +246,20 @@ impl ProcessGroup {
 
     /// Replaces `tensor` by the one of `root`.
     pub fn broadcast(&self, operation: &str, tensor: &Tensor, root: usize) -> Result<()> {
-        let share = if self.rank == root { 1.0 } else { 0.0 };
+        let share = if self.rank() == root { 1.0 } else { 0.0 };
         self.start(operation, [tensor], share, |group| group.broadcast(raw(tensor), root as i64))?.wait()
     }
 
     /// Every rank's bytes, in order.
     pub fn gather_bytes(&self, operation: &str, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         let length = Tensor::from_slice(&[bytes.len() as i64]);
-        let lengths = Tensor::zeros([self.size as i64], tch::kind::INT64_CPU);
+        let lengths = Tensor::zeros([self.size() as i64], tch::kind::INT64_CPU);
         self.start_all_gather(operation, &lengths, &length)?.wait()?;
         let lengths = Vec::<i64>::try_from(lengths)?;
         let widest = lengths.iter().copied().max().unwrap_or(0).max(1);
         let mine = Tensor::zeros([widest], (Kind::Uint8, tch::Device::Cpu));
         tch::no_grad(|| mine.narrow(0, 0, bytes.len() as i64).f_copy_(&Tensor::from_slice(bytes)))?;
-        let all = Tensor::zeros([widest * self.size as i64], (Kind::Uint8, tch::Device::Cpu));
+        let all = Tensor::zeros([widest * self.size() as i64], (Kind::Uint8, tch::Device::Cpu));
         self.start_all_gather(operation, &all, &mine)?.wait()?;
         let part = |(rank, &length): (usize, &i64)| Vec::try_from(all.narrow(0, rank as i64 * widest, length));
         Ok(lengths.iter().enumerate().map(part).collect::<std::result::Result<_, _>>()?)
@@ -266,7 +282,7 @@ impl ProcessGroup {
 
     /// (N − 1) / N.
     fn others(&self) -> f64 {
-        (self.size - 1) as f64 / self.size as f64
+        (self.size() - 1) as f64 / self.size() as f64
     }
 
     /// Begins an operation; of the bytes of the first of `tensors`, `share` are sent.
@@ -276,45 +292,45 @@ impl ProcessGroup {
         tensors: [&Tensor; K],
         share: f64,
         begin: impl FnOnce(&ffi::RankGroup) -> std::result::Result<cxx::UniquePtr<ffi::PendingWork>, cxx::Exception>,
-    ) -> Result<Pending<'_>> {
-        let Some(peers) = &self.peers else { return Ok(self.idle(operation)) };
+    ) -> Result<Pending> {
+        let Some(peers) = &self.inner.peers else { return Ok(self.idle(operation)) };
         let bytes = tensors.first().map_or(0, |tensor| tensor.numel() * tensor.kind().elt_size_in_bytes());
-        let sequence = self.journal.sequence.fetch_add(1, Ordering::Relaxed) + 1;
-        *self.journal.operation.lock().expect("never poisoned") = operation.into();
-        self.journal.bytes_sent.fetch_add((bytes as f64 * share).round() as u64, Ordering::Relaxed);
+        let sequence = self.inner.journal.sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        *self.inner.journal.operation.lock().expect("never poisoned") = operation.into();
+        self.inner.journal.bytes_sent.fetch_add((bytes as f64 * share).round() as u64, Ordering::Relaxed);
         let work = begin(&peers.group).map_err(|error| self.failed(operation, sequence, error))?;
         let kept = tensors.iter().map(|tensor| tensor.shallow_clone()).collect();
-        Ok(Pending { group: self, work: Some(work), operation: operation.into(), sequence, _kept: kept })
+        Ok(Pending { group: self.clone(), work: Some(work), operation: operation.into(), sequence, _kept: kept })
     }
 
-    fn idle(&self, operation: &str) -> Pending<'_> {
-        Pending { group: self, work: None, operation: operation.into(), sequence: 0, _kept: Vec::new() }
+    fn idle(&self, operation: &str) -> Pending {
+        Pending { group: self.clone(), work: None, operation: operation.into(), sequence: 0, _kept: Vec::new() }
     }
 
     fn failed(&self, operation: &str, sequence: u64, error: cxx::Exception) -> Error {
-        let context = format!("rank {} of {}: {operation} ({} #{sequence})", self.rank, self.size, self.name);
+        let context = format!("rank {} of {}: {operation} ({} #{sequence})", self.rank(), self.size(), self.inner.name);
         Error::other(context, torch_error(error))
     }
 }
 
 /// An operation in flight; it keeps its tensors until it is waited for or dropped.
 #[must_use = "the tensors are not whole before `wait`"]
-pub struct Pending<'a> {
-    group: &'a ProcessGroup,
+pub struct Pending {
+    group: ProcessGroup,
     work: Option<cxx::UniquePtr<ffi::PendingWork>>,
     operation: String,
     sequence: u64,
     _kept: Vec<Tensor>,
 }
 
-impl Pending<'_> {
+impl Pending {
     /// Waits until this rank's part is done.
     ///
     /// # Errors
     /// A rank is gone, or makes no progress for [`Patience::progress`] while this one waits: it is named.
     pub fn wait(self) -> Result<()> {
-        let (Some(work), Some(peers)) = (&self.work, &self.group.peers) else { return Ok(()) };
-        let mut watch = StallWatch::new(self.group, peers, self.sequence);
+        let (Some(work), Some(peers)) = (&self.work, &self.group.inner.peers) else { return Ok(()) };
+        let mut watch = StallWatch::new(&self.group, peers, self.sequence);
         loop {
             match work.wait(StallWatch::INTERVAL.as_millis() as i64) {
                 Ok(true) => return Ok(()),
@@ -327,13 +343,13 @@ impl Pending<'_> {
 
 /// What [`ProcessGroup::start_reduce_scatter`] receives.
 #[must_use = "the parts are not here before `sum`"]
-pub struct Parts<'a> {
-    pending: Pending<'a>,
+pub struct Parts {
+    pending: Pending,
     received: Tensor,
     size: i64,
 }
 
-impl Parts<'_> {
+impl Parts {
     /// This rank's part of the sum over ranks, added up in the order of ranks.
     pub fn sum(self) -> Result<Tensor> {
         self.pending.wait()?;
@@ -348,11 +364,7 @@ impl Parts<'_> {
 }
 
 /// Ranks without a key yet, as `rank 1` or `ranks 1, 3`.
-fn missing_ranks(
-    store: &ffi::MeetingStore,
-    size: usize,
-    joined: &impl Fn(usize) -> String,
-) -> Result<Option<String>> {
+fn missing_ranks(store: &ffi::MeetingStore, size: usize, joined: &impl Fn(usize) -> String) -> Result<Option<String>> {
     let mut missing = Vec::new();
     for rank in 0..size {
         if !store.has(&joined(rank)).map_err(|error| Error::other("the meeting point", torch_error(error)))? {
@@ -412,7 +424,7 @@ impl<'a> StallWatch<'a> {
     const INTERVAL: Duration = Duration::from_millis(500);
 
     fn new(group: &'a ProcessGroup, peers: &'a Peers, sequence: u64) -> StallWatch<'a> {
-        StallWatch { group, peers, sequence, seen: vec![(None, Instant::now()); group.size] }
+        StallWatch { group, peers, sequence, seen: vec![(None, Instant::now()); group.size()] }
     }
 
     /// Notes how the others stand.
@@ -420,14 +432,14 @@ impl<'a> StallWatch<'a> {
     /// # Errors
     /// A rank that has not moved for too long: the one behind, else (all are here and nothing moves) every other.
     fn look(&mut self, operation: &str) -> Result<()> {
-        for rank in (0..self.group.size).filter(|&rank| rank != self.group.rank) {
+        for rank in (0..self.group.size()).filter(|&rank| rank != self.group.rank()) {
             let standing = self.standing_of(rank);
             if standing != self.seen[rank].0 {
                 self.seen[rank] = (standing, Instant::now());
             }
         }
         let patience = self.peers.patience.progress;
-        let others = || (0..self.group.size).filter(|&rank| rank != self.group.rank);
+        let others = || (0..self.group.size()).filter(|&rank| rank != self.group.rank());
         let behind = |rank: &usize| self.seen[*rank].0.as_ref().is_none_or(|s| s.sequence < self.sequence);
         let stuck = |rank: &usize| self.seen[*rank].1.elapsed() > patience;
         let mut late: Vec<usize> = others().filter(behind).filter(stuck).collect();
@@ -438,7 +450,7 @@ impl<'a> StallWatch<'a> {
             return Ok(());
         }
         let places: Vec<String> = late.iter().map(|&rank| self.place(rank)).collect();
-        let (me, size, name) = (self.group.rank, self.group.size, &self.group.name);
+        let (me, size, name) = (self.group.rank(), self.group.size(), &self.group.inner.name);
         Err(Error::Refused(format!(
             "rank {me} of {size}: {operation} ({name} #{}) waits, and for {} s there is no progress: {}",
             self.sequence,
@@ -448,7 +460,7 @@ impl<'a> StallWatch<'a> {
     }
 
     fn standing_of(&self, rank: usize) -> Option<Standing> {
-        let key = format!("{}/standing/{rank}", self.group.name);
+        let key = format!("{}/standing/{rank}", self.group.inner.name);
         if !self.peers.store.has(&key).ok()? {
             return None;
         }
@@ -546,7 +558,15 @@ mod tests {
                 assert_eq!(received, tensor);
             }
             let before = group.bytes_sent();
-            group.start_all_gather("gather", &Tensor::zeros([8], tch::kind::FLOAT_CPU), &Tensor::zeros([4], tch::kind::FLOAT_CPU)).unwrap().wait().unwrap();
+            group
+                .start_all_gather(
+                    "gather",
+                    &Tensor::zeros([8], tch::kind::FLOAT_CPU),
+                    &Tensor::zeros([4], tch::kind::FLOAT_CPU),
+                )
+                .unwrap()
+                .wait()
+                .unwrap();
             (before, group.bytes_sent() - before)
         });
         assert_eq!(bytes, [(12, 16), (0, 16)]);
@@ -563,7 +583,8 @@ mod tests {
             }
             group.all_reduce_sum("reduce layer 4", &Tensor::zeros([4], tch::kind::FLOAT_CPU)).unwrap_err().to_string()
         });
-        let expected = "rank 0 of 3: reduce layer 4 (test #2) waits, and for 2 s there is no progress: rank 1 is at begin (#1)";
+        let expected =
+            "rank 0 of 3: reduce layer 4 (test #2) waits, and for 2 s there is no progress: rank 1 is at begin (#1)";
         assert_eq!(errors[0], expected);
         assert!(errors[2].ends_with("rank 1 is at begin (#1)"), "{}", errors[2]);
     }
@@ -586,7 +607,8 @@ mod tests {
     fn who_is_missing_or_doubled_is_named() {
         let point = MeetingPoint::serve("127.0.0.1", 0).unwrap();
         let patience = Patience { join: Duration::from_millis(300), ..Patience::default() };
-        let join = |rank| ProcessGroup::join(&point, "test", (rank, 4), "127.0.0.1", patience).err().unwrap().to_string();
+        let join =
+            |rank| ProcessGroup::join(&point, "test", (rank, 4), "127.0.0.1", patience).err().unwrap().to_string();
         assert!(join(2).contains("waits for ranks 0, 1, 3 of 4"), "{}", join(2));
         assert!(join(2).contains("two workers claim rank 2 of group `test`"));
         let taken = MeetingPoint::serve("127.0.0.1", point.port()).err().unwrap().to_string();

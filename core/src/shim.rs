@@ -8,7 +8,7 @@ pub struct Mapping {
 }
 
 #[cxx::bridge(namespace = "echelon")]
-mod ffi {
+pub(crate) mod ffi {
     extern "Rust" {
         type Mapping;
     }
@@ -56,7 +56,7 @@ mod ffi {
     }
 }
 
-fn raw(tensor: &Tensor) -> &ffi::Tensor {
+pub(crate) fn raw(tensor: &Tensor) -> &ffi::Tensor {
     // SAFETY: a tch tensor's pointer is a valid `at::Tensor*` for as long as the tensor lives.
     unsafe { &*tensor.as_ptr().cast::<ffi::Tensor>() }
 }
@@ -101,7 +101,7 @@ pub fn zeros_on_demand(numel: i64, kind: Kind, device: Device) -> Result<Tensor,
     Ok(adopt(&ffi::zeros_on_demand(numel, scalar_type(kind)?).map_err(torch_error)?))
 }
 
-fn adopt(tensor: &cxx::UniquePtr<ffi::Tensor>) -> Tensor {
+pub(crate) fn adopt(tensor: &cxx::UniquePtr<ffi::Tensor>) -> Tensor {
     // SAFETY: `clone_from_ptr` makes a second handle of the same tensor; the first is dropped by its owner.
     unsafe { Tensor::clone_from_ptr(tensor.as_ptr().cast_mut().cast()) }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use echelon_core::shim;
-use echelon_core::zero::write_tensors_as;
+use echelon_core::zero::TensorWriter;
 use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -225,16 +225,17 @@ fn kind_of(dtype: Dtype) -> Result<Kind, String> {
     }
 }
 
-/// Writes a folder that transformers loads: weights in `kind`, and `config.json` as in `like` with the dtype and the
-/// head's architecture set. Tokenizer files are the tokenizer's to save.
+/// Begins a folder that transformers loads: weights in `kind`, and `config.json` as in `like` with the dtype and the
+/// head's architecture set. `weights` names them with their shapes; write them in that order. Tokenizer files are the
+/// tokenizer's to save.
 pub fn save_pretrained(
     folder: &Path,
     like: &Path,
     head: HeadKind,
-    tensors: &[(String, Tensor)],
+    weights: &[(String, Vec<i64>)],
     kind: Kind,
     extra: &[(&str, Value)],
-) -> Result<()> {
+) -> Result<WeightsWriter> {
     let io = |path: &Path| {
         let path = path.to_path_buf();
         move |source| ModelError::Io { path, source }
@@ -248,7 +249,7 @@ pub fn save_pretrained(
         let to = folder.join("generation_config.json");
         std::fs::copy(&generation, &to).map_err(io(&to))?;
     }
-    save_weights(folder, tensors, kind)
+    WeightsWriter::create(folder, weights, kind)
 }
 
 fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]) -> Result<Value> {
@@ -281,40 +282,88 @@ fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]
     Ok(config)
 }
 
-fn save_weights(folder: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
-    let shards = split_into_shards(tensors, kind);
-    let write = |name: &str, part: &[(String, Tensor)]| {
-        let (path, metadata) = (folder.join(name), [("format", "pt".into())]);
-        write_tensors_as(&path, part, Some(kind), &metadata).map_err(|source| ModelError::Write { path, source })
-    };
-    if let [all] = shards.as_slice() {
-        return write("model.safetensors", all);
-    }
-    let mut weight_map = BTreeMap::new();
-    for (index, part) in shards.iter().enumerate() {
-        let name = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
-        write(&name, part)?;
-        weight_map.extend(part.iter().map(|(tensor, _)| (tensor.clone(), name.clone())));
-    }
-    let total: usize = tensors.iter().map(|(_, t)| t.numel() * kind.elt_size_in_bytes()).sum();
-    let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-    let path = folder.join("model.safetensors.index.json");
-    std::fs::write(&path, index.to_string()).map_err(|source| ModelError::Io { path, source })
+/// Tensors by name and shape.
+type NamedShapes = Vec<(String, Vec<i64>)>;
+
+/// Weights of a Hugging Face folder on their way to disk, tensor by tensor, in files of at most [`SHARD_BYTES`].
+pub struct WeightsWriter {
+    folder: PathBuf,
+    kind: Kind,
+    /// Files still to begin, last first.
+    files: Vec<(String, NamedShapes)>,
+    /// The file being written, and how many of its tensors are still to come.
+    current: Option<(PathBuf, TensorWriter, usize)>,
+    /// Where there are several files.
+    index: Option<Value>,
 }
 
-/// Parts of at most [`SHARD_BYTES`] in `kind`, in order.
-fn split_into_shards(tensors: &[(String, Tensor)], kind: Kind) -> Vec<&[(String, Tensor)]> {
+impl WeightsWriter {
+    fn create(folder: &Path, weights: &[(String, Vec<i64>)], kind: Kind) -> Result<WeightsWriter> {
+        let bytes = |shape: &[i64]| shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
+        let shards = split_into_shards(weights, bytes);
+        let name = |index: usize| match shards.len() {
+            1 => "model.safetensors".to_string(),
+            count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
+        };
+        let mut files: Vec<_> = shards.iter().enumerate().map(|(index, part)| (name(index), part.to_vec())).collect();
+        let index = (files.len() > 1).then(|| {
+            let of_file = |(file, part): &(String, NamedShapes)| {
+                part.iter().map(|(tensor, _)| (tensor.clone(), file.clone())).collect::<Vec<_>>()
+            };
+            let weight_map: BTreeMap<String, String> = files.iter().flat_map(of_file).collect();
+            let total: usize = weights.iter().map(|(_, shape)| bytes(shape)).sum();
+            json!({"metadata": {"total_size": total}, "weight_map": weight_map})
+        });
+        files.reverse();
+        Ok(WeightsWriter { folder: folder.into(), kind, files, current: None, index })
+    }
+
+    /// Writes the next tensor, converted to the folder's dtype.
+    ///
+    /// # Panics
+    /// It is not the one announced.
+    pub fn write(&mut self, name: &str, tensor: &Tensor) -> Result<()> {
+        if self.current.is_none() {
+            let (file, part) = self.files.pop().expect("a tensor that was announced");
+            let path = self.folder.join(file);
+            let writer = TensorWriter::create(&path, &part, self.kind, &[("format", "pt".into())])
+                .map_err(|source| ModelError::Write { path: path.clone(), source })?;
+            self.current = Some((path, writer, part.len()));
+        }
+        let (path, mut writer, left) = self.current.take().expect("opened above");
+        let failed = |source| ModelError::Write { path: path.clone(), source };
+        writer.write(name, tensor).map_err(failed)?;
+        match left {
+            1 => writer.finish().map_err(failed)?,
+            _ => self.current = Some((path, writer, left - 1)),
+        }
+        Ok(())
+    }
+
+    /// Writes the index, where there are several files.
+    ///
+    /// # Panics
+    /// A tensor announced was not written.
+    pub fn finish(self) -> Result<()> {
+        assert!(self.files.is_empty() && self.current.is_none(), "tensors announced and not written");
+        let Some(index) = &self.index else { return Ok(()) };
+        let path = self.folder.join("model.safetensors.index.json");
+        std::fs::write(&path, index.to_string()).map_err(|source| ModelError::Io { path, source })
+    }
+}
+
+/// Parts of at most [`SHARD_BYTES`], in order.
+fn split_into_shards(weights: &[(String, Vec<i64>)], bytes: impl Fn(&[i64]) -> usize) -> Vec<&[(String, Vec<i64>)]> {
     let (mut begin, mut used) = (0, 0);
     let mut shards = Vec::new();
-    for (index, (_, tensor)) in tensors.iter().enumerate() {
-        let bytes = tensor.numel() * kind.elt_size_in_bytes();
-        if used + bytes > SHARD_BYTES && used > 0 {
-            shards.push(&tensors[begin..index]);
+    for (index, (_, shape)) in weights.iter().enumerate() {
+        if used + bytes(shape) > SHARD_BYTES && used > 0 {
+            shards.push(&weights[begin..index]);
             (begin, used) = (index, 0);
         }
-        used += bytes;
+        used += bytes(shape);
     }
-    shards.push(&tensors[begin..]);
+    shards.push(&weights[begin..]);
     shards
 }
 

@@ -10,11 +10,16 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-pub(crate) const FREE_KEYS: [&str; 8] = [
+pub(crate) const FREE_KEYS: [&str; 13] = [
     "name",
     "train.steps",
     "train.epochs",
     "train.eval_every_steps",
+    "train.tokens_per_micro_batch",
+    "generation.*",
+    "reward.url",
+    "reward.timeout_s",
+    "reward.retries",
     "checkpoint.*",
     "eval.*",
     "placement.*",

@@ -9,7 +9,7 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{PolicyOutput, TrainingState, forward_rows};
+use echelon_core::zero::{PolicyOutput, TrainingState};
 use echelon_models::chat_template::Message;
 use echelon_models::config::HeadKind;
 use echelon_models::tokenizer::Tokenizer;
@@ -58,11 +58,11 @@ impl Learner for LanguageModel {
         Ok(metrics)
     }
 
-    fn evaluate(&self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
+    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
         let mut sum = 0.0;
-        let policy = (&self.policy.model, &self.policy.head);
-        forward_rows(policy, &self.policy.pass, rows, interrupt, |indices, output| {
-            let mask = rows.select(indices).mask.to_device(self.policy.pass.device);
+        let device = self.policy.pass.device;
+        self.policy.forward_rows(rows, interrupt, |indices, output| {
+            let mask = rows.select(indices).mask.to_device(device);
             sum -= masked_sum(&output.logprobs().to_kind(Kind::Double), &mask).double_value(&[]);
         })?;
         let loss = sum / rows.mask.sum(Kind::Double).double_value(&[]);

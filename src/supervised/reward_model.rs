@@ -8,7 +8,7 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{ScalarValues, TrainingState, forward_rows};
+use echelon_core::zero::{ScalarValues, TrainingState};
 use echelon_models::chat_template::Message;
 use echelon_models::config::HeadKind;
 use echelon_models::head::ScalarRows;
@@ -49,10 +49,9 @@ impl RewardModel {
     }
 
     /// `[2P]` f64 scores: chosen and rejected in turn.
-    fn scores(&self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Tensor> {
+    fn scores(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Tensor> {
         let mut parts = Vec::new();
-        let model = (&self.scorer.model, &self.scorer.head);
-        forward_rows(model, &self.scorer.pass, rows, interrupt, |_, output| {
+        self.scorer.forward_rows(rows, interrupt, |_, output| {
             parts.push(output.values().to_device(Device::Cpu).to_kind(Kind::Double));
         })?;
         Ok(Tensor::cat(&parts, 0))
@@ -75,7 +74,7 @@ impl Learner for RewardModel {
         Ok(metrics)
     }
 
-    fn evaluate(&self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
+    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
         let scores = self.scores(rows, interrupt)?;
         let pairs = scores.view([-1, 2]);
         let margin = pairs.select(1, 0) - pairs.select(1, 1);

@@ -3,15 +3,20 @@
 //!
 //! A unit's parameters form one flat buffer, tensors on 64-byte boundaries, matrices first; the model's own tensors
 //! are views of it. Backward passes add into the flat gradient, the optimizer steps on the flat buffers.
+//!
+//! Over several ranks, [`Sharding`] says what is divided. A unit's parameters are gathered when a pass comes to it and
+//! released behind it; its gradients are handed to their ranks as soon as its backward pass is over.
 
 mod flat;
 mod optimizer;
 mod pass;
+mod sharding;
 mod state_file;
 mod trainable;
 
 pub use flat::{FlatUnit, ParamWithGrad};
-pub use optimizer::{OptimizerConfig, StepReport, TrainingState};
-pub use pass::{Backbone, Head, forward, forward_backward};
-pub use state_file::{StateFileError, TensorFile, write_tensors, write_tensors_as};
+pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
+pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
+pub use sharding::{Sharding, ZeroStage};
+pub use state_file::{StateFileError, TensorFile, TensorWriter, write_tensors};
 pub use trainable::{PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, stack_rows};

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
 
 use super::flat::{FlatUnit, ParamWithGrad};
+use super::pass::Units;
+use super::sharding::Sharding;
 use crate::error::{Error, Result};
 use crate::role::Role;
 use crate::shape::ModelShape;
@@ -27,7 +29,7 @@ pub struct StepReport {
     pub grad_norm: f64,
 }
 
-/// Weights, gradients and AdamW state of one role on one rank.
+/// Weights, gradients and AdamW state of one role on one rank: all of it, or this rank's part.
 pub struct TrainingState {
     role: Role,
     units: Vec<FlatUnit>,
@@ -35,13 +37,39 @@ pub struct TrainingState {
     /// Optimizer steps taken.
     pub steps: u64,
     config: OptimizerConfig,
+    sharding: Sharding,
+    /// The unit whose gradients are on their way to their ranks.
+    reducing: Option<usize>,
+    head_units: Vec<usize>,
 }
 
+/// What the optimizer keeps of its part of a unit.
 struct Moments {
-    /// Full-precision weights where the compute dtype is lower; else the weights are the master.
+    /// Full-precision weights where the compute dtype is lower or they live in host memory; else the weights themselves.
     master: Option<Tensor>,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+}
+
+/// The tensors of a training state by what they are; each has the shape of its parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatePart {
+    Weights,
+    ExpAvg,
+    ExpAvgSq,
+}
+
+impl StatePart {
+    /// All, in the order of a checkpoint.
+    pub const ALL: [StatePart; 3] = [StatePart::Weights, StatePart::ExpAvg, StatePart::ExpAvgSq];
+
+    fn name(self) -> &'static str {
+        match self {
+            StatePart::Weights => "weights",
+            StatePart::ExpAvg => "exp_avg",
+            StatePart::ExpAvgSq => "exp_avg_sq",
+        }
+    }
 }
 
 impl TrainingState {
@@ -51,18 +79,22 @@ impl TrainingState {
         shape: &ModelShape,
         config: OptimizerConfig,
         (kind, device): (Kind, Device),
+        sharding: &Sharding,
         load: &mut dyn FnMut(&str) -> Result<Tensor>,
     ) -> Result<TrainingState> {
         let mut units = Vec::new();
         let mut moments = Vec::new();
         for unit in &shape.units {
-            let flat = FlatUnit::new(unit, kind, device, load)?;
-            let master = (flat.grads.kind() != kind).then(|| master_of(&flat, load)).transpose()?;
-            let zeros = || shim::zeros_on_demand(flat.grads.size()[0], flat.grads.kind(), device);
-            moments.push(Moments { master, exp_avg: zeros()?, exp_avg_sq: zeros()? });
+            let flat = FlatUnit::new(unit, sharding, (kind, device), load)?;
+            moments.push(Moments::new(&flat, sharding.offload, load)?);
             units.push(flat);
         }
-        Ok(TrainingState { role, units, moments, steps: 0, config })
+        let last = units.len() - 1;
+        // A head without a matrix of its own reads the embedding's.
+        let own_head = shape.units[last].params.iter().any(|param| param.shape.len() > 1);
+        let head_units = if own_head { vec![last] } else { vec![0, last] };
+        let sharding = sharding.clone();
+        Ok(TrainingState { role, units, moments, steps: 0, config, sharding, reducing: None, head_units })
     }
 
     /// Every parameter by name: what the model is built from.
@@ -70,95 +102,202 @@ impl TrainingState {
         self.units.iter().flat_map(FlatUnit::params).collect()
     }
 
-    /// Adds gradients of a lower-precision backward pass to the accumulated ones.
-    pub fn absorb_grads(&mut self) -> Result<()> {
-        self.units.iter_mut().try_for_each(FlatUnit::absorb_grads)
+    /// The dtype of what the optimizer keeps: f32, or f64 when computing in f64.
+    pub fn kind(&self) -> Kind {
+        self.units.first().map_or(Kind::Float, FlatUnit::accumulate_kind)
     }
 
-    pub fn zero_grads(&mut self) {
-        tch::no_grad(|| self.units.iter_mut().for_each(|unit| drop(unit.grads.zero_())));
+    pub fn sharding(&self) -> &Sharding {
+        &self.sharding
     }
 
-    /// Clips the accumulated gradients by their global norm, takes one AdamW step at `lr`, and clears them.
+    /// # Errors
+    /// What an operation in flight failed with.
+    pub fn zero_grads(&mut self) -> Result<()> {
+        self.reducing = None;
+        self.units.iter_mut().try_for_each(FlatUnit::zero_grads)
+    }
+
+    /// Sums the gradients over ranks, clips them by their global norm, takes one AdamW step at `lr`, and clears them.
+    /// Every rank calls this.
     ///
     /// # Errors
     /// [`Error::NonFinite`] when the norm is not finite; nothing has moved then, and the gradients are cleared.
     pub fn step(&mut self, lr: f64) -> Result<StepReport> {
         let _guard = tch::no_grad_guard();
-        let grad_norm = self.grad_norm();
+        self.finish_reduce()?;
+        let grads: Vec<Tensor> = self.units.iter_mut().map(FlatUnit::summed_grads).collect::<Result<_>>()?;
+        let grad_norm = self.norm_of(&grads)?;
         if !grad_norm.is_finite() {
-            self.zero_grads();
-            let what = "the gradient norm";
-            return Err(Error::NonFinite { role: self.role, what, value: grad_norm, optimizer_step: self.steps + 1 });
+            return Err(self.refuse("the gradient norm", grad_norm));
         }
         let limit = self.config.max_grad_norm;
         let scale = if limit > 0.0 { (limit / (grad_norm + 1e-6)).min(1.0) } else { 1.0 };
         self.steps += 1;
-        let device = self.units.first().map_or(Device::Cpu, |unit| unit.weights.device());
-        let step = Tensor::from(self.steps as f32).to_device(device);
-        for (unit, moments) in self.units.iter_mut().zip(&mut self.moments) {
+        for ((unit, moments), grads) in self.units.iter_mut().zip(&self.moments).zip(grads) {
             if scale < 1.0 {
-                let _ = unit.grads.f_mul_scalar_(scale)?;
+                let _ = grads.shallow_clone().f_mul_scalar_(scale)?;
             }
-            adamw(unit, moments, &step, lr, &self.config)?;
+            adamw(unit, moments, &grads, (self.steps, lr), &self.config)?;
             if let Some(master) = &moments.master {
-                unit.weights.f_copy_(master)?;
+                unit.weights_shard.f_copy_(master)?;
             }
-            let _ = unit.grads.zero_();
+            unit.spread_weights()?;
+            unit.zero_grads()?;
         }
         Ok(StepReport { grad_norm })
     }
 
-    /// L2 norm of all accumulated gradients.
-    pub fn grad_norm(&self) -> f64 {
-        self.units.iter().map(|unit| sum_of_squares(&unit.grads)).sum::<f64>().sqrt()
+    /// Refuses an optimizer step: what was accumulated is cleared.
+    pub fn refuse(&mut self, what: &'static str, value: f64) -> Error {
+        match self.zero_grads() {
+            Ok(()) => Error::NonFinite { role: self.role, what, value, optimizer_step: self.steps + 1 },
+            Err(error) => error,
+        }
     }
 
-    /// Every tensor of the state, named `<part>.<parameter>` with part `weights`, `exp_avg` or `exp_avg_sq`: views, no copy.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let mut tensors = Vec::new();
+    /// L2 norm over all ranks' parts.
+    fn norm_of(&self, grads: &[Tensor]) -> Result<f64> {
+        let mine: f64 = grads.iter().map(sum_of_squares).sum();
+        let total = if self.sharding.optimizer() { self.sharding.group.sum("gradient norm", mine)? } else { mine };
+        Ok(total.sqrt())
+    }
+
+    fn finish_reduce(&mut self) -> Result<()> {
+        self.reducing.take().map_or(Ok(()), |unit| self.units[unit].finish_reduce())
+    }
+
+    /// Names and shapes of the tensors that [`TrainingState::visit`] gives, in its order.
+    pub fn names(&self, parts: &[StatePart]) -> Vec<(String, Vec<i64>)> {
+        let of_unit = |unit: &FlatUnit| {
+            let params = unit.shape.params.clone();
+            parts
+                .iter()
+                .flat_map(move |part| {
+                    params.clone().into_iter().map(move |p| (format!("{}.{}", part.name(), p.name), p.shape))
+                })
+                .collect::<Vec<_>>()
+        };
+        self.units.iter().flat_map(of_unit).collect()
+    }
+
+    /// Gives every tensor of the state, `<part>.<parameter>`, a unit at a time: whole, whoever keeps its parts. Every rank
+    /// calls this, and gets the same.
+    pub fn visit(&self, parts: &[StatePart], each: &mut dyn FnMut(&str, &Tensor) -> Result<()>) -> Result<()> {
+        let _guard = tch::no_grad_guard();
         for (unit, moments) in self.units.iter().zip(&self.moments) {
-            let weights = moments.master.as_ref().unwrap_or(&unit.weights);
-            for (part, flat) in
-                [("weights", weights), ("exp_avg", &moments.exp_avg), ("exp_avg_sq", &moments.exp_avg_sq)]
-            {
+            for &part in parts {
+                let whole = unit.whole(moments.part(part, unit))?;
                 for (index, param) in unit.shape.params.iter().enumerate() {
-                    tensors.push((format!("{part}.{}", param.name), unit.view_of(flat, index)));
+                    each(&format!("{}.{}", part.name(), param.name), &unit.view_of(&whole, index))?;
                 }
             }
         }
-        tensors
+        Ok(())
     }
 
-    /// Takes up the state that [`TrainingState::tensors`] named; `load` gives each tensor by that name.
+    /// Every tensor of the state at once: views where this rank keeps them whole.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut tensors = Vec::new();
+        self.visit(&StatePart::ALL, &mut |name, tensor| {
+            tensors.push((name.to_string(), tensor.shallow_clone()));
+            Ok(())
+        })?;
+        Ok(tensors)
+    }
+
+    /// Takes up the state that [`TrainingState::visit`] named; `load` gives each tensor by that name. Each rank reads its
+    /// part alone.
     pub fn restore(&mut self, steps: u64, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        for (name, mut tensor) in self.tensors() {
-            tensor.f_copy_(&load(&name)?)?;
-        }
         for (unit, moments) in self.units.iter_mut().zip(&self.moments) {
-            if let Some(master) = &moments.master {
-                unit.weights.f_copy_(master)?;
+            for part in StatePart::ALL {
+                let mut named = |name: &str| load(&format!("{}.{name}", part.name()));
+                unit.fill(moments.part(part, unit), &unit.part(), &mut named)?;
             }
+            if let Some(master) = &moments.master {
+                unit.weights_shard.f_copy_(master)?;
+            }
+            unit.spread_weights()?;
         }
         self.steps = steps;
         Ok(())
     }
 
-    /// Bytes of weights, gradients, master copy and moments.
+    /// Bytes of weights, gradients, master copy and moments that this rank keeps between passes.
     pub fn bytes(&self) -> usize {
+        self.units.iter().map(FlatUnit::bytes).sum::<usize>() + self.moments.iter().map(Moments::bytes).sum::<usize>()
+    }
+}
+
+impl Units for TrainingState {
+    fn head_units(&self) -> &[usize] {
+        &self.head_units
+    }
+
+    fn prefetch(&mut self, unit: usize) -> Result<()> {
+        self.units[unit].prefetch()
+    }
+
+    fn gather(&mut self, unit: usize) -> Result<()> {
+        self.sharding.group.made_progress();
+        self.units[unit].gather()
+    }
+
+    fn release(&mut self, unit: usize) -> Result<()> {
+        self.units[unit].release()
+    }
+
+    fn open_grads(&mut self, unit: usize) -> Result<()> {
+        if self.reducing == Some(unit) {
+            self.finish_reduce()?; // of the micro-batch before
+        }
+        self.units[unit].open_grads()
+    }
+
+    fn reduce(&mut self, unit: usize) -> Result<()> {
+        self.finish_reduce()?;
+        self.units[unit].reduce()?;
+        self.reducing = Some(unit);
+        Ok(())
+    }
+
+    fn agree(&self, passes: usize) -> Result<usize> {
+        let together = self.sharding.gradients();
+        Ok(if together { self.sharding.group.max("micro-batches", passes as i64)? as usize } else { passes })
+    }
+}
+
+impl Moments {
+    fn new(unit: &FlatUnit, offload: bool, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Moments> {
+        let (part, kind, device) = (unit.part(), unit.accumulate_kind(), unit.weights.device());
+        let on_host = offload && device != Device::Cpu;
+        let length = part.end - part.start;
+        let zeros = || -> Result<Tensor> {
+            let zeros = shim::zeros_on_demand(length, kind, if on_host { Device::Cpu } else { device })?;
+            Ok(if on_host { zeros.f_pin_memory(device)? } else { zeros })
+        };
+        let master = if on_host || unit.weights.kind() != kind {
+            let master = zeros()?;
+            unit.fill(&master, &part, load)?;
+            Some(master)
+        } else {
+            None
+        };
+        Ok(Moments { master, exp_avg: zeros()?, exp_avg_sq: zeros()? })
+    }
+
+    fn part<'a>(&'a self, part: StatePart, unit: &'a FlatUnit) -> &'a Tensor {
+        match part {
+            StatePart::Weights => self.master.as_ref().unwrap_or(&unit.weights_shard),
+            StatePart::ExpAvg => &self.exp_avg,
+            StatePart::ExpAvgSq => &self.exp_avg_sq,
+        }
+    }
+
+    fn bytes(&self) -> usize {
         let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        self.units
-            .iter()
-            .zip(&self.moments)
-            .map(|(unit, m)| {
-                of(&unit.weights)
-                    + of(&unit.grads)
-                    + of(&m.exp_avg)
-                    + of(&m.exp_avg_sq)
-                    + m.master.as_ref().map_or(0, of)
-            })
-            .sum()
+        of(&self.exp_avg) + of(&self.exp_avg_sq) + self.master.as_ref().map_or(0, of)
     }
 }
 
@@ -173,34 +312,25 @@ fn sum_of_squares(flat: &Tensor) -> f64 {
     squares + rest.double_value(&[]).powi(2)
 }
 
-fn master_of(unit: &FlatUnit, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Tensor> {
-    let master = unit.grads.zeros_like();
-    for (index, param) in unit.shape.params.iter().enumerate() {
-        let loaded = load(&param.name)?;
-        tch::no_grad(|| {
-            unit.view_of(&master, index).f_copy_(&loaded.f_reshape(param.shape.as_slice())?).map_err(Error::from)
-        })?;
-    }
-    Ok(master)
-}
-
-/// Two calls at most: weight decay spares vectors, which stand after the matrices.
-fn adamw(unit: &FlatUnit, moments: &Moments, step: &Tensor, lr: f64, config: &OptimizerConfig) -> Result<()> {
-    let weights = moments.master.as_ref().unwrap_or(&unit.weights);
-    let length = unit.grads.size()[0];
-    let split = if config.weight_decay == 0.0 { 0 } else { unit.decayed };
+/// Where the moments live; two calls at most: weight decay spares vectors, which stand after the matrices.
+fn adamw(
+    unit: &FlatUnit,
+    moments: &Moments,
+    grads: &Tensor,
+    (step, lr): (u64, f64),
+    config: &OptimizerConfig,
+) -> Result<()> {
+    let weights = moments.part(StatePart::Weights, unit);
+    let device = weights.device();
+    let (grads, step) = (grads.f_to_device(device)?, Tensor::from(step as f32).f_to_device(device)?);
+    let length = grads.size()[0];
+    let split = if config.weight_decay == 0.0 { 0 } else { unit.decayed_in_part() };
     for (start, end, weight_decay) in [(0, split, config.weight_decay), (split, length, 0.0)] {
         if end > start {
             let part = |flat: &Tensor| flat.narrow(0, start, end - start);
             let with = AdamWStep { lr, betas: config.betas, eps: config.eps, weight_decay };
-            shim::fused_adamw(
-                &part(weights),
-                &part(&unit.grads),
-                &part(&moments.exp_avg),
-                &part(&moments.exp_avg_sq),
-                step,
-                with,
-            )?;
+            let (exp_avg, exp_avg_sq) = (part(&moments.exp_avg), part(&moments.exp_avg_sq));
+            shim::fused_adamw(&part(weights), &part(&grads), &exp_avg, &exp_avg_sq, &step, with)?;
         }
     }
     Ok(())

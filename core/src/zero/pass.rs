@@ -34,41 +34,106 @@ pub trait Head {
     fn backward(&self, hidden: &Tensor, batch: &PackedRows, output: &Self::Output) -> Result<Tensor>;
 }
 
-/// The head's output without a graph.
-pub fn forward<B: Backbone, H: Head>(model: &B, head: &H, batch: &PackedRows) -> Result<H::Output> {
-    let _guard = tch::no_grad_guard();
-    let context = model.context(batch);
-    let mut hidden = model.embed(batch);
-    for index in 0..model.num_layers() {
-        hidden = model.layer(index, &hidden, batch, &context);
+/// What a pass does to the units it goes through: nothing where they are whole, collectives where they are divided. Unit
+/// 0 is the embedding, unit i + 1 layer i, the last the final norm with the head.
+pub trait Units {
+    /// The units that norm and head read.
+    fn head_units(&self) -> &[usize];
+    /// Begins to bring a unit's weights.
+    fn prefetch(&mut self, unit: usize) -> Result<()>;
+    /// A unit's weights are here when this returns.
+    fn gather(&mut self, unit: usize) -> Result<()>;
+    fn release(&mut self, unit: usize) -> Result<()>;
+    /// Room for a unit's gradients is here when this returns.
+    fn open_grads(&mut self, unit: usize) -> Result<()>;
+    /// All gradients of a unit are there.
+    fn reduce(&mut self, unit: usize) -> Result<()>;
+    /// How many passes all ranks make when this one has `passes`.
+    fn agree(&self, passes: usize) -> Result<usize>;
+}
+
+/// A model that is whole on this rank and does not learn.
+#[derive(Debug)]
+pub struct WholeModel;
+
+impl Units for WholeModel {
+    fn head_units(&self) -> &[usize] {
+        &[]
     }
+    fn prefetch(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+    fn gather(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+    fn release(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+    fn open_grads(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+    fn reduce(&mut self, _unit: usize) -> Result<()> {
+        Ok(())
+    }
+    fn agree(&self, passes: usize) -> Result<usize> {
+        Ok(passes)
+    }
+}
+
+/// The head's output without a graph, of a model that is whole on this rank.
+pub fn forward<B: Backbone, H: Head>(model: &B, head: &H, batch: &PackedRows) -> Result<H::Output> {
+    forward_units(&mut WholeModel, (model, head), batch)
+}
+
+/// The head's output without a graph.
+pub fn forward_units<B: Backbone, H: Head>(
+    units: &mut dyn Units,
+    (model, head): (&B, &H),
+    batch: &PackedRows,
+) -> Result<H::Output> {
+    let _guard = tch::no_grad_guard();
+    let layers = model.num_layers();
+    let context = model.context(batch);
+    let mut hidden = through(units, 0, 1, |_| model.embed(batch))?;
+    for index in 0..layers {
+        hidden = through(units, index + 1, index + 2, |_| model.layer(index, &hidden, batch, &context))?;
+    }
+    gather_head(units)?;
     let wanted = model.norm(&hidden.index_select(0, &head.rows(batch)));
-    head.forward(&wanted, batch, false)
+    let output = head.forward(&wanted, batch, false);
+    release_head(units)?;
+    output
 }
 
 /// Runs `loss` on the head's output and adds the gradients of every unit to its accumulators; returns the loss.
 ///
 /// With `recompute` (activation checkpointing) a layer keeps only its input and runs again in the backward pass.
 pub fn forward_backward<B: Backbone, H: Head>(
-    model: &B,
-    head: &H,
+    units: &mut dyn Units,
+    (model, head): (&B, &H),
     batch: &PackedRows,
     recompute: bool,
     loss: impl FnOnce(&H::Output) -> Result<Tensor>,
 ) -> Result<f64> {
+    let layers = model.num_layers();
     let context = model.context(batch);
-    let embedded = model.embed(batch);
+    let embedded = through(units, 0, 1, |_| model.embed(batch))?;
     let mut hidden = embedded.detach();
-    let mut saved: Vec<(Tensor, Option<Tensor>)> = Vec::with_capacity(model.num_layers());
-    for index in 0..model.num_layers() {
+    let mut saved: Vec<(Tensor, Option<Tensor>)> = Vec::with_capacity(layers);
+    for index in 0..layers {
         let input = hidden.detach().set_requires_grad(true);
-        let run = || model.layer(index, &input, batch, &context);
-        let output = if recompute { tch::no_grad(run) } else { run() };
+        let run = |_: &mut dyn Units| model.layer(index, &input, batch, &context);
+        let run = |units: &mut dyn Units| if recompute { tch::no_grad(|| run(units)) } else { run(units) };
+        let output = through(units, index + 1, index + 2, run)?;
         hidden = output.detach();
         saved.push((input, (!recompute).then_some(output)));
     }
 
     let last = hidden.detach().set_requires_grad(true);
+    gather_head(units)?;
+    for &unit in &units.head_units().to_vec() {
+        units.open_grads(unit)?;
+    }
     let wanted = model.norm(&last.index_select(0, &head.rows(batch)));
     let value = {
         let leaf = wanted.detach();
@@ -79,13 +144,71 @@ pub fn forward_backward<B: Backbone, H: Head>(
         shim::backward_from(&wanted, &gradient)?;
         loss.double_value(&[])
     };
+    release_head(units)?;
+    units.reduce(layers + 1)?;
 
     let mut gradient = last.grad();
     while let Some((input, output)) = saved.pop() {
-        let output = output.unwrap_or_else(|| model.layer(saved.len(), &input, batch, &context));
+        let index = saved.len();
+        units.gather(index + 1)?;
+        if index > 0 {
+            units.prefetch(index)?;
+        }
+        units.open_grads(index + 1)?;
+        let output = output.unwrap_or_else(|| model.layer(index, &input, batch, &context));
         shim::backward_from(&output, &gradient)?;
+        drop(output);
         gradient = input.grad();
+        units.release(index + 1)?;
+        units.reduce(index + 1)?;
     }
+    units.open_grads(0)?;
     shim::backward_from(&embedded, &gradient)?;
+    units.reduce(0)?;
     Ok(value)
+}
+
+/// The collectives of a pass without its work: for a rank that has no micro-batch left while others have.
+pub fn idle_pass(units: &mut dyn Units, layers: usize, learn: bool) -> Result<()> {
+    for unit in 0..=layers {
+        through(units, unit, unit + 1, |_| ())?;
+    }
+    gather_head(units)?;
+    let head_units = units.head_units().to_vec();
+    release_head(units)?;
+    if !learn {
+        return Ok(());
+    }
+    for unit in head_units {
+        units.open_grads(unit)?;
+    }
+    units.reduce(layers + 1)?;
+    for unit in (1..=layers).rev() {
+        units.gather(unit)?;
+        if unit > 1 {
+            units.prefetch(unit - 1)?;
+        }
+        units.open_grads(unit)?;
+        units.release(unit)?;
+        units.reduce(unit)?;
+    }
+    units.open_grads(0)?;
+    units.reduce(0)
+}
+
+/// Runs one unit with its weights here, and the next one's on their way.
+fn through<T>(units: &mut dyn Units, unit: usize, next: usize, run: impl FnOnce(&mut dyn Units) -> T) -> Result<T> {
+    units.gather(unit)?;
+    units.prefetch(next)?;
+    let output = run(units);
+    units.release(unit)?;
+    Ok(output)
+}
+
+fn gather_head(units: &mut dyn Units) -> Result<()> {
+    units.head_units().to_vec().into_iter().try_for_each(|unit| units.gather(unit))
+}
+
+fn release_head(units: &mut dyn Units) -> Result<()> {
+    units.head_units().to_vec().into_iter().try_for_each(|unit| units.release(unit))
 }

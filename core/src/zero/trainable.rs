@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::optimizer::{StepReport, TrainingState};
-use super::pass::{Backbone, Head, forward, forward_backward};
+use super::pass::{Backbone, Head, Units, WholeModel, forward_backward, forward_units, idle_pass};
 use crate::error::Result;
 use crate::pack::PackedRows;
 use crate::progress::Interrupt;
@@ -24,35 +24,99 @@ pub struct Trainable<B, H> {
     pub model: B,
     pub head: H,
     pub pass: PassConfig,
+    /// Passes that the other ranks make beyond this one's.
+    idle: usize,
+    /// A loss of this mini-batch that was not finite.
+    bad_loss: Option<f64>,
 }
 
 impl<B: Backbone, H: Head> Trainable<B, H> {
-    /// Adds the gradients of `loss` on one micro-batch to the accumulated ones; returns the loss.
+    pub fn new(state: TrainingState, model: B, head: H, pass: PassConfig) -> Trainable<B, H> {
+        Trainable { state, model, head, pass, idle: 0, bad_loss: None }
+    }
+
+    /// The micro-batches of this rank's rows, as row indices, and agrees with the other ranks on their number: call
+    /// [`Trainable::forward_backward`] for each, then [`Trainable::optimizer_step`].
+    pub fn micro_batches(&mut self, lengths: &[i64]) -> Result<Vec<Vec<i64>>> {
+        let batches = micro_batches(lengths, self.pass.tokens_per_micro_batch);
+        self.agree_on(batches)
+    }
+
+    /// [`Trainable::micro_batches`] with batches made elsewhere.
+    pub fn agree_on(&mut self, batches: Vec<Vec<i64>>) -> Result<Vec<Vec<i64>>> {
+        self.idle = self.state.agree(batches.len())? - batches.len();
+        Ok(batches)
+    }
+
+    /// Runs rows through the model without a graph, a micro-batch at a time, in the order of the rows.
+    pub fn forward_rows(
+        &mut self,
+        rows: &Tokens,
+        interrupt: &Interrupt,
+        each: impl FnMut(&[i64], H::Output),
+    ) -> Result<()> {
+        rows_through(&mut self.state, (&self.model, &self.head), &self.pass, rows, interrupt, each)
+    }
+
+    /// Adds the gradients of `loss` on one micro-batch to the accumulated ones; returns the loss. One that is not finite
+    /// makes [`Trainable::optimizer_step`] refuse.
     pub fn forward_backward(&mut self, rows: &Tokens, loss: impl FnOnce(&H::Output) -> Result<Tensor>) -> Result<f64> {
         let packed = PackedRows::new(rows, self.pass.device);
-        let loss = forward_backward(&self.model, &self.head, &packed, self.pass.activation_checkpointing, loss)?;
-        self.state.absorb_grads()?;
+        let (model, recompute) = ((&self.model, &self.head), self.pass.activation_checkpointing);
+        let loss = forward_backward(&mut self.state, model, &packed, recompute, loss)?;
+        if !loss.is_finite() {
+            self.bad_loss = Some(loss);
+        }
         Ok(loss)
     }
 
-    /// Clip, AdamW at `lr`, clear.
+    /// Sum over ranks, clip, AdamW at `lr`, clear.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] on every rank when a loss of any rank or the gradient norm is not finite: nothing has moved.
+    ///
+    /// [`Error::NonFinite`]: crate::Error::NonFinite
     pub fn optimizer_step(&mut self, lr: f64) -> Result<StepReport> {
+        for _ in 0..std::mem::take(&mut self.idle) {
+            idle_pass(&mut self.state, self.model.num_layers(), true)?;
+        }
+        let bad = self.bad_loss.take();
+        let group = self.state.sharding().group.clone();
+        if group.sum("finite losses", f64::from(u8::from(bad.is_some())))? > 0.0 {
+            return Err(self.state.refuse("the loss", bad.unwrap_or(f64::NAN)));
+        }
         self.state.step(lr)
     }
 }
 
-/// Runs rows through a model without a graph, a micro-batch at a time, in the order of the rows.
+/// Runs rows through a model that is whole on this rank and does not learn, a micro-batch at a time, in the order of the
+/// rows.
 pub fn forward_rows<B: Backbone, H: Head>(
+    model: (&B, &H),
+    pass: &PassConfig,
+    rows: &Tokens,
+    interrupt: &Interrupt,
+    each: impl FnMut(&[i64], H::Output),
+) -> Result<()> {
+    rows_through(&mut WholeModel, model, pass, rows, interrupt, each)
+}
+
+fn rows_through<B: Backbone, H: Head>(
+    units: &mut dyn Units,
     (model, head): (&B, &H),
     pass: &PassConfig,
     rows: &Tokens,
     interrupt: &Interrupt,
     mut each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
-    for batch in micro_batches(&rows.lengths, pass.tokens_per_micro_batch) {
+    let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
+    for batch in &batches {
         interrupt.check()?;
-        let packed = PackedRows::new(&rows.select(&batch), pass.device);
-        each(&batch, forward(model, head, &packed)?);
+        let packed = PackedRows::new(&rows.select(batch), pass.device);
+        each(batch, forward_units(units, (model, head), &packed)?);
+    }
+    for _ in batches.len()..units.agree(batches.len())? {
+        idle_pass(units, model.num_layers(), false)?;
     }
     Ok(())
 }
