@@ -19,6 +19,7 @@ use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Tensor};
 
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
+use crate::ranks::Seat;
 
 /// The roles of one device. A role that is placed elsewhere is `None` here.
 pub struct DeviceRoles {
@@ -30,6 +31,7 @@ pub struct DeviceRoles {
     pub engine: Engine,
     pub tokenizer: Arc<Tokenizer>,
     pub held: Held,
+    pub seat: Seat,
     pub policy_version: u64,
     pub interrupt: Interrupt,
     pub progress: Arc<dyn Progress>,
@@ -102,7 +104,8 @@ impl DeviceRoles {
     /// Writes the batch of a refused optimizer step beside the run's other files and says where.
     fn keep_evidence(&self, error: Error, experience: &Experience) -> Error {
         let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
-        let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}.safetensors"));
+        let rank = if self.seat.is_alone() { String::new() } else { format!("-rank-{}", self.seat.rank) };
+        let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}{rank}.safetensors"));
         let named = |name: &str, tensor: &Tensor| (name.to_string(), tensor.shallow_clone());
         let mut tensors = vec![
             named("token_ids", &experience.tokens.token_ids),
@@ -180,15 +183,17 @@ fn size(tokens: &Tokens) -> [i64; 2] {
 
 impl Serve<Generate> for DeviceRoles {
     fn serve(&mut self, request: Generate) -> Result<Rollout> {
-        let actor = self.actor.as_ref().ok_or_else(|| not_here(Role::Actor))?;
+        let actor = self.actor.as_mut().ok_or_else(|| not_here(Role::Actor))?;
+        actor.policy.state.gather_all()?;
         let policy = echelon_generation::Policy {
             model: &actor.policy.model,
             head: actor.policy.head.weight(),
             tokenizer: Some(&self.tokenizer),
         };
         let (prompts, sampling) = (&request.prompts, &request.sampling);
-        let (sequences, report) =
-            self.engine.generate(policy, prompts, sampling, self.progress.as_ref(), &self.interrupt)?;
+        let generated = self.engine.generate(policy, prompts, sampling, self.progress.as_ref(), &self.interrupt);
+        actor.policy.state.release_all()?;
+        let (sequences, report) = generated?;
         Ok(Rollout::from_sequences(prompts, &sequences, self.policy_version, report))
     }
 }
@@ -308,6 +313,9 @@ impl Serve<Export> for DeviceRoles {
                 let actor = self.actor()?;
                 export(&actor.policy.state, HeadKind::Logits, &actor.folder, &folder, &[])?;
             }
+        }
+        if self.seat.rank > 0 {
+            return Ok(()); // the first rank writes
         }
         self.tokenizer.save(&folder).map_err(|error| Error::other("saving the tokenizer", error))
     }

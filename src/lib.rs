@@ -10,6 +10,7 @@ pub mod run;
 pub mod supervised;
 
 pub mod program;
+pub mod ranks;
 
 pub mod checkpoint;
 pub mod host;

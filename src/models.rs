@@ -51,7 +51,7 @@ pub fn trainable_policy(
     folder: &Path,
     random: Option<u64>,
     held: Held,
-    optimizer: OptimizerConfig,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
     temperature: f64,
 ) -> Result<Policy> {
     let config = DecoderConfig::read(folder)?;
@@ -62,12 +62,13 @@ pub fn trainable_policy(
         )));
     }
     let state = match random {
-        Some(seed) => state(role, &config, held, optimizer, &mut |name, shape| {
+        Some(seed) => state(role, &config, held, (optimizer, sharding), &mut |name, shape| {
             Ok(random_parameter(name, shape, config.initializer_range, seed))
         })?,
         None => {
             let checkpoint = Checkpoint::open(folder)?;
-            state(role, &config, held, optimizer, &mut |name, shape| Ok(checkpoint.tensor(name, shape)?))?
+            let mut load = |name: &str, shape: &[i64]| Ok(checkpoint.tensor(name, shape)?);
+            state(role, &config, held, (optimizer, sharding), &mut load)?
         }
     };
     let params = state.params();
@@ -85,7 +86,7 @@ pub fn trainable_scorer(
     random: Option<u64>,
     seed: u64,
     held: Held,
-    optimizer: OptimizerConfig,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
     reads: ScalarRows,
 ) -> Result<Scorer> {
     let config = DecoderConfig { head: HeadKind::Score, ..DecoderConfig::read(folder)? };
@@ -97,7 +98,7 @@ pub fn trainable_scorer(
         Tensor::from_slice(&values).view(shape)
     };
     let checkpoint = if random.is_some() { None } else { Some(Checkpoint::open(folder)?) };
-    let state = state(role, &config, held, optimizer, &mut |name, shape| match (&checkpoint, random) {
+    let state = state(role, &config, held, (optimizer, sharding), &mut |name, shape| match (&checkpoint, random) {
         (Some(checkpoint), _) if checkpoint.contains(name) || name != "score.weight" => {
             Ok(checkpoint.tensor(name, shape)?)
         }
@@ -118,14 +119,14 @@ fn state(
     role: Role,
     config: &DecoderConfig,
     held: Held,
-    optimizer: OptimizerConfig,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
     load: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
 ) -> Result<TrainingState> {
     let shape = config.shape();
     let shapes: std::collections::HashMap<&str, &[i64]> =
         shape.units.iter().flat_map(|unit| &unit.params).map(|p| (p.name.as_str(), p.shape.as_slice())).collect();
     let place = (held.kind, held.pass.device);
-    TrainingState::new(role, &shape, optimizer, place, &Sharding::whole(), &mut |name| load(name, shapes[name]))
+    TrainingState::new(role, &shape, optimizer, place, sharding, &mut |name| load(name, shapes[name]))
 }
 
 fn decoder_of(config: &DecoderConfig, params: &Params) -> Result<Decoder> {

@@ -11,6 +11,7 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::Worker;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::models::Held;
@@ -48,8 +49,10 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         let mut run = Run::prepare(recipe, folder, arguments.resume).await?;
         let outcome = run.steps().await;
-        run.wired.worker.stop();
-        let _ = (&mut run.wired.worker_task).await;
+        run.wired.workers.iter().for_each(Worker::stop);
+        for task in &mut run.wired.worker_tasks {
+            let _ = task.await;
+        }
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for
@@ -267,7 +270,19 @@ impl Run {
     /// The trained actor as a Hugging Face folder, the report, the last lines.
     async fn finish(&mut self, before: Option<Evaluation>, after: Option<Evaluation>) -> Result<(), Failure> {
         let actor = self.folder.join("actor");
-        self.wired.roles.actor.export(Export { role: Role::Actor, folder: actor.clone() }).await?;
+        // Beside its name first: a folder called `actor` is whole.
+        let unfinished = self.folder.join("actor.unfinished");
+        let moved = |result: std::io::Result<()>| {
+            result.map_err(|error| Failure::Other(format!("{}: {error}", actor.display())))
+        };
+        if unfinished.exists() {
+            moved(std::fs::remove_dir_all(&unfinished))?;
+        }
+        self.wired.roles.actor.export(Export { role: Role::Actor, folder: unfinished.clone() }).await?;
+        if actor.exists() {
+            moved(std::fs::remove_dir_all(&actor))?;
+        }
+        moved(std::fs::rename(&unfinished, &actor))?;
         let report = write_report(&self.folder)?;
         let reward = |evaluation: &Evaluation| (evaluation.mean_reward, evaluation.std_reward);
         self.terminal.summary(&Outcome {

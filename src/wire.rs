@@ -10,11 +10,10 @@ use echelon_algorithms::schedule::{Decay, LrSchedule};
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_algorithms::{kl, ppo};
 use echelon_core::device::{self, DeviceChoice};
-use echelon_core::progress::{Interrupt, Progress};
-use echelon_core::role::{
-    ActorGroup, CriticGroup, GeneratorGroup, ReferenceGroup, RewardGroup, Role, Roles, WorkerGroup,
-};
+use echelon_core::progress::{Interrupt, Progress, Unwatched};
+use echelon_core::role::{ActorRank, CriticRank, Endpoint, Role, Roles, WorkerGroup};
 use echelon_core::rollout::SamplingConfig;
+use echelon_core::verb::{Generate, Logprobs, Scores};
 use echelon_core::zero::{OptimizerConfig, PassConfig};
 use echelon_generation::{Engine, EngineConfig, check_budget};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -22,6 +21,7 @@ use echelon_models::head::ScalarRows;
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::{Worker, start_worker};
+use futures_util::future::try_join_all;
 use tch::{Device, Kind};
 
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
@@ -30,6 +30,7 @@ use crate::models::{
 };
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
+use crate::ranks::{Ranks, Seat};
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
 };
@@ -39,11 +40,12 @@ use crate::reward::{Source, WeightedSources, distinct_names, task_source};
 pub struct Wired {
     pub roles: Roles,
     pub ppo: PpoConfig,
-    pub worker: Worker<DeviceRoles>,
-    pub worker_task: tokio::task::JoinHandle<()>,
+    pub workers: Vec<Worker<DeviceRoles>>,
+    pub worker_tasks: Vec<tokio::task::JoinHandle<()>>,
 }
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
+#[derive(Clone)]
 pub struct ModelFolders {
     pub actor: PathBuf,
     pub critic: PathBuf,
@@ -109,14 +111,15 @@ pub fn held(compute: &Compute, devices: &Devices) -> Result<(Held, Option<String
         recipe::Device::Cpu => DeviceChoice::Cpu,
         recipe::Device::Cuda => DeviceChoice::Cuda,
     };
-    if devices.workers.fixed().is_some_and(|workers| workers > 1) || devices.nodes > 1 {
+    let chosen = device::choose(choice).map_err(Failure::input)?;
+    let workers = devices.workers.fixed().unwrap_or(1);
+    if devices.nodes > 1 || (workers > 1 && chosen.device != Device::Cpu) {
         return Err(Failure::Input(format!(
-            "placement: {} nodes with {} workers are asked for; runs use one device so far, --plan resolves larger recipes",
-            devices.nodes,
-            devices.workers.fixed().map_or("auto".into(), |workers| workers.to_string())
+            "placement: {} nodes with {workers} workers are asked for; runs use one GPU, or several workers on one machine's \
+             CPU, so far: --plan resolves larger recipes",
+            devices.nodes
         )));
     }
-    let chosen = device::choose(choice).map_err(Failure::input)?;
     let kind = match compute.dtype {
         Dtype::Float32 => Kind::Float,
         Dtype::Bfloat16 => Kind::BFloat16,
@@ -199,7 +202,8 @@ pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> Prom
     }
 }
 
-/// What the host is built from; crosses to the device thread.
+/// What a rank's roles are built from; crosses to its device thread.
+#[derive(Clone)]
 struct HostPlan {
     folders: ModelFolders,
     held: Held,
@@ -248,41 +252,62 @@ pub async fn wire(
         engine: engine_config(recipe),
         folders,
     };
-    let host_interrupt = interrupt.clone();
-    let build = move || build_host(plan, tokenizer, host_interrupt, progress, run_folder);
-    let (worker, worker_task) = start_worker("device 0", build).await.map_err(Failure::input)?;
+    let ranks = Ranks::plan(&recipe.train.compute, &recipe.placement.devices)?;
+    let starts = ranks.seats().into_iter().map(|seat| {
+        let (plan, tokenizer, run_folder) = (plan.clone(), tokenizer.clone(), run_folder.clone());
+        // Ranks stop together, between their calls: one that stopped alone would leave the others waiting.
+        let interrupt = if seat.is_alone() { interrupt.clone() } else { Interrupt::default() };
+        let progress = if seat.rank == 0 { progress.clone() } else { Arc::new(Unwatched) };
+        let build = move || build_host(plan, seat, tokenizer, interrupt, progress, run_folder);
+        async move { start_worker(&format!("device {}", seat.rank), build).await }
+    });
+    let started = try_join_all(starts).await.map_err(Failure::input)?;
+    let (workers, worker_tasks): (Vec<Worker<DeviceRoles>>, Vec<_>) = started.into_iter().unzip();
     let sources = tasks.into_iter().map(|task| match task {
         Some((_, task)) => Source::Task(task),
         None => {
-            let group: RewardGroup = WorkerGroup::new(Role::Reward, vec![Arc::new(worker.clone())]);
+            let group = group::<dyn Endpoint<Scores>>(Role::Reward, &workers, |worker| Arc::new(worker));
             Source::Model { group, normalization: in_sum }
         }
     });
     let weights = recipe.reward.sources.iter().map(|source| source.weight);
     let sources = distinct_names(&names).into_iter().zip(weights).zip(sources);
     let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
-    let reference: Option<ReferenceGroup> =
-        has_reference.then(|| WorkerGroup::new(Role::Reference, vec![Arc::new(worker.clone()) as _]));
-    let actor: ActorGroup = WorkerGroup::new(Role::Actor, vec![Arc::new(worker.clone())]);
-    let critic: CriticGroup = WorkerGroup::new(Role::Critic, vec![Arc::new(worker.clone())]);
-    let generator: GeneratorGroup = WorkerGroup::new(Role::Generator, vec![Arc::new(worker.clone())]);
+    let reference =
+        has_reference.then(|| group::<dyn Endpoint<Logprobs>>(Role::Reference, &workers, |worker| Arc::new(worker)));
+    let actor = group::<dyn ActorRank>(Role::Actor, &workers, |worker| Arc::new(worker));
+    let critic = group::<dyn CriticRank>(Role::Critic, &workers, |worker| Arc::new(worker));
+    let generator = group::<dyn Endpoint<Generate>>(Role::Generator, &workers, |worker| Arc::new(worker));
     let reward = Box::new(WeightedSources { sources, interrupt: interrupt.clone() });
-    Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, worker, worker_task })
+    Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, workers, worker_tasks })
+}
+
+/// A role on all of `workers`, one rank each.
+fn group<E: ?Sized>(
+    role: Role,
+    workers: &[Worker<DeviceRoles>],
+    rank: impl Fn(Worker<DeviceRoles>) -> Arc<E>,
+) -> WorkerGroup<E> {
+    WorkerGroup::new(role, workers.iter().cloned().map(rank).collect())
 }
 
 /// Runs on the device thread. Only the actor is loaded now: the first rollout needs no other role.
 fn build_host(
     plan: HostPlan,
+    seat: Seat,
     tokenizer: Arc<Tokenizer>,
     interrupt: Interrupt,
     progress: Arc<dyn Progress>,
     run_folder: PathBuf,
 ) -> echelon_core::Result<DeviceRoles> {
     let HostPlan { folders, held, seed, temperature, .. } = plan;
-    let policy = trainable_policy(Role::Actor, &folders.actor, None, held, plan.actor_optimizer, temperature)?;
+    let sharding = seat.take()?;
+    let training = (plan.actor_optimizer, &sharding);
+    let policy = trainable_policy(Role::Actor, &folders.actor, None, held, training, temperature)?;
     let critic = Deferred::new(move || {
         let reads = ScalarRows::Predecessors;
-        let model = trainable_scorer(Role::Critic, &folders.critic, None, seed, held, plan.critic_optimizer, reads)?;
+        let training = (plan.critic_optimizer, &sharding);
+        let model = trainable_scorer(Role::Critic, &folders.critic, None, seed, held, training, reads)?;
         Ok(LearningCritic { model, config: plan.critic, folder: folders.critic })
     });
     let reference = folders.reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
@@ -302,6 +327,7 @@ fn build_host(
         engine: Engine::new(plan.engine),
         tokenizer,
         held,
+        seat,
         policy_version: 0,
         interrupt,
         progress,

@@ -4,7 +4,7 @@ use echelon::models::{Held, trainable_policy};
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
 use echelon_core::shim;
-use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput};
+use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, Sharding};
 use serde_json::json;
 use tch::{Device, Kind};
 
@@ -32,7 +32,8 @@ fn peak(vocabulary: i64, tokens: i64) -> i64 {
     let pass = PassConfig { device: Device::Cpu, tokens_per_micro_batch: tokens, activation_checkpointing: false };
     let held = Held { kind: Kind::Float, pass };
     let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-    let mut policy = trainable_policy(Role::Actor, folder.path(), Some(1), held, optimizer, 1.0).unwrap();
+    let mut policy =
+        trainable_policy(Role::Actor, folder.path(), Some(1), held, (optimizer, &Sharding::whole()), 1.0).unwrap();
     let row = ((0..tokens).map(|t| (t * 31) % vocabulary).collect(), (0..tokens).map(|t| t > 0).collect());
     let rows = Tokens::from_rows(&[row]);
     let mut pass = || policy.forward_backward(&rows, |output| Ok(-output.logprobs().sum(Kind::Float))).unwrap();

@@ -19,7 +19,7 @@ use echelon_core::pack::PackedRows;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, TensorFile, TrainingState, forward};
+use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, Sharding, TensorFile, TrainingState, forward};
 use echelon_models::head::ScalarRows;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -74,7 +74,9 @@ fn experience(kind: Kind) -> Experience {
     };
     let tokens = Tokens::from_rows(&lengths.iter().enumerate().map(row).collect::<Vec<_>>());
     let folder = quickstart().join("language-model");
-    let policy = trainable_policy(Role::Actor, &folder, None, held(kind, 4096, false), OPTIMIZER, 1.0).unwrap();
+    let policy =
+        trainable_policy(Role::Actor, &folder, None, held(kind, 4096, false), (OPTIMIZER, &Sharding::whole()), 1.0)
+            .unwrap();
     let logprobs =
         forward(&policy.model, &policy.head, &PackedRows::new(&tokens, Device::Cpu)).unwrap().logprobs().copy();
     let noise = |what: u32| {
@@ -99,7 +101,7 @@ fn gradient(state: &TrainingState) -> Tensor {
 
 fn actor_gradient(experience: &Experience, held: Held) -> Tensor {
     let folder = quickstart().join("language-model");
-    let mut actor = trainable_policy(Role::Actor, &folder, None, held, OPTIMIZER, 0.9).unwrap();
+    let mut actor = trainable_policy(Role::Actor, &folder, None, held, (OPTIMIZER, &Sharding::whole()), 0.9).unwrap();
     let schedule = LrSchedule::new(Decay::Constant, 10, 0.0, 0.0);
     let clip = PolicyClip { low: 0.2, high: 0.28, dual: Some(3.0) };
     let config = ActorConfig { clip, entropy_coef: 0.01, kl_estimator: KlEstimator::K3, lr: 1e-3, schedule };
@@ -111,7 +113,8 @@ fn actor_gradient(experience: &Experience, held: Held) -> Tensor {
 fn critic_gradient(experience: &Experience, held: Held) -> Tensor {
     let folder = quickstart().join("reward-model");
     let reads = ScalarRows::Predecessors;
-    let mut critic = trainable_scorer(Role::Critic, &folder, None, 1, held, OPTIMIZER, reads).unwrap();
+    let mut critic =
+        trainable_scorer(Role::Critic, &folder, None, 1, held, (OPTIMIZER, &Sharding::whole()), reads).unwrap();
     let config =
         CriticConfig { value_clip: Some(0.5), lr: 1e-3, schedule: LrSchedule::new(Decay::Constant, 10, 0.0, 0.0) };
     update_critic(&mut critic, experience, experience.num_response_tokens(), &config).unwrap();
@@ -308,7 +311,7 @@ fn a_non_finite_loss_moves_nothing() {
         lr: 1e-3,
         schedule: LrSchedule::new(Decay::Constant, 10, 0.0, 0.0),
     };
-    let start = || trainable_policy(Role::Actor, &folder, None, held, OPTIMIZER, 1.0).unwrap();
+    let start = || trainable_policy(Role::Actor, &folder, None, held, (OPTIMIZER, &Sharding::whole()), 1.0).unwrap();
     let (mut refused, mut fresh) = (start(), start());
     for value in [f64::NAN, f64::INFINITY] {
         let bad = experience(Kind::Double);

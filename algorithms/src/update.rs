@@ -71,6 +71,7 @@ pub fn update_actor<B: Backbone, H: Head<Output: PolicyOutput>>(
             Ok(total / num_tokens)
         })?;
         report.num_tokens += batch.tokens.lengths.iter().sum::<i64>();
+        report.response_tokens += batch.tokens.mask.sum(Kind::Double).double_value(&[]);
     }
     report.lr = config.lr * config.schedule.factor(actor.state.steps as usize);
     report.grad_norm = actor.optimizer_step(report.lr)?.grad_norm;
@@ -103,6 +104,7 @@ pub fn update_critic<B: Backbone, H: Head<Output: ScalarValues>>(
         })?;
         report.critic_loss += loss;
         report.num_tokens += batch.tokens.lengths.iter().sum::<i64>();
+        report.response_tokens += batch.tokens.mask.sum(Kind::Double).double_value(&[]);
     }
     report.lr = config.lr * config.schedule.factor(critic.state.steps as usize);
     report.grad_norm = critic.optimizer_step(report.lr)?.grad_norm;

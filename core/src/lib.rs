@@ -12,6 +12,8 @@ pub mod role;
 
 pub mod verb;
 
+pub mod divide;
+
 pub mod shape;
 
 pub mod pack;

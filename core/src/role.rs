@@ -8,8 +8,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures_util::future::try_join_all;
 use tch::Tensor;
 
+use crate::divide::Divide;
 use crate::error::{Error, Result};
 use crate::experience::Experience;
 use crate::rollout::{Prompts, Rollout, SamplingConfig};
@@ -59,17 +61,36 @@ impl<E: ?Sized> WorkerGroup<E> {
     }
 
     /// Runs one verb on the group, with a span that times it and the role and rank on its error.
-    async fn call<V: Verb>(&self, request: V) -> Result<V::Reply>
+    async fn call<V: Divide>(&self, request: V) -> Result<V::Reply>
     where
         E: Endpoint<V>,
     {
         let begun = Instant::now();
-        let answer = self.ranks[0].call(request).await;
+        let answer = match self.ranks.as_slice() {
+            [only] => only.call(request).await.map_err(|cause| self.failed(0, V::NAME, cause)),
+            ranks => self.call_all(ranks, request).await,
+        };
         tracing::debug!(role = %self.role, verb = V::NAME, seconds = begun.elapsed().as_secs_f64(), "call");
-        answer.map_err(|cause| match cause {
+        answer
+    }
+
+    /// Every rank answers its share; the first failure to arrive is the group's.
+    async fn call_all<V: Divide>(&self, ranks: &[Arc<E>], request: V) -> Result<V::Reply>
+    where
+        E: Endpoint<V>,
+    {
+        let (requests, shares) = request.divide(ranks.len());
+        let calls = ranks.iter().zip(requests).enumerate().map(|(rank, (endpoint, request))| async move {
+            endpoint.call(request).await.map_err(|cause| self.failed(rank, V::NAME, cause))
+        });
+        V::unite(try_join_all(calls).await?, &shares)
+    }
+
+    fn failed(&self, rank: usize, verb: &'static str, cause: Error) -> Error {
+        match cause {
             Error::Interrupted => Error::Interrupted,
-            cause => Error::Worker { role: self.role, rank: 0, verb: V::NAME, cause: Box::new(cause) },
-        })
+            cause => Error::Worker { role: self.role, rank, verb, cause: Box::new(cause) },
+        }
     }
 }
 

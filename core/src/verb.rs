@@ -61,15 +61,18 @@ pub struct UpdateCritic {
 }
 
 /// Make the actor's weights the generators'.
+#[derive(Clone, Debug)]
 pub struct Publish;
 
 /// Write a trainable role's whole training state to a file.
+#[derive(Clone, Debug)]
 pub struct Save {
     pub role: Role,
     pub file: PathBuf,
 }
 
 /// Take up the training state that [`Save`] wrote.
+#[derive(Clone, Debug)]
 pub struct Restore {
     pub role: Role,
     pub file: PathBuf,
@@ -78,6 +81,7 @@ pub struct Restore {
 }
 
 /// Write a role's weights as a Hugging Face folder.
+#[derive(Clone, Debug)]
 pub struct Export {
     pub role: Role,
     pub folder: PathBuf,
@@ -102,6 +106,8 @@ pub struct ActorReport {
     pub ratios: Vec<f32>,
     /// Tokens forwarded and learned from.
     pub num_tokens: i64,
+    /// Those of them that are the policy's own.
+    pub response_tokens: f64,
 }
 
 /// What one optimizer step of the critic did.
@@ -113,6 +119,7 @@ pub struct CriticReport {
     pub grad_norm: f64,
     pub lr: f64,
     pub num_tokens: i64,
+    pub response_tokens: f64,
 }
 
 macro_rules! verbs {

@@ -1,6 +1,12 @@
-//! Where roles run: workers (a mailbox in front of a device thread) and their supervision.
+//! Where roles run: the cluster and its tiers, what memory a plan takes and how long a step of it does, and workers (a
+//! mailbox in front of a device thread) with their supervision.
 
+pub mod cluster;
 pub mod device_thread;
+pub mod ledger;
+pub mod planner;
+pub mod rates;
+pub mod tier;
 pub mod worker;
 
 pub use worker::{Worker, start_worker};

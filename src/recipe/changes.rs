@@ -10,12 +10,15 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-pub(crate) const FREE_KEYS: [&str; 13] = [
+pub(crate) const FREE_KEYS: [&str; 16] = [
     "name",
     "train.steps",
     "train.epochs",
     "train.eval_every_steps",
     "train.tokens_per_micro_batch",
+    "train.zero_stage",
+    "train.adam_offload",
+    "train.activation_checkpointing",
     "generation.*",
     "reward.url",
     "reward.timeout_s",

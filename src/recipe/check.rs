@@ -65,6 +65,7 @@ impl Root for Recipe {
         check_clips(&self.ppo, rules);
         check_devices(&self.placement.devices, rules);
         check_parallelism(self, rules);
+        check_ranks(self, rules);
         check_roles(&self.placement, rules);
         check_eval(self, rules);
         if self.ppo.critic_warmup_steps >= self.train.steps && self.ppo.critic_warmup_steps > 0 {
@@ -362,6 +363,19 @@ impl Devices {
     pub fn count(&self) -> Option<usize> {
         let gpus = self.gpus_per_node.fixed().filter(|_| self.device != Device::Cpu);
         self.workers.fixed().or(gpus.map(|gpus| gpus * self.nodes))
+    }
+}
+
+/// A rank without a row has nothing to do.
+fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
+    let Some(workers) = recipe.placement.devices.workers.fixed().filter(|workers| *workers > 1) else { return };
+    for (key, rows) in
+        [("rollout.batch_size", recipe.rollout.batch_size), ("ppo.mini_batch_size", recipe.ppo.mini_batch_size)]
+    {
+        if workers > rows {
+            let message = format!("{workers} workers are more than `{key}` = {rows}");
+            rules.broken(&["placement.workers", key], message, "every worker needs a row".into());
+        }
     }
 }
 

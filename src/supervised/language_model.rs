@@ -9,7 +9,7 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{PolicyOutput, TrainingState};
+use echelon_core::zero::{PolicyOutput, Sharding, TrainingState};
 use echelon_models::chat_template::Message;
 use echelon_models::config::HeadKind;
 use echelon_models::tokenizer::Tokenizer;
@@ -39,7 +39,8 @@ impl LanguageModel {
         let (held, _) = wire::held(&recipe.train.compute, &recipe.placement)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
-        let policy = trainable_policy(Role::Actor, &folder, random, held, optimizer, 1.0).map_err(Failure::input)?;
+        let policy = trainable_policy(Role::Actor, &folder, random, held, (optimizer, &Sharding::whole()), 1.0)
+            .map_err(Failure::input)?;
         let schedule = wire::schedule(&recipe.model.optimizer, total);
         let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
         Ok((LanguageModel { policy, folder, tokenizer }, speed))

@@ -8,7 +8,7 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{ScalarValues, TrainingState};
+use echelon_core::zero::{ScalarValues, Sharding, TrainingState};
 use echelon_models::chat_template::Message;
 use echelon_models::config::HeadKind;
 use echelon_models::head::ScalarRows;
@@ -41,8 +41,9 @@ impl RewardModel {
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
         let reads = ScalarRows::LastTokens;
-        let scorer = trainable_scorer(Role::Reward, &folder, random, recipe.seed, held, optimizer, reads)
-            .map_err(Failure::input)?;
+        let scorer =
+            trainable_scorer(Role::Reward, &folder, random, recipe.seed, held, (optimizer, &Sharding::whole()), reads)
+                .map_err(Failure::input)?;
         let schedule = wire::schedule(&recipe.model.optimizer, total);
         let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
         Ok((RewardModel { scorer, folder, tokenizer }, speed))

@@ -224,6 +224,22 @@ impl TrainingState {
         Ok(())
     }
 
+    /// Brings every unit's whole weights here, for a use that is no pass; every rank calls this.
+    pub fn gather_all(&mut self) -> Result<()> {
+        for unit in 0..self.units.len() {
+            if unit + 1 < self.units.len() {
+                self.units[unit + 1].prefetch()?;
+            }
+            self.units[unit].gather()?;
+        }
+        Ok(())
+    }
+
+    /// Ends [`TrainingState::gather_all`].
+    pub fn release_all(&mut self) -> Result<()> {
+        self.units.iter_mut().try_for_each(FlatUnit::release)
+    }
+
     /// Bytes of weights, gradients, master copy and moments that this rank keeps between passes.
     pub fn bytes(&self) -> usize {
         self.units.iter().map(FlatUnit::bytes).sum::<usize>() + self.moments.iter().map(Moments::bytes).sum::<usize>()

@@ -1,0 +1,261 @@
+use echelon_core::shape::{ModelShape, ParamShape, TensorParallelAxis, UnitShape};
+
+use super::*;
+
+/// A Llama-like model: hidden, layers, query heads, key-value heads, gated width, vocabulary.
+pub(crate) fn llama([h, layers, heads, kv_heads, f, v]: [i64; 6], tied: bool, scores: bool) -> ModelShape {
+    use TensorParallelAxis::{Columns, Replicated, Rows};
+    let param = |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis };
+    let kv = h / heads * kv_heads;
+    let layer = |index: i64| UnitShape {
+        name: format!("layer {index}"),
+        params: vec![
+            param("input_layernorm", &[h], Replicated),
+            param("q", &[h, h], Rows),
+            param("k", &[kv, h], Rows),
+            param("v", &[kv, h], Rows),
+            param("o", &[h, h], Columns),
+            param("post_attention_layernorm", &[h], Replicated),
+            param("gate", &[f, h], Rows),
+            param("up", &[f, h], Rows),
+            param("down", &[h, f], Columns),
+        ],
+    };
+    let mut units = vec![UnitShape { name: "embedding".into(), params: vec![param("embed", &[v, h], Rows)] }];
+    units.extend((0..layers).map(layer));
+    let mut last = vec![param("norm", &[h], Replicated)];
+    match scores {
+        true => last.push(param("score", &[1, h], Replicated)),
+        false if !tied => last.push(param("lm_head", &[v, h], Rows)),
+        false => {}
+    }
+    units.push(UnitShape { name: "head".into(), params: last });
+    ModelShape {
+        units,
+        hidden_size: h,
+        num_layers: layers as usize,
+        num_heads: heads,
+        num_kv_heads: kv_heads,
+        head_dim: h / heads,
+        intermediate_size: f,
+        vocab_size: v,
+    }
+}
+
+pub(crate) const SMOLLM2: [i64; 6] = [576, 30, 9, 3, 1536, 49152];
+pub(crate) const LLAMA_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
+pub(crate) const LLAMA_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
+pub(crate) const LLAMA_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
+
+/// All four models of one size, with the batch of the shipped recipes.
+pub(crate) fn workload(size: [i64; 6]) -> Workload {
+    Workload {
+        actor: llama(size, false, false),
+        critic: Some(llama(size, false, true)),
+        reference: Some(llama(size, false, false)),
+        reward: Some(llama(size, false, true)),
+        prompts: 1024,
+        samples_per_prompt: 1,
+        max_prompt_tokens: 1024,
+        max_response_tokens: 1024,
+        mean_prompt_tokens: 512.0,
+        mean_response_tokens: 512.0,
+        mini_batch: 128,
+        epochs: 1,
+        tokens_per_micro_batch: 8192,
+        dtype: ComputeDtype::Bfloat16,
+        activation_checkpointing: true,
+        reference_offload: false,
+        max_sequences: 256,
+        max_batched_tokens: 8192,
+        kv_cache_bytes: None,
+    }
+}
+
+fn job<'a>(role: Role, model: &'a ModelSizes, workload: &'a Workload, ranks: usize, stage: u8) -> RoleJob<'a> {
+    RoleJob {
+        role,
+        model,
+        workload,
+        ranks,
+        zero_stage: stage,
+        adam_offload: false,
+        tensor_parallel: 1,
+        slots: 16,
+        shares_weights: false,
+        moves_to_host: false,
+        packs_weights: false,
+    }
+}
+
+fn entry<'a>(entries: &'a [Entry], name: &str) -> &'a Entry {
+    entries.iter().find(|entry| entry.name == name).unwrap_or_else(|| panic!("no entry {name}: {entries:?}"))
+}
+
+/// The table of the ZeRO paper: 7.5e9 parameters, 64 ranks, bf16 with f32 Adam.
+#[test]
+fn the_zero_table() {
+    let exact = [120_000_000_000u64, 31_406_250_000, 16_640_625_000, 1_875_000_000];
+    let shown = ["120.0", "31.4", "16.6", "1.9"];
+    for stage in 0..4u8 {
+        let states = ModelStates::new(7_500_000_000, 64, stage, ComputeDtype::Bfloat16, false);
+        assert_eq!(states.total(), exact[stage as usize], "stage {stage}");
+        assert_eq!(format!("{:.1}", states.total() as f64 / 1e9), shown[stage as usize]);
+    }
+    let whole = ModelStates::new(7_500_000_000, 64, 0, ComputeDtype::Bfloat16, false);
+    let psi = 7_500_000_000;
+    assert_eq!((whole.weights, whole.gradients, whole.master + whole.moments), (2 * psi, 2 * psi, 12 * psi));
+}
+
+/// The same numbers through a role's ledger, for a model of exactly 7.5e9 parameters.
+#[test]
+fn the_zero_table_through_the_ledger() {
+    let mut shape = llama([1000, 2, 10, 10, 1000, 1000], true, false);
+    let rest = 7_500_000_000 - shape.num_params();
+    let filler = ParamShape { name: "filler".into(), shape: vec![rest], axis: TensorParallelAxis::Replicated };
+    shape.units[1].params.push(filler);
+    let model = ModelSizes::of(&shape);
+    // Two rows of a rank are one micro-batch, so nothing is accumulated.
+    let work = Workload { tokens_per_micro_batch: 4096, ..workload(LLAMA_7B) };
+    for (stage, total) in [(0, 120_000_000_000), (1, 31_406_250_000), (2, 16_640_625_000), (3, 1_875_000_000u64)] {
+        let entries = job(Role::Actor, &model, &work, 64, stage).entries();
+        let states = ["weights", "gradients", "master weights", "moments"].map(|name| entry(&entries, name).bytes);
+        assert_eq!(states.iter().sum::<u64>(), total, "stage {stage}");
+    }
+}
+
+#[test]
+fn in_f32_the_parameter_is_the_master() {
+    let states = ModelStates::new(1000, 4, 1, ComputeDtype::Float32, true);
+    assert_eq!(states, ModelStates { weights: 4000, gradients: 4000, master: 0, moments: 2000 });
+    let states = ModelStates::new(1000, 4, 3, ComputeDtype::Float64, true);
+    assert_eq!(states, ModelStates { weights: 2000, gradients: 2000, master: 0, moments: 4000 });
+}
+
+#[test]
+fn several_micro_batches_accumulate_in_f32() {
+    let work = workload(LLAMA_7B);
+    let model = ModelSizes::of(&work.actor);
+    let several = job(Role::Actor, &model, &work, 8, 2);
+    assert!(several.accumulates(), "16 rows of 2048 tokens in passes of 8192");
+    let entries = several.entries();
+    assert_eq!(entry(&entries, "gradients").bytes, 4 * model.params.div_ceil(8));
+    assert_eq!(entry(&entries, "unit gradient").bytes, 2 * model.largest_unit);
+    let single = job(Role::Actor, &model, &work, 32, 2);
+    assert!(!single.accumulates(), "4 rows are one pass");
+    assert_eq!(entry(&single.entries(), "gradients").bytes, 2 * model.params.div_ceil(32));
+}
+
+/// Sizes of a known model, and the ledger's parts by hand.
+#[test]
+fn smollm2_by_hand() {
+    let shape = llama(SMOLLM2, true, false);
+    let model = ModelSizes::of(&shape);
+    assert_eq!(model.params, 134_515_008);
+    assert_eq!(model.largest_unit, 49152 * 576);
+    assert_eq!(model.two_largest_units, 49152 * 576 + 3_540_096);
+    assert_eq!(model.layer_params, 30 * 3_540_096);
+    let work = Workload {
+        dtype: ComputeDtype::Float32,
+        activation_checkpointing: false,
+        max_prompt_tokens: 32,
+        max_response_tokens: 48,
+        mini_batch: 16,
+        prompts: 16,
+        tokens_per_micro_batch: 1280,
+        max_sequences: 16,
+        ..workload(SMOLLM2)
+    };
+    let entries = job(Role::Actor, &model, &work, 1, 0).entries();
+    // Per token and layer: 4 x 576 + 5 x 576 + 3 x 1536 numbers, and 9 log-sum-exps.
+    let activations = entries.iter().find(|e| e.name == "activations" && e.phases == [Phase::TrainActor]).unwrap();
+    assert_eq!(activations.bytes, 1280 * 30 * (4 * (9 * 576 + 3 * 1536) + 4 * 9));
+    assert!(!entries.iter().any(|e| e.name == "communication" || e.name == "gathered units"), "one rank sends nothing");
+    let generator = RoleJob { shares_weights: true, ..job(Role::Generator, &model, &work, 1, 0) };
+    let entries = generator.entries();
+    assert_eq!(entry(&entries, "KV cache").bytes, 16 * 80 * 2 * 30 * 192 * 4);
+    assert!(!entries.iter().any(|e| e.name == "weights"), "they are the actor's");
+}
+
+#[test]
+fn stage_3_gathers_two_units_and_shards_frozen_roles() {
+    let work = workload(LLAMA_7B);
+    let model = ModelSizes::of(&work.actor);
+    let entries = job(Role::Reference, &model, &work, 8, 3).entries();
+    assert_eq!(entry(&entries, "weights").bytes, 2 * model.params.div_ceil(8));
+    assert_eq!(entry(&entries, "gathered units").bytes, 2 * model.two_largest_units);
+    let whole = job(Role::Reference, &model, &work, 8, 0).entries();
+    assert_eq!(entry(&whole, "weights").bytes, 2 * model.params);
+}
+
+#[test]
+fn offload_moves_master_and_moments_to_the_host() {
+    let work = workload(LLAMA_7B);
+    let model = ModelSizes::of(&work.actor);
+    let plain = job(Role::Actor, &model, &work, 8, 2);
+    let (mut on_device, mut offloaded) = (Totals::default(), Totals::default());
+    on_device.add(&plain);
+    offloaded.add(&RoleJob { adam_offload: true, ..plain });
+    let shard = model.params.div_ceil(8);
+    let difference = on_device.device_bytes(Phase::TrainActor) - offloaded.device_bytes(Phase::TrainActor);
+    assert_eq!(difference, 12 * shard);
+    assert_eq!(offloaded.host_bytes(Phase::Generate), (12 + 4) * shard, "with gradients on their way");
+    assert_eq!(on_device.host_bytes(Phase::TrainActor), 0);
+}
+
+#[test]
+fn training_state_leaves_the_device_while_generating() {
+    let work = workload(LLAMA_7B);
+    let model = ModelSizes::of(&work.actor);
+    let moved = RoleJob { moves_to_host: true, ..job(Role::Actor, &model, &work, 8, 3) };
+    let mut totals = Totals::default();
+    totals.add(&moved);
+    assert_eq!(totals.device_bytes(Phase::Generate), 0);
+    assert_eq!(totals.host_bytes(Phase::Generate), (2 + 12) * model.params.div_ceil(8));
+    assert_eq!(totals.device_bytes(Phase::Sync), 2 * model.params.div_ceil(8), "sync reads the weights");
+    assert_eq!(totals.host_bytes(Phase::TrainActor), 0);
+}
+
+/// Roles take turns: the phase needs the resident bytes of all, and one role's pass.
+#[test]
+fn transient_bytes_of_several_roles_do_not_add_up() {
+    let work = workload(LLAMA_7B);
+    let (actor, critic) = (ModelSizes::of(&work.actor), ModelSizes::of(work.critic.as_ref().unwrap()));
+    let mut both = Totals::default();
+    both.add(&job(Role::Actor, &actor, &work, 1, 0));
+    let alone = both.device_bytes(Phase::Score);
+    let other = job(Role::Critic, &critic, &work, 1, 0);
+    both.add(&other);
+    assert_eq!(both.device_bytes(Phase::Score), alone + other.states().total(), "the critic's pass is the smaller one");
+}
+
+#[test]
+fn tensor_parallel_splits_what_has_an_axis() {
+    let model = ModelSizes::of(&llama(LLAMA_70B, false, false));
+    assert_eq!(model.params, 68_976_648_192);
+    let norms = (2 * 80 + 1) * 8192;
+    assert_eq!(model.tensor_parallel_params(8), (model.params - norms) / 8 + norms);
+    assert_eq!(model.kv_bytes_per_token(ComputeDtype::Bfloat16, 8), 2 * 80 * 1024 * 2 / 8);
+    assert!(model.splits_into(8) && !model.splits_into(16), "eight key-value heads");
+    assert!(!ModelSizes::of(&llama(SMOLLM2, true, false)).splits_into(2), "nine heads");
+}
+
+#[test]
+fn every_byte_has_a_formula_and_the_totals_are_the_entries() {
+    let work = workload(LLAMA_7B);
+    let model = ModelSizes::of(&work.actor);
+    for role in [Role::Actor, Role::Critic, Role::Reference, Role::Reward, Role::Generator] {
+        let job = RoleJob { adam_offload: true, ..job(role, &model, &work, 8, 3) };
+        let entries = job.entries();
+        assert!(entries.iter().all(|entry| !entry.formula.is_empty() && entry.bytes > 0));
+        let mut totals = Totals::default();
+        totals.add(&job);
+        for phase in Phase::ALL {
+            let of = |place: Place| {
+                let here = entries.iter().filter(|e| e.place == place && e.phases.contains(&phase));
+                here.map(|entry| entry.bytes).sum::<u64>()
+            };
+            assert_eq!((totals.device_bytes(phase), totals.host_bytes(phase)), (of(Place::Device), of(Place::Host)));
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The planner: which role goes on which devices, with which ZeRO stage, offload and tensor-parallel size.
+//!
+//! It goes through every partition of the roles that the tier allows, every ZeRO stage and offload of the trained roles,
+//! whole or sharded frozen roles and every tensor-parallel size of the generator; drops what the memory ledger says does not fit;
+//! estimates the seconds of a step; and takes the fastest. A workload that does not fit is refused with the numbers and the
+//! nearest single change that would fit.
+
+mod estimate;
+mod explain;
+mod inventory;
+mod partition;
+mod refusal;
+mod render;
+mod search;
+
+use echelon_core::role::Role;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+pub use refusal::{Change, Refusal, Shortfall};
+
+use crate::cluster::Cluster;
+use crate::ledger::{Entry, ModelSizes, Phase, Place, Workload};
+use crate::rates::Rates;
+use crate::tier::{ROLES, Tier, role_name};
+use estimate::Problem;
+use inventory::{EVERY_SLICE, Inventory};
+use partition::Hand;
+use search::Outcome;
+
+/// What the recipe decides; everything else is the planner's choice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Constraints {
+    /// None goes by the actor's size and is raised when nothing fits.
+    pub tier: Option<Tier>,
+    pub zero_stage: Option<u8>,
+    pub adam_offload: Option<bool>,
+    pub tensor_parallel: Option<usize>,
+    pub by_hand: Vec<ByHand>,
+    /// Every device gets a role, also where fewer would be faster.
+    pub use_all_devices: bool,
+    /// Part of a device's memory that is planned for; the rest covers fragmentation.
+    pub memory_fraction: f64,
+}
+
+impl Default for Constraints {
+    fn default() -> Constraints {
+        Constraints {
+            tier: None,
+            zero_stage: None,
+            adam_offload: None,
+            tensor_parallel: None,
+            by_hand: Vec::new(),
+            use_all_devices: false,
+            memory_fraction: 0.92,
+        }
+    }
+}
+
+/// `[placement.ROLE]` of a recipe.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ByHand {
+    pub role: Role,
+    /// Numbers through all nodes.
+    pub devices: Option<Vec<usize>>,
+    pub colocate_with: Option<Role>,
+}
+
+/// Why there is no plan.
+#[derive(Debug, Error)]
+pub enum PlanError {
+    #[error("{0}")]
+    Refused(Box<Refusal>),
+    #[error("[placement.{role}] names no device: name some, or leave the choice to the planner")]
+    NoDevices { role: Role },
+    #[error("[placement.{role}] names device {device}: there are {num_devices}, counted from 0 through all nodes")]
+    NoSuchDevice { role: Role, device: usize, num_devices: usize },
+    #[error(
+        "[placement.{role}] and [placement.{other}] share device {device} but not all: name equal or separate devices"
+    )]
+    Overlap { role: Role, other: Role, device: usize },
+    #[error("[placement.{role}] is colocated with {other}, which has no place of its own: name another role")]
+    ColocatedWithNobody { role: Role, other: Role },
+    #[error("a ZeRO stage is 0 to 3, found {found}")]
+    ZeroStage { found: u8 },
+    #[error("{what} is 0: a step needs at least 1")]
+    Nothing { what: &'static str },
+}
+
+/// Where everything goes, what it needs there, and why.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The hardware, in words.
+    pub cluster: String,
+    pub tier: Tier,
+    /// Why this tier.
+    pub tier_reason: String,
+    pub actor_params: u64,
+    pub groups: Vec<GroupPlan>,
+    pub seconds: StepSeconds,
+    /// One sentence with numbers.
+    pub why: String,
+    pub runner_up: Option<Alternative>,
+    /// Devices without a role.
+    pub idle_devices: usize,
+    /// Combinations of partition, stages, offload and tensor-parallel size, and those that fit.
+    pub considered: usize,
+    pub fitting: usize,
+}
+
+/// Roles on common devices.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupPlan {
+    pub roles: Vec<RolePlan>,
+    /// Numbers through all nodes, in rank order.
+    pub devices: Vec<DeviceRange>,
+    pub num_devices: usize,
+    /// Such as "8 x H100-80GB".
+    pub device_kinds: String,
+    pub num_nodes: usize,
+    /// Training state leaves the devices while the generator works.
+    pub moves_to_host: bool,
+    /// The device's memory is a share of host memory.
+    pub shares_host_memory: bool,
+    /// What tensors may take of each device, and of its share of host memory.
+    pub usable_bytes: u64,
+    pub usable_host_bytes: u64,
+    /// What each role holds on each device.
+    pub ledger: Vec<Entry>,
+    /// Bytes at the height of every phase.
+    pub peaks: Vec<PhaseBytes>,
+    pub seconds: GroupSeconds,
+}
+
+/// Devices `first..=last`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRange {
+    pub first: usize,
+    pub last: usize,
+}
+
+/// How a role is held on its group's devices.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RolePlan {
+    #[serde(with = "role_name")]
+    pub role: Role,
+    /// Frozen roles are sharded at 3 and whole below.
+    pub zero_stage: u8,
+    pub adam_offload: bool,
+    /// Devices per engine of the generator, else 1.
+    pub tensor_parallel: usize,
+    /// Sequences that each engine of the generator decodes at once; its KV cache is in the ledger.
+    pub slots: usize,
+    /// The generator computes on the actor's own weights.
+    pub shares_weights: bool,
+}
+
+/// Bytes of one device in a phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseBytes {
+    pub phase: Phase,
+    pub device_bytes: u64,
+    pub host_bytes: u64,
+}
+
+/// A group's own seconds per step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GroupSeconds {
+    pub generate: f64,
+    pub score: f64,
+    pub train_actor: f64,
+    pub train_critic: f64,
+    pub sync: f64,
+    pub switch: f64,
+}
+
+/// Seconds of a step by phase: groups score and train at once, so the slowest counts.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepSeconds {
+    pub generate: f64,
+    pub score: f64,
+    pub train: f64,
+    pub sync: f64,
+    /// Training state to host memory and back.
+    pub switch: f64,
+    /// Calls, gathering of rows, logging.
+    pub overhead: f64,
+    pub step: f64,
+}
+
+/// The second-best combination.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Alternative {
+    pub description: String,
+    /// Of a step.
+    pub seconds: f64,
+}
+
+impl Plan {
+    /// The group of a role.
+    pub fn group_of(&self, role: Role) -> Option<&GroupPlan> {
+        self.groups.iter().find(|group| group.roles.iter().any(|plan| plan.role == role))
+    }
+
+    /// How a role is held.
+    pub fn role(&self, role: Role) -> Option<&RolePlan> {
+        self.groups.iter().flat_map(|group| &group.roles).find(|plan| plan.role == role)
+    }
+}
+
+impl GroupPlan {
+    /// Every device of the group, in rank order.
+    pub fn device_numbers(&self) -> impl Iterator<Item = usize> + '_ {
+        self.devices.iter().flat_map(|range| range.first..=range.last)
+    }
+
+    /// The ledger's bytes of one role in a phase: device, host.
+    pub fn role_bytes(&self, role: Role, phase: Phase) -> (u64, u64) {
+        let of = |place: Place| {
+            let entries = self.ledger.iter().filter(|entry| entry.role == role && entry.place == place);
+            entries.filter(|entry| entry.phases.contains(&phase)).map(|entry| entry.bytes).sum()
+        };
+        (of(Place::Device), of(Place::Host))
+    }
+}
+
+/// The fastest plan that fits.
+///
+/// # Errors
+/// [`PlanError::Refused`] with the numbers when nothing fits; the others when the constraints name what is not there.
+pub fn plan(
+    cluster: &Cluster,
+    workload: &Workload,
+    constraints: &Constraints,
+    rates: &Rates,
+) -> Result<Plan, PlanError> {
+    let question = Question { cluster, workload, constraints, rates, every_slice: EVERY_SLICE };
+    let answer = question.solve()?;
+    if answer.outcome.best.is_some() {
+        return Ok(explain::plan(&question, &answer));
+    }
+    Err(PlanError::Refused(Box::new(refusal::refuse(&question, &answer)?)))
+}
+
+/// Everything a plan follows from.
+#[derive(Clone, Copy)]
+struct Question<'a> {
+    cluster: &'a Cluster,
+    workload: &'a Workload,
+    constraints: &'a Constraints,
+    rates: &'a Rates,
+    /// See [`inventory::EVERY_SLICE`].
+    every_slice: usize,
+}
+
+/// What the search found, in the tier in which it was found (or the last one tried).
+struct Answer<'a> {
+    tier: Tier,
+    tier_reason: String,
+    problem: Problem<'a>,
+    inventory: Inventory<'a>,
+    hand: Hand,
+    outcome: Outcome,
+}
+
+/// Why a group cannot be on a slice.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Reject {
+    Memory {
+        phase: Phase,
+        place: Place,
+        needed: u64,
+        usable: u64,
+    },
+    /// More ranks than rows.
+    Ranks {
+        devices: usize,
+        rows: usize,
+    },
+    /// Engines of this size do not fill the nodes, or do not divide the model.
+    TensorParallel {
+        size: usize,
+    },
+    /// The cache's limit does not hold one sequence.
+    KvCache {
+        needed: u64,
+    },
+    /// The same as a plainer choice: one device shares no state, a share of a host has no other host memory.
+    Redundant,
+}
+
+impl<'a> Question<'a> {
+    /// Searches the tier, and the tiers above it when `auto` finds nothing.
+    fn solve(&self) -> Result<Answer<'a>, PlanError> {
+        self.check()?;
+        let roles = self.workload.roles();
+        let hand = Hand::new(&self.constraints.by_hand, &roles, self.cluster.num_devices())?;
+        let inventory =
+            Inventory::new(self.cluster, &hand.devices(), self.constraints.memory_fraction, self.every_slice);
+        let problem = self.problem();
+        let params = problem.models[Role::Actor as usize].map_or(0, |model| model.params);
+        let (mut tier, mut tier_reason) = match self.constraints.tier {
+            Some(tier) => (tier, "as the recipe says".to_string()),
+            None => (Tier::of_params(params), "by the actor's size".to_string()),
+        };
+        loop {
+            let partitions = hand.partitions(tier, &roles);
+            let sizes = self.tensor_parallel_sizes(tier, &problem, &inventory);
+            let use_all = self.constraints.use_all_devices;
+            let outcome = search::search(&problem, &inventory, &partitions, &sizes, use_all);
+            let higher = if self.constraints.tier.is_none() { tier.raised() } else { None };
+            match higher {
+                Some(higher) if outcome.best.is_none() => {
+                    tier_reason = format!("nothing fits in tier {tier}");
+                    tier = higher;
+                }
+                _ => return Ok(Answer { tier, tier_reason, problem, inventory, hand, outcome }),
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), PlanError> {
+        if let Some(found) = self.constraints.zero_stage.filter(|stage| *stage > 3) {
+            return Err(PlanError::ZeroStage { found });
+        }
+        let work = self.workload;
+        let counts = [
+            ("the number of prompts", work.prompts),
+            ("the number of samples per prompt", work.samples_per_prompt),
+            ("the mini-batch", work.mini_batch),
+            ("the number of epochs", work.epochs),
+            ("the longest prompt", work.max_prompt_tokens),
+            ("the longest response", work.max_response_tokens),
+            ("the number of tokens per micro-batch", work.tokens_per_micro_batch),
+            ("the engine's number of sequences", work.max_sequences),
+            ("the tensor-parallel size", self.constraints.tensor_parallel.unwrap_or(1)),
+            ("the number of devices", self.cluster.num_devices()),
+        ];
+        counts.into_iter().find(|(_, count)| *count == 0).map_or(Ok(()), |(what, _)| Err(PlanError::Nothing { what }))
+    }
+
+    fn problem(&self) -> Problem<'a> {
+        let nodes = &self.cluster.nodes;
+        let within = nodes.iter().map(|node| node.within).reduce(|a, b| a.slower(b));
+        let sync_link = within.filter(|_| nodes.len() == 1).unwrap_or(self.cluster.between_nodes);
+        Problem {
+            workload: self.workload,
+            rates: self.rates,
+            models: ROLES.map(|_| None::<ModelSizes>),
+            sync_link,
+            stages: self.constraints.zero_stage.map_or_else(|| (0..=3).collect(), |stage| vec![stage]),
+            offloads: self.constraints.adam_offload.map_or_else(|| vec![false, true], |offload| vec![offload]),
+        }
+        .with_models()
+    }
+
+    /// In the large tier every size above 1 that divides the model and fits a node, elsewhere 1; the recipe's before all.
+    fn tensor_parallel_sizes(&self, tier: Tier, problem: &Problem, inventory: &Inventory) -> Vec<usize> {
+        if let Some(size) = self.constraints.tensor_parallel {
+            return vec![size];
+        }
+        let model = problem.models[Role::Generator as usize];
+        let divides = |size: &usize| model.is_some_and(|model| model.splits_into(*size));
+        let sizes: Vec<usize> = (2..=inventory.largest_node()).filter(divides).collect();
+        if tier.splits_generator() && !sizes.is_empty() { sizes } else { vec![1] }
+    }
+}
+
+impl Problem<'_> {
+    fn with_models(mut self) -> Self {
+        for role in ROLES {
+            self.models[role as usize] = self.workload.shape(role).map(ModelSizes::of);
+        }
+        self
+    }
+}
+
+#[cfg(test)]
+mod tests;
