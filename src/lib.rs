@@ -9,6 +9,7 @@ pub mod run;
 
 pub mod supervised;
 
+pub mod plan;
 pub mod program;
 pub mod ranks;
 

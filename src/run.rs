@@ -16,6 +16,7 @@ use echelon_placement::Worker;
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
+use crate::plan;
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
@@ -36,9 +37,18 @@ use metrics::{Work, samples_of, step_metrics};
 pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     if let Some(format) = arguments.plan {
         let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
+        let plan = plan::of(&recipe)?;
         match format {
-            PlanFormat::Text => print!("{recipe}"),
-            PlanFormat::Json => println!("{}", recipe.to_json()),
+            PlanFormat::Text => {
+                print!("{recipe}");
+                let text = plan.map_or("no plan: a model's config.json is not at hand".into(), |plan| plan.to_string());
+                text.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
+            }
+            PlanFormat::Json => {
+                let mut json = recipe.to_json();
+                json["plan"] = serde_json::to_value(plan).map_err(Failure::other)?;
+                println!("{}", serde_json::to_string_pretty(&json).map_err(Failure::other)?);
+            }
         }
         return Ok(());
     }

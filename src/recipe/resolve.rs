@@ -228,9 +228,9 @@ impl ResolvedRecipe {
     }
 
     /// The same as JSON, for programs.
-    pub fn to_json(&self) -> String {
+    pub fn to_json(&self) -> serde_json::Value {
         let table: toml::Table = self.to_toml().parse().expect("the resolved recipe is TOML");
-        serde_json::to_string_pretty(&table).expect("a table of plain values serialises")
+        serde_json::to_value(&table).expect("a table of plain values serialises")
     }
 
     /// The recipe that says all this outright.

@@ -426,7 +426,7 @@ impl Problem<'_> {
             }
             Role::Reference | Role::Reward => {
                 // Below stage 3 a frozen model is whole, whatever the stage.
-                let shards = self.stages.contains(&3) && !(role == Role::Reference && self.workload.reference_offload);
+                let shards = self.stages.contains(&3);
                 let whole = self.stages.iter().copied().find(|stage| *stage < 3);
                 let stages =
                     whole.into_iter().chain(shards.then_some(3)).chain((whole.is_none() && !shards).then_some(0));

@@ -152,9 +152,7 @@ fn configs(problem: &Problem, roles: RoleSet, sizes: &[usize]) -> Vec<GroupConfi
     let trained = |role: Role| if has(role) { problem.stages.clone() } else { vec![lowest] };
     let frozen = |role: Role| match (has(role), problem.stages.as_slice()) {
         (false, stages) => vec![stages[0]],
-        (true, [3]) if role == Role::Reference && problem.workload.reference_offload => vec![0],
         (true, [stage]) => vec![*stage],
-        (true, _) if role == Role::Reference && problem.workload.reference_offload => vec![0],
         (true, _) => vec![0, 3],
     };
     let offloads = |role: Role| if has(role) { problem.offloads.clone() } else { vec![false] };

@@ -1,0 +1,156 @@
+//! `ppo RECIPE --plan`: which role goes on which device and what a step takes there, with no device present.
+
+use std::path::Path;
+
+use echelon_core::shape::ModelShape;
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_placement::cluster::Cluster;
+use echelon_placement::ledger::{ComputeDtype, Workload};
+use echelon_placement::planner::{ByHand, Constraints, Plan, plan};
+use echelon_placement::rates::Rates;
+use echelon_placement::tier::Tier;
+
+use crate::program::Failure;
+use crate::recipe::{self, Device, Devices, Dtype, ModelSource, ResolvedRecipe, ScoreSource, StartModel};
+
+/// The GPUs that a recipe without a kind is planned for.
+const USUAL_GPU: &str = "H100-80GB";
+const USUAL_GPUS_PER_NODE: usize = 8;
+/// Host memory of a machine that a recipe is planned for on its CPU.
+const USUAL_HOST_BYTES: u64 = 32 << 30;
+
+/// The plan of a recipe; None where a model's shape is not at hand (a hub id without `shape`).
+///
+/// # Errors
+/// [`Failure::Input`]: hardware or models that cannot be planned, and a plan that does not fit, with the nearest change
+/// that would.
+pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
+    let Some(workload) = workload(recipe)? else { return Ok(None) };
+    let cluster = cluster(&recipe.placement.devices)?;
+    let constraints = constraints(recipe);
+    plan(&cluster, &workload, &constraints, &Rates::of(&cluster)).map(Some).map_err(Failure::input)
+}
+
+fn on_cpu(devices: &Devices) -> bool {
+    devices.device == Device::Cpu || (devices.device == Device::Auto && devices.count().is_none())
+}
+
+fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if on_cpu(devices) {
+        let workers = devices.workers.fixed().unwrap_or(1);
+        return Cluster::cpu(workers, threads, USUAL_HOST_BYTES).map_err(Failure::input);
+    }
+    let per_node = devices.gpus_per_node.fixed();
+    let per_node = per_node.or(devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes)));
+    let kind = devices.gpu.as_deref().unwrap_or(USUAL_GPU);
+    let per_node = per_node.unwrap_or(USUAL_GPUS_PER_NODE);
+    Cluster::of(devices.nodes, per_node, kind).map_err(|error| Failure::Input(format!("placement.gpu: {error}")))
+}
+
+fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
+    let rewards = recipe.reward.sources.iter().filter_map(|source| match &source.source {
+        ScoreSource::Model(start) => Some(start),
+        _ => None,
+    });
+    let Some(actor) =
+        shape(&StartModel { model: recipe.actor.model.clone(), shape: recipe.actor.shape.clone() }, None)?
+    else {
+        return Ok(None);
+    };
+    let Some(critic) = shape(&recipe.critic, Some(HeadKind::Score))? else { return Ok(None) };
+    let reference = match &recipe.reference {
+        Some(start) => shape(start, None)?,
+        None => None,
+    };
+    let reward = match rewards.into_iter().next() {
+        Some(start) => shape(start, Some(HeadKind::Score))?,
+        None => None,
+    };
+    let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
+    Ok(Some(Workload {
+        actor,
+        critic: Some(critic),
+        reference,
+        reward,
+        prompts: recipe.rollout.batch_size,
+        samples_per_prompt: recipe.rollout.samples_per_prompt,
+        max_prompt_tokens: prompt,
+        max_response_tokens: response,
+        // Unknown before the first rollout: half the limits.
+        mean_prompt_tokens: prompt as f64 / 2.0,
+        mean_response_tokens: response as f64 / 2.0,
+        mini_batch: recipe.ppo.mini_batch_size,
+        epochs: recipe.ppo.epochs,
+        tokens_per_micro_batch: recipe.train.compute.tokens_per_micro_batch,
+        dtype: match recipe.train.compute.dtype {
+            Dtype::Float32 => ComputeDtype::Float32,
+            Dtype::Bfloat16 => ComputeDtype::Bfloat16,
+            Dtype::Float64 => ComputeDtype::Float64,
+            Dtype::Auto if on_cpu(&recipe.placement.devices) => ComputeDtype::Float32,
+            Dtype::Auto => ComputeDtype::Bfloat16,
+        },
+        activation_checkpointing: recipe.train.compute.activation_checkpointing,
+        reference_offload: recipe.reference_offload,
+        max_sequences: recipe.generation.max_sequences,
+        max_batched_tokens: recipe.generation.max_batched_tokens,
+        kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
+    }))
+}
+
+/// A model's shape from its `config.json`, or the one named for planning.
+fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape>, Failure> {
+    let of = |folder: &Path| {
+        let config = DecoderConfig::read(folder).map_err(Failure::input)?;
+        let head = head.unwrap_or(config.head);
+        Ok(Some(DecoderConfig { head, ..config }.shape()))
+    };
+    match (&start.shape, &start.model) {
+        (Some(folder), _) => of(folder),
+        (None, ModelSource::Folder(folder)) if folder.join("config.json").exists() => of(folder),
+        _ => Ok(None),
+    }
+}
+
+fn constraints(recipe: &ResolvedRecipe) -> Constraints {
+    let placement = &recipe.placement;
+    use echelon_core::role::Role;
+    let by_hand = [
+        (Role::Actor, &placement.actor),
+        (Role::Critic, &placement.critic),
+        (Role::Reward, &placement.reward),
+        (Role::Reference, &placement.reference),
+        (Role::Generator, &placement.generator),
+    ];
+    let by_hand = by_hand.into_iter().filter(|(_, place)| place.devices.is_some() || place.colocate_with.is_some());
+    let by_hand = by_hand.map(|(role, place)| ByHand {
+        role,
+        devices: place.devices.clone(),
+        colocate_with: place.colocate_with.map(core_role),
+    });
+    Constraints {
+        tier: match placement.devices.tier {
+            recipe::Tier::Auto => None,
+            recipe::Tier::Small => Some(Tier::Small),
+            recipe::Tier::Medium => Some(Tier::Medium),
+            recipe::Tier::Large => Some(Tier::Large),
+        },
+        zero_stage: recipe.train.compute.zero_stage.fixed().map(|stage| stage as u8),
+        adam_offload: recipe.train.compute.adam_offload.then_some(true),
+        tensor_parallel: Some(recipe.generation.tensor_parallel_size).filter(|&size| size > 1),
+        by_hand: by_hand.collect(),
+        use_all_devices: placement.devices.workers.fixed().is_some(),
+        ..Constraints::default()
+    }
+}
+
+fn core_role(role: recipe::Role) -> echelon_core::role::Role {
+    use echelon_core::role::Role;
+    match role {
+        recipe::Role::Actor => Role::Actor,
+        recipe::Role::Critic => Role::Critic,
+        recipe::Role::Reference => Role::Reference,
+        recipe::Role::Reward => Role::Reward,
+        recipe::Role::Generator => Role::Generator,
+    }
+}
