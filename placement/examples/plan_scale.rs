@@ -13,24 +13,24 @@ use serde_json::json;
 
 /// Hidden, layers, query heads, key-value heads, gated width, vocabulary.
 const SMOLLM2: [i64; 6] = [576, 30, 9, 3, 1536, 49152];
-const LLAMA_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
-const LLAMA_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
-const LLAMA_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
+const GATED_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
+const GATED_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
+const GATED_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let as_text = std::env::args().any(|argument| argument == "--text");
     let gpus = |nodes: usize, devices: usize, kind: &str| Cluster::of(nodes, devices, kind);
-    let large = Workload { prompts: 20480, mini_batch: 5120, ..workload(LLAMA_70B) };
-    let small = Workload { prompts: 20480, mini_batch: 10240, ..workload(LLAMA_7B) };
+    let large = Workload { prompts: 20480, mini_batch: 5120, ..workload(GATED_70B) };
+    let small = Workload { prompts: 20480, mini_batch: 10240, ..workload(GATED_7B) };
     let unlike = gpus(600, 8, "H100-80GB")?.joined(gpus(650, 8, "A100-80GB")?);
     let cases = [
         ("smollm2, 2 CPU workers", Cluster::cpu(2, 2, 16 << 30)?, on_cpu()),
-        ("7b, 1 GPU", gpus(1, 1, "H200")?, workload(LLAMA_7B)),
-        ("7b, 8 GPUs", gpus(1, 8, "H100-80GB")?, workload(LLAMA_7B)),
-        ("13b, 8 GPUs", gpus(1, 8, "H100-80GB")?, workload(LLAMA_13B)),
-        ("13b, 16 GPUs", gpus(2, 8, "H100-80GB")?, workload(LLAMA_13B)),
-        ("70b, 8 GPUs", gpus(1, 8, "H200")?, workload(LLAMA_70B)),
-        ("70b, 64 GPUs", gpus(8, 8, "H100-80GB")?, workload(LLAMA_70B)),
+        ("7b, 1 GPU", gpus(1, 1, "H200")?, workload(GATED_7B)),
+        ("7b, 8 GPUs", gpus(1, 8, "H100-80GB")?, workload(GATED_7B)),
+        ("13b, 8 GPUs", gpus(1, 8, "H100-80GB")?, workload(GATED_13B)),
+        ("13b, 16 GPUs", gpus(2, 8, "H100-80GB")?, workload(GATED_13B)),
+        ("70b, 8 GPUs", gpus(1, 8, "H200")?, workload(GATED_70B)),
+        ("70b, 64 GPUs", gpus(8, 8, "H100-80GB")?, workload(GATED_70B)),
         ("70b, 1000 GPUs", gpus(125, 8, "H100-80GB")?, large.clone()),
         ("7b, 10000 GPUs", gpus(1250, 8, "H100-80GB")?, small),
         ("70b, 10000 GPUs", gpus(1250, 8, "H100-80GB")?, large.clone()),
@@ -84,10 +84,10 @@ fn on_cpu() -> Workload {
 /// Four models of one size; 1,024 prompts of at most 1,024 tokens, as many new ones, on average half of that.
 fn workload(size: [i64; 6]) -> Workload {
     Workload {
-        actor: llama(size, false),
-        critic: Some(llama(size, true)),
-        reference: Some(llama(size, false)),
-        reward: Some(llama(size, true)),
+        actor: gated(size, false),
+        critic: Some(gated(size, true)),
+        reference: Some(gated(size, false)),
+        reward: Some(gated(size, true)),
         prompts: 1024,
         samples_per_prompt: 1,
         max_prompt_tokens: 1024,
@@ -107,7 +107,7 @@ fn workload(size: [i64; 6]) -> Workload {
 }
 
 /// The shape of a Llama-like model with an untied head, or one score.
-fn llama([h, layers, heads, kv_heads, f, v]: [i64; 6], scores: bool) -> ModelShape {
+fn gated([h, layers, heads, kv_heads, f, v]: [i64; 6], scores: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, Replicated, Rows};
     let param = |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis };
     let kv = h / heads * kv_heads;

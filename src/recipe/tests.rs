@@ -383,25 +383,22 @@ fn only_the_keys_that_decide_what_is_learned_must_stay_in_a_resumed_run() {
         "train.steps=7",
         "checkpoint.every_steps=off",
         "eval.temperature=0.1",
+        "train.tokens_per_micro_batch=8",
+        "train.zero_stage=3",
+        "generation.max_sequences=3",
         "placement.device=cpu",
         "placement.actor={devices=[0]}",
         "actor.shape=shapes/tiny",
     ];
     assert!(changes(&free).is_empty(), "{:?}", changes(&free));
     assert_eq!(
-        changes(&[
-            "seed=1",
-            "ppo.kl_coef=0.5",
-            "rollout.top_k=5",
-            "train.dtype=float64",
-            "train.tokens_per_micro_batch=8"
-        ]),
+        changes(&["seed=1", "ppo.kl_coef=0.5", "rollout.top_k=5", "train.dtype=float64", "train.max_grad_norm=8.0"]),
         [
             "ppo.kl_coef: 0.01 before, 0.5 now",
             "rollout.top_k: unset before, 5 now",
             "seed: 42 before, 1 now",
             "train.dtype: \"auto\" before, \"float64\" now",
-            "train.tokens_per_micro_batch: 16192 before, 8 now",
+            "train.max_grad_norm: 1.0 before, 8.0 now",
         ]
     );
     let mixed = changes(&["reward={mix=[{rule=\"math\", weight=0.5}]}"]);

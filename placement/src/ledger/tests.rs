@@ -2,8 +2,8 @@ use echelon_core::shape::{ModelShape, ParamShape, TensorParallelAxis, UnitShape}
 
 use super::*;
 
-/// A Llama-like model: hidden, layers, query heads, key-value heads, gated width, vocabulary.
-pub(crate) fn llama([h, layers, heads, kv_heads, f, v]: [i64; 6], tied: bool, scores: bool) -> ModelShape {
+/// A model with gated layers: hidden, layers, query heads, key-value heads, gated width, vocabulary.
+pub(crate) fn gated([h, layers, heads, kv_heads, f, v]: [i64; 6], tied: bool, scores: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, Replicated, Rows};
     let param = |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis };
     let kv = h / heads * kv_heads;
@@ -43,17 +43,17 @@ pub(crate) fn llama([h, layers, heads, kv_heads, f, v]: [i64; 6], tied: bool, sc
 }
 
 pub(crate) const SMOLLM2: [i64; 6] = [576, 30, 9, 3, 1536, 49152];
-pub(crate) const LLAMA_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
-pub(crate) const LLAMA_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
-pub(crate) const LLAMA_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
+pub(crate) const GATED_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
+pub(crate) const GATED_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
+pub(crate) const GATED_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
 
 /// All four models of one size, with the batch of the shipped recipes.
 pub(crate) fn workload(size: [i64; 6]) -> Workload {
     Workload {
-        actor: llama(size, false, false),
-        critic: Some(llama(size, false, true)),
-        reference: Some(llama(size, false, false)),
-        reward: Some(llama(size, false, true)),
+        actor: gated(size, false, false),
+        critic: Some(gated(size, false, true)),
+        reference: Some(gated(size, false, false)),
+        reward: Some(gated(size, false, true)),
         prompts: 1024,
         samples_per_prompt: 1,
         max_prompt_tokens: 1024,
@@ -110,13 +110,13 @@ fn the_zero_table() {
 /// The same numbers through a role's ledger, for a model of exactly 7.5e9 parameters.
 #[test]
 fn the_zero_table_through_the_ledger() {
-    let mut shape = llama([1000, 2, 10, 10, 1000, 1000], true, false);
+    let mut shape = gated([1000, 2, 10, 10, 1000, 1000], true, false);
     let rest = 7_500_000_000 - shape.num_params();
     let filler = ParamShape { name: "filler".into(), shape: vec![rest], axis: TensorParallelAxis::Replicated };
     shape.units[1].params.push(filler);
     let model = ModelSizes::of(&shape);
     // Two rows of a rank are one micro-batch, so nothing is accumulated.
-    let work = Workload { tokens_per_micro_batch: 4096, ..workload(LLAMA_7B) };
+    let work = Workload { tokens_per_micro_batch: 4096, ..workload(GATED_7B) };
     for (stage, total) in [(0, 120_000_000_000), (1, 31_406_250_000), (2, 16_640_625_000), (3, 1_875_000_000u64)] {
         let entries = job(Role::Actor, &model, &work, 64, stage).entries();
         let states = ["weights", "gradients", "master weights", "moments"].map(|name| entry(&entries, name).bytes);
@@ -134,7 +134,7 @@ fn in_f32_the_parameter_is_the_master() {
 
 #[test]
 fn several_micro_batches_accumulate_in_f32() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let model = ModelSizes::of(&work.actor);
     let several = job(Role::Actor, &model, &work, 8, 2);
     assert!(several.accumulates(), "16 rows of 2048 tokens in passes of 8192");
@@ -149,7 +149,7 @@ fn several_micro_batches_accumulate_in_f32() {
 /// Sizes of a known model, and the ledger's parts by hand.
 #[test]
 fn smollm2_by_hand() {
-    let shape = llama(SMOLLM2, true, false);
+    let shape = gated(SMOLLM2, true, false);
     let model = ModelSizes::of(&shape);
     assert_eq!(model.params, 134_515_008);
     assert_eq!(model.largest_unit, 49152 * 576);
@@ -179,7 +179,7 @@ fn smollm2_by_hand() {
 
 #[test]
 fn stage_3_gathers_two_units_and_shards_frozen_roles() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let model = ModelSizes::of(&work.actor);
     let entries = job(Role::Reference, &model, &work, 8, 3).entries();
     assert_eq!(entry(&entries, "weights").bytes, 2 * model.params.div_ceil(8));
@@ -190,7 +190,7 @@ fn stage_3_gathers_two_units_and_shards_frozen_roles() {
 
 #[test]
 fn offload_moves_master_and_moments_to_the_host() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let model = ModelSizes::of(&work.actor);
     let plain = job(Role::Actor, &model, &work, 8, 2);
     let (mut on_device, mut offloaded) = (Totals::default(), Totals::default());
@@ -205,7 +205,7 @@ fn offload_moves_master_and_moments_to_the_host() {
 
 #[test]
 fn training_state_leaves_the_device_while_generating() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let model = ModelSizes::of(&work.actor);
     let moved = RoleJob { moves_to_host: true, ..job(Role::Actor, &model, &work, 8, 3) };
     let mut totals = Totals::default();
@@ -219,7 +219,7 @@ fn training_state_leaves_the_device_while_generating() {
 /// Roles take turns: the phase needs the resident bytes of all, and one role's pass.
 #[test]
 fn transient_bytes_of_several_roles_do_not_add_up() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let (actor, critic) = (ModelSizes::of(&work.actor), ModelSizes::of(work.critic.as_ref().unwrap()));
     let mut both = Totals::default();
     both.add(&job(Role::Actor, &actor, &work, 1, 0));
@@ -231,18 +231,18 @@ fn transient_bytes_of_several_roles_do_not_add_up() {
 
 #[test]
 fn tensor_parallel_splits_what_has_an_axis() {
-    let model = ModelSizes::of(&llama(LLAMA_70B, false, false));
+    let model = ModelSizes::of(&gated(GATED_70B, false, false));
     assert_eq!(model.params, 68_976_648_192);
     let norms = (2 * 80 + 1) * 8192;
     assert_eq!(model.tensor_parallel_params(8), (model.params - norms) / 8 + norms);
     assert_eq!(model.kv_bytes_per_token(ComputeDtype::Bfloat16, 8), 2 * 80 * 1024 * 2 / 8);
     assert!(model.splits_into(8) && !model.splits_into(16), "eight key-value heads");
-    assert!(!ModelSizes::of(&llama(SMOLLM2, true, false)).splits_into(2), "nine heads");
+    assert!(!ModelSizes::of(&gated(SMOLLM2, true, false)).splits_into(2), "nine heads");
 }
 
 #[test]
 fn every_byte_has_a_formula_and_the_totals_are_the_entries() {
-    let work = workload(LLAMA_7B);
+    let work = workload(GATED_7B);
     let model = ModelSizes::of(&work.actor);
     for role in [Role::Actor, Role::Critic, Role::Reference, Role::Reward, Role::Generator] {
         let job = RoleJob { adam_offload: true, ..job(role, &model, &work, 8, 3) };

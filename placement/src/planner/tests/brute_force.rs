@@ -14,7 +14,7 @@ use super::super::search::Group;
 use super::super::*;
 use crate::cluster::{DeviceKind, Link, Node};
 use crate::ledger::ComputeDtype;
-use crate::ledger::tests::llama;
+use crate::ledger::tests::gated;
 use crate::tier::RoleSet;
 
 /// SplitMix64.
@@ -77,11 +77,11 @@ fn cluster(random: &mut Random, params: f64) -> Cluster {
 
 fn workload(random: &mut Random) -> Workload {
     let size = random.pick(&[[64, 4, 4, 4, 256, 500], [64, 6, 6, 2, 192, 300], [128, 2, 8, 8, 512, 1000]]);
-    let model = |random: &mut Random, scores: bool| (random.below(4) > 0).then(|| llama(size, false, scores));
+    let model = |random: &mut Random, scores: bool| (random.below(4) > 0).then(|| gated(size, false, scores));
     let prompts = 1 + random.below(12);
     let (prompt, response) = (1 + random.below(60), 1 + random.below(60));
     Workload {
-        actor: llama(size, false, false),
+        actor: gated(size, false, false),
         critic: model(random, true),
         reference: model(random, false),
         reward: model(random, true),
