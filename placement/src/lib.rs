@@ -2,7 +2,9 @@
 //! mailbox in front of a device thread) with their supervision.
 
 pub mod cluster;
+pub mod control;
 pub mod device_thread;
+pub mod launch;
 pub mod ledger;
 pub mod planner;
 pub mod rates;
