@@ -44,7 +44,8 @@ fn run(workplace: &Workplace, name: &str, settings: &[String]) {
 #[test]
 fn metrics_do_not_depend_on_the_ranks_nor_on_what_is_divided() {
     let workplace = Workplace::new();
-    let f64s = ["train.dtype=float64", "checkpoint.every_steps=off"];
+    let f64s =
+        ["train.dtype=float64", "checkpoint.every_steps=off", "train.steps=3", "train.tokens_per_micro_batch=128"];
     run(&workplace, "one", &settings(1, 0, false, &f64s));
     let cases = [
         (2, 0, false),
