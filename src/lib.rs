@@ -9,9 +9,14 @@ pub mod run;
 
 pub mod supervised;
 
+pub mod layout;
 pub mod plan;
 pub mod program;
-pub mod ranks;
+
+pub mod assignment;
+pub mod crew;
+pub mod seat;
+pub mod worker;
 
 pub mod checkpoint;
 pub mod host;

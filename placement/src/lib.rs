@@ -8,6 +8,7 @@ pub mod launch;
 pub mod ledger;
 pub mod planner;
 pub mod rates;
+pub mod remote;
 pub mod tier;
 pub mod worker;
 

@@ -3,6 +3,7 @@
 //!
 //! Defaults are OpenRLHF's.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::Origins;
@@ -385,6 +386,9 @@ table! {
         pub gpu: Option<String> = None;
         /// Devices in use; on CPU the number of worker processes.
         pub workers: Auto<usize> = Auto::Auto, in at_least(1.0);
+        /// Address at which workers that others start join, such as 0.0.0.0:7401; without it they are started on this
+        /// machine.
+        pub listen: Option<SocketAddr> = None;
         /// Seconds that workers have to join.
         pub join_timeout_s: f64 = 120.0, in above(0.0);
     }
