@@ -1,6 +1,7 @@
 //! The workers of a run: one device thread of this process, or worker processes that join over the network.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use echelon_core::process_group::MeetingPoint;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::{Role, WorkerGroup};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
     ControlConfig, ControlError, ControlServer, Limits, LocalOutput, Rendezvous, RunAuthority, rendezvous,
 };
@@ -27,8 +29,9 @@ use crate::program::Failure;
 use crate::seat::{Seat, Watched};
 use crate::worker::BUILD;
 
-/// How long workers have to end after the run.
+/// How long workers have to end after the run; and after a failure, when one may never hear of it.
 const FAREWELL: Duration = Duration::from_secs(10);
+const ABANDONED: Duration = Duration::from_secs(1);
 /// After a call has failed: how long the loss of a worker, which may be the cause, has to become known.
 const AFTERMATH: Duration = Duration::from_secs(2);
 
@@ -66,10 +69,28 @@ pub struct Processes {
     relaying: JoinHandle<()>,
     runtime: ControlRuntime,
     /// Served as long as the run: ranks tell each other through it how far they are.
-    _meeting: MeetingPoint,
+    meeting: MeetingPoint,
+    /// For workers that others start.
+    secret: Option<SecretFile>,
+}
+
+/// The credentials of workers that others start, for this user alone; gone with the run.
+struct SecretFile(PathBuf);
+
+impl SecretFile {
+    fn of_this_process() -> SecretFile {
+        SecretFile(std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id())))
+    }
+}
+
+impl Drop for SecretFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 /// How worker processes come to be.
+#[derive(Clone)]
 pub struct Joining {
     /// Where they join; without it they are started here.
     pub listen: Option<SocketAddr>,
@@ -111,15 +132,12 @@ impl Crew {
         let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
         let meeting = MeetingPoint::serve(&host, 0)?;
         let count = assignment.layout.num_workers as u32;
-        let (server, local, workers) = runtime
-            .handle()
-            .spawn(gather(count, joining.listen, joining.patience, joining.say.clone()))
-            .await
-            .map_err(Failure::other)?
-            .map_err(|error| Failure::Worker(error.to_string()))?;
+        let secret = joining.listen.map(|_| SecretFile::of_this_process());
+        let gathering = gather(count, joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
+        let (server, local, workers) = runtime.handle().spawn(gathering).await.map_err(Failure::other)??;
         let ranks: Vec<RemoteRank> = workers.into_iter().map(RemoteRank).collect();
         let relaying = tokio::spawn(relay(ranks[0].0.clone(), progress));
-        let mut crew = Processes { ranks, server, local, relaying, runtime, _meeting: meeting };
+        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, secret };
         match crew.assign(assignment).await {
             Ok(()) => Ok(Crew::Processes(crew)),
             Err(error) => {
@@ -128,7 +146,7 @@ impl Crew {
                     _ => Failure::input(error),
                 };
                 let failure = crew.explain(failure).await;
-                crew.finish("it could not begin").await;
+                crew.finish("it could not begin", ABANDONED).await;
                 Err(failure)
             }
         }
@@ -159,13 +177,14 @@ impl Crew {
     }
 
     /// Lets the workers go and waits until they have.
-    pub async fn finish(self) {
+    pub async fn finish(self, failed: bool) {
+        let patience = if failed { ABANDONED } else { FAREWELL };
         match self {
             Crew::Here { worker, ended } => {
                 worker.stop();
                 let _ = ended.await;
             }
-            Crew::Processes(crew) => crew.finish("the run is over").await,
+            Crew::Processes(crew) => crew.finish("the run is over", patience).await,
         }
     }
 }
@@ -173,7 +192,7 @@ impl Crew {
 impl Processes {
     /// All at once: they meet while they build.
     async fn assign(&mut self, assignment: Assignment) -> echelon_core::Result<()> {
-        let port = self._meeting.port();
+        let port = self.meeting.port();
         let builds = self.ranks.iter().enumerate().map(|(worker, rank)| {
             let assignment = Assignment { worker, meeting_port: Some(port), ..assignment.clone() };
             async move { rank.ask::<Assignment, ()>(&assignment, DEADLINE).await }
@@ -191,27 +210,23 @@ impl Processes {
         }
     }
 
-    async fn finish(self, reason: &'static str) {
-        let Processes { ranks, server, local, relaying, runtime, _meeting } = self;
+    async fn finish(self, reason: &'static str, patience: Duration) {
+        let Processes { ranks, server, local, relaying, runtime, meeting, secret } = self;
         drop(ranks);
         relaying.abort();
-        let _ = runtime.handle().spawn(server.finish(reason, FAREWELL)).await;
+        let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
         if let Some(local) = local {
-            let _ = tokio::task::spawn_blocking(move || local.wait(FAREWELL)).await; // those that stay are killed
+            let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
         }
-        drop(runtime);
+        drop((runtime, meeting, secret));
     }
 }
 
 type Gathered = (ControlServer, Option<LocalWorkers>, Vec<echelon_placement::control::RemoteWorker>);
 
 /// Listens, starts the workers where nobody else does, and waits for all.
-async fn gather(
-    num_workers: u32,
-    listen: Option<SocketAddr>,
-    patience: Duration,
-    say: Arc<dyn Fn(&str) + Send + Sync>,
-) -> Result<Gathered, GatherError> {
+async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {
+    let Joining { listen, patience, say } = joining;
     let authority = RunAuthority::new()?;
     let output = Arc::new(StartedHere::default());
     let config = ControlConfig {
@@ -222,16 +237,10 @@ async fn gather(
         output: Some(output.clone()),
     };
     let server = ControlServer::start(config, &authority).await?;
-    let (local, rules) = match listen {
-        Some(_) => {
-            let file = credentials_file();
+    let (local, rules) = match secret {
+        Some(file) => {
             authority.worker(None)?.write(&file)?;
-            say(&format!(
-                "waiting for {num_workers} workers: start each with RANK=0..{} worker --join {} --credentials {}",
-                num_workers - 1,
-                server.address(),
-                file.display()
-            ));
+            say(&how_to_join(num_workers, server.address(), &file));
             (None, Rendezvous::by_scheduler(patience))
         }
         None => {
@@ -253,9 +262,15 @@ async fn gather(
     Ok((server, local, workers))
 }
 
-/// Where workers that others start find this run's secrets, for this user alone.
-fn credentials_file() -> std::path::PathBuf {
-    std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id()))
+/// What a person, or a script, does now.
+fn how_to_join(num_workers: u32, address: SocketAddr, secret: &Path) -> String {
+    let port = address.port();
+    let host = if address.ip().is_unspecified() { host_name() } else { address.ip().to_string() };
+    format!(
+        "waiting for {num_workers} workers, for each rank R from 0: RANK=R WORLD_SIZE={num_workers} LOCAL_RANK=(its \
+         number on its host) worker --join {host}:{port} --credentials {}; other hosts need a copy of that file",
+        secret.display()
+    )
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -266,6 +281,16 @@ enum GatherError {
     Spawn(#[from] echelon_placement::launch::SpawnError),
     #[error("this program's own file: {0}")]
     Program(std::io::Error),
+}
+
+impl From<GatherError> for Failure {
+    fn from(error: GatherError) -> Failure {
+        match error {
+            GatherError::Control(ControlError::Listen { .. }) => Failure::Input(format!("placement.listen: {error}")),
+            GatherError::Control(_) => Failure::Worker(error.to_string()),
+            GatherError::Spawn(_) | GatherError::Program(_) => Failure::Other(error.to_string()),
+        }
+    }
 }
 
 /// What is known of the processes started here; they come after the server that asks.

@@ -1,6 +1,7 @@
 //! Which workers hold which roles, and how: the plan, as far as running needs it.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use echelon_core::role::Role;
 use echelon_placement::planner::Plan;
@@ -90,6 +91,50 @@ impl Layout {
     }
 }
 
+impl fmt::Display for Layout {
+    /// Such as `2 processes: actor, generator on 0; critic (ZeRO 3) on 1`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut places: Vec<(&Vec<usize>, Vec<String>)> = Vec::new();
+        for group in &self.groups {
+            let name = group.to_string();
+            match places.iter_mut().find(|(workers, _)| *workers == &group.workers) {
+                Some((_, names)) => names.push(name),
+                None => places.push((&group.workers, vec![name])),
+            }
+        }
+        let places = places.iter().map(|(workers, names)| format!("{} on {}", names.join(", "), ranges(workers)));
+        write!(f, "{}: {}", self.num_workers, places.collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl fmt::Display for RoleGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.role)?;
+        if self.tensor_parallel > 1 {
+            write!(f, " (tensor-parallel {})", self.tensor_parallel)?;
+        } else if self.role != Role::Generator && self.workers.len() > 1 {
+            write!(f, " (ZeRO {})", self.zero_stage)?;
+        }
+        Ok(())
+    }
+}
+
+/// Numbers as `0-3, 6`.
+fn ranges(numbers: &[usize]) -> String {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => ranges.push((number, number)),
+        }
+    }
+    let shown = |(first, last): &(usize, usize)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    ranges.iter().map(shown).collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +162,15 @@ mod tests {
         let expected: [&[usize]; 6] =
             [&[0, 1], &[0, 1, 4, 5, 6, 7], &[2, 3], &[4, 5], &[4, 5, 6, 7], &[6, 7]];
         assert_eq!(apart().companies(), expected.map(<[usize]>::to_vec).into());
+    }
+
+    #[test]
+    fn a_layout_is_said_in_one_line() {
+        assert_eq!(
+            apart().to_string(),
+            "8: actor (ZeRO 3) on 0-1; critic (ZeRO 3) on 2-3; generator (tensor-parallel 2) on 4-7"
+        );
+        assert_eq!(ranges(&[0, 2, 3, 7]), "0, 2-3, 7");
     }
 
     #[test]

@@ -26,6 +26,7 @@ pub mod models;
 pub mod monitor;
 pub mod options;
 pub mod prompts;
+pub mod replay;
 pub mod resume;
 pub mod reward;
 pub mod watch;

@@ -19,6 +19,7 @@ use crate::plan;
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
+use crate::replay::record;
 use crate::resume::resume;
 use crate::watch::Watch;
 use crate::layout::Layout;
@@ -63,7 +64,7 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
             Err(failure) => Err(run.wired.crew.explain(failure).await),
             done => done,
         };
-        run.wired.crew.finish().await;
+        run.wired.crew.finish(outcome.is_err()).await;
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for
@@ -197,6 +198,9 @@ impl Run {
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done
+        if let (Some(folder), Some(rollout)) = (&recipe.rollout.record, &report.rollout) {
+            record(folder, step, rollout)?;
+        }
         self.watch.clear();
         let mut metrics = step_metrics(&report, self.kl.coef());
         self.kl.update(report.kl, report.scores.len());
@@ -363,7 +367,7 @@ fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
 fn header(
     terminal: &Terminal,
     (recipe, num_params): (&ResolvedRecipe, i64),
-    Inputs { held, warning, prompts, .. }: &Inputs,
+    Inputs { held, warning, prompts, layout, .. }: &Inputs,
     folder: &Path,
 ) {
     let threads = tch::get_num_threads();
@@ -374,6 +378,9 @@ fn header(
         ("batch", recipe.batch.to_string()),
         ("run folder", folder.display().to_string()),
     ];
+    if layout.num_workers > 1 {
+        rows.insert(2, ("workers", layout.to_string()));
+    }
     rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {
         rows.push(("left out", format!("{name}: {report}")));

@@ -34,6 +34,7 @@ use crate::prompts::PromptFormat;
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
 };
+use crate::replay::replaying;
 use crate::reward::{Source, WeightedSources, distinct_names, task_source};
 use crate::worker::absolute;
 
@@ -272,6 +273,10 @@ pub async fn wire(
     let generator = crew.group::<dyn GeneratorRank>(&layout, Role::Generator, |w| Arc::new(w), |w| Arc::new(w));
     let apart = layout.group(Role::Generator).workers != layout.group(Role::Actor).workers;
     let generator = if apart { generator.apart_from_actor() } else { generator };
+    let generator = match &recipe.rollout.replay {
+        Some(folder) => replaying(folder, generator, apart),
+        None => generator,
+    };
     let reward = Box::new(WeightedSources { sources, interrupt: interrupt.clone() });
     let roles = Roles { actor, critic, reference, reward, generator };
     Ok(Wired { roles, ppo: ppo_config(recipe, alone), crew })

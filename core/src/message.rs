@@ -539,7 +539,7 @@ mod tests {
     fn other_and_damaged_bytes_are_refused() {
         let bytes = encode(&Publish { policy_version: 3 });
         assert_eq!(decode::<Publish>(&bytes).unwrap().policy_version, 3);
-        let error = decode::<Generate>(&bytes).unwrap_err().to_string();
+        let error = decode::<Generate>(&bytes).err().unwrap().to_string();
         assert!(error.contains("`generate`") && error.contains("`publish`"), "{error}");
         let whole = encode(&Values { tokens: some_tokens() });
         for end in 0..whole.len() {

@@ -181,7 +181,7 @@ impl ActorGroup {
             return self.call(request).await;
         }
         // Both ends of a collective: neither returns without the other.
-        let (sent, received) = futures_util::future::join(self.call(request.clone()), generator.call(request)).await;
+        let (sent, received) = futures_util::future::join(self.call(request.clone()), generator.publish(request)).await;
         sent.and(received)
     }
 
@@ -236,6 +236,11 @@ impl RewardGroup {
 }
 
 impl GeneratorGroup {
+    /// Takes up the weights that the actor's ranks send at the same time.
+    pub async fn publish(&self, request: Publish) -> Result<()> {
+        self.call(request).await
+    }
+
     /// Samples `samples_per_prompt` responses to every prompt.
     pub async fn generate(&self, prompts: Prompts, sampling: &SamplingConfig) -> Result<Rollout> {
         self.call(Generate { prompts, sampling: sampling.clone() }).await

@@ -245,6 +245,10 @@ table! {
         pub min_p: f64 = 0.0, in between(0.0, 1.0);
         /// Strings that end a response, beside the model's own end tokens.
         pub stop: Vec<String> = Vec::new();
+        /// Keep every step's rollout in this folder, for `replay`.
+        pub record: Option<PathBuf> = None;
+        /// Take the rollouts from this folder instead of sampling: what is learned from equal rollouts can be compared.
+        pub replay: Option<PathBuf> = None;
     }
 }
 
