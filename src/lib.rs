@@ -19,6 +19,7 @@ pub mod inference;
 pub mod json_lines;
 pub mod models;
 pub mod monitor;
+pub mod node;
 pub mod options;
 pub mod prompts;
 pub mod resume;

@@ -144,7 +144,11 @@ fn choose(in_use: &[u64], wanted: u64) -> Option<Devices> {
         0 => return Some(Devices::new()),
         part if part < UNITS => {
             let fitting = in_use.iter().enumerate().filter(|(_, used)| **used + part <= UNITS);
-            fitting.max_by_key(|(index, used)| (**used, usize::MAX - index)).map(|(index, _)| index).into_iter().collect()
+            fitting
+                .max_by_key(|(index, used)| (**used, usize::MAX - index))
+                .map(|(index, _)| index)
+                .into_iter()
+                .collect()
         }
         whole => {
             let free = in_use.iter().enumerate().filter(|(_, used)| **used == 0).map(|(index, _)| index);

@@ -15,19 +15,25 @@ pub enum TaskError {
     #[error("{task} demands {demand}, which no node can ever give: {nodes}; {advice}")]
     Impossible { task: String, demand: Demand, nodes: String, advice: &'static str },
     /// A role finds its devices taken.
-    #[error("{role} demands {demand}, which is not free on {place}: {nodes}; end what holds them, or place {role} elsewhere")]
+    #[error(
+        "{role} demands {demand}, which is not free on {place}: {nodes}; end what holds them, or place {role} elsewhere"
+    )]
     Taken { role: String, demand: Demand, place: String, nodes: String },
     /// Too much waits already.
     #[error("task {task}: refused: {waiting}; await some of them first")]
     Busy { task: &'static str, waiting: String },
     /// Arguments beyond the limit.
-    #[error("task {task}: its arguments of {bytes} bytes are over the limit of {limit}; divide them among several tasks")]
+    #[error(
+        "task {task}: its arguments of {bytes} bytes are over the limit of {limit}; divide them among several tasks"
+    )]
     TooLarge { task: &'static str, bytes: usize, limit: usize },
     /// Arguments that cannot be written, or a value that cannot be read.
     #[error("task {task}: {what}: {cause}")]
     Format { task: &'static str, what: &'static str, cause: String },
     /// A function that was not registered.
-    #[error("task {task}: this process knows no function of that name; it knows {known}: register it with Functions::with")]
+    #[error(
+        "task {task}: this process knows no function of that name; it knows {known}: register it with Functions::with"
+    )]
     Unknown { task: &'static str, known: String },
     /// The task's own error.
     #[error("task {task} on node {node}: {cause}")]

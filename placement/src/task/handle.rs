@@ -75,7 +75,8 @@ impl<T> TaskHandle<T> {
 
     fn late(&self, waited: Duration) -> TaskError {
         let begun = self.stage.has_begun();
-        let state = if begun { "runs, and holds its resources until it ends" } else { "had not begun, and is cancelled" };
+        let state =
+            if begun { "runs, and holds its resources until it ends" } else { "had not begun, and is cancelled" };
         TaskError::Deadline { task: self.task, waited, state }
     }
 }

@@ -83,7 +83,9 @@ impl Core {
         let (mut flights, mut dead) = (Vec::new(), Vec::new());
         loop {
             let State { schedule, peers, closed, .. } = &mut *state;
-            let Some(peer) = peers.of(node).iter_mut().min_by_key(|peer| peer.in_flight).filter(|_| !*closed) else { break };
+            let Some(peer) = peers.of(node).iter_mut().min_by_key(|peer| peer.in_flight).filter(|_| !*closed) else {
+                break;
+            };
             let mut batch = Vec::new();
             let Some(started) = schedule.start(node, &mut batch, &mut dead) else { break };
             peer.in_flight += 1;

@@ -339,7 +339,8 @@ impl<W: Work> Schedule<W> {
     pub fn evict(&mut self, id: NodeId) -> Vec<Entry<W>> {
         let node = &mut self.nodes[id];
         let alive = node.alive;
-        let hopeless: Vec<Kind> = node.lanes.keys().filter(|kind| !(alive && node.books.fits_ever(kind.0))).copied().collect();
+        let hopeless: Vec<Kind> =
+            node.lanes.keys().filter(|kind| !(alive && node.books.fits_ever(kind.0))).copied().collect();
         let mut out = Vec::new();
         for kind in hopeless {
             while let Some(entry) = node.pop(kind) {
@@ -432,7 +433,8 @@ impl<W: Work> Node<W> {
 
     fn drop_cancelled_heads(&mut self, dead: &mut Vec<Entry<W>>) {
         let cancelled = |node: &Self| {
-            let is_cancelled = |kind: &&Kind| node.lanes[*kind].queue.front().is_some_and(|head| head.work.is_cancelled());
+            let is_cancelled =
+                |kind: &&Kind| node.lanes[*kind].queue.front().is_some_and(|head| head.work.is_cancelled());
             node.heads.values().find(is_cancelled).copied()
         };
         while let Some(kind) = cancelled(self) {
@@ -461,7 +463,11 @@ impl<W: Work> Node<W> {
             let Some(next) = self.lanes.get(&kind).and_then(|lane| lane.queue.front()) else { break };
             bytes += next.work.portable_bytes().unwrap_or(0);
             let sequence = next.sequence;
-            if next.work.is_alone() || next.work.is_cancelled() || bytes > BATCH_BYTES || !self.may_overtake(kind, sequence) {
+            if next.work.is_alone()
+                || next.work.is_cancelled()
+                || bytes > BATCH_BYTES
+                || !self.may_overtake(kind, sequence)
+            {
                 break;
             }
             batch.extend(self.pop(kind));

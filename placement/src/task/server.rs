@@ -56,7 +56,8 @@ impl Beside for TaskServer {
 
 /// Runs the calls of one message, one after the other.
 fn run_batch(functions: &Functions, body: Bytes) -> Result<Bytes, String> {
-    let Batch { function, arguments, gpus } = Batch::decode(body).map_err(|error| format!("no batch of tasks: {error}"))?;
+    let Batch { function, arguments, gpus } =
+        Batch::decode(body).map_err(|error| format!("no batch of tasks: {error}"))?;
     let unknown = || format!("this worker knows no function {function}; it knows {}", functions.names());
     let run = functions.find(&function).ok_or_else(unknown)?;
     super::handle::enter_task(Some(gpus.into_iter().map(|gpu| gpu as usize).collect()));

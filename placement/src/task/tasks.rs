@@ -153,12 +153,7 @@ impl Tasks {
         let unfit = |cause: String| TaskError::Start { node: name.clone(), cause };
         let schedule = Schedule::new(&node).map_err(unfit)?;
         let units = waiting_bytes.div_ceil(ROOM_UNIT).min(u32::MAX as usize);
-        let state = State {
-            schedule,
-            pool: super::pool::Pool::new(&node),
-            peers: Peers::default(),
-            closed: false,
-        };
+        let state = State { schedule, pool: super::pool::Pool::new(&node), peers: Peers::default(), closed: false };
         let core = Core {
             state: Mutex::new(state),
             wake: Condvar::new(),
@@ -458,9 +453,10 @@ impl Core {
             let place = node.map_or("any node".into(), |name| format!("node {name}"));
             let role = format!("role {role}");
             let asked = |report: &&NodeReport| report.alive && node.is_none_or(|name| report.name == name);
-            let ever = reports.iter().filter(asked).any(|report| {
-                report.total.num_cpus >= demand.num_cpus && report.total.num_gpus >= demand.num_gpus
-            });
+            let ever = reports
+                .iter()
+                .filter(asked)
+                .any(|report| report.total.num_cpus >= demand.num_cpus && report.total.num_gpus >= demand.num_gpus);
             let nodes = told(&reports);
             if ever {
                 return Err(TaskError::Taken { role, demand, place, nodes });
@@ -557,7 +553,10 @@ fn impossible(state: &State, task: String, units: Units, portable: bool) -> Task
     let (nodes, advice) = if portable {
         (told(&reports), "lower what it demands, add a node that has it, or end the roles that hold it")
     } else {
-        (told(&reports[..1]), "a closure runs on this node: lower what it demands, or make it a Function, which runs on any")
+        (
+            told(&reports[..1]),
+            "a closure runs on this node: lower what it demands, or make it a Function, which runs on any",
+        )
     };
     TaskError::Impossible { task, demand: units.demand(), nodes, advice }
 }

@@ -45,7 +45,12 @@ fn schedule(nodes: &[(&str, f64, usize)]) -> Schedule<Job> {
 }
 
 /// Submits on node 0 and begins what can begin there; where it went.
-fn submit(schedule: &mut Schedule<Job>, name: &'static str, demand: Units, number: usize) -> Option<(NodeId, Vec<Started>)> {
+fn submit(
+    schedule: &mut Schedule<Job>,
+    name: &'static str,
+    demand: Units,
+    number: usize,
+) -> Option<(NodeId, Vec<Started>)> {
     let node = schedule.place(0, demand, true)?;
     schedule.enqueue(node, (name, demand, 0), job(number));
     Some((node, begin(schedule, node).into_iter().map(|(started, _)| started).collect()))
@@ -214,7 +219,9 @@ impl Trial {
             })
             .collect();
         let mut schedule = Schedule::new(&configs[0]).unwrap();
-        configs[1..].iter().for_each(|config| drop(schedule.add_node(config).unwrap()));
+        for config in &configs[1..] {
+            schedule.add_node(config).unwrap();
+        }
         let (alive, lives) = (vec![true; count], vec![0; count]);
         let (waiting, running, held) = Default::default();
         Trial { schedule, configs, alive, waiting, running, held, lives, begun: 0, gone: 0 }
@@ -264,9 +271,9 @@ impl Trial {
     fn check_place(&self, chosen: NodeId, demand: Units, portable: bool) {
         let reports = self.schedule.reports();
         let wait = |node: NodeId| {
-            let way_s = if node == 0 { 0.0 } else { self.schedule.nodes[node].way_ns as f64 * 1e-9 };
+            let way_ns = if node == 0 { 0 } else { self.schedule.nodes[node].way_ns };
             let idle = reports[node].waiting == 0 && self.schedule.nodes[node].books.fits(demand);
-            way_s + if idle { 0.0 } else { reports[node].backlog_s }
+            way_ns + if idle { 0 } else { (reports[node].backlog_s * 1e9).round() as u64 }
         };
         assert!(self.alive[chosen] && (portable || chosen == 0));
         for node in (0..reports.len()).filter(|node| portable && self.alive[*node]) {
@@ -299,7 +306,8 @@ impl Trial {
 
     fn end(&mut self, index: usize, random: &mut Random) {
         let (started, ..) = self.running.swap_remove(index);
-        self.schedule.end(started, random.below(3), random.below(20_000_000) as u64, 100_000);
+        let way_ns = if started.node == 0 { 0 } else { random.below(300_000) as u64 };
+        self.schedule.end(started, random.below(3), random.below(20_000_000) as u64, way_ns);
     }
 
     fn lose(&mut self, node: NodeId) {
