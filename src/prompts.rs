@@ -1,5 +1,6 @@
 //! Prompts from data files: read, filtered by length, tokenised, drawn in a seeded order.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,7 +62,7 @@ impl PromptFormat {
     /// Which rows are kept, judged as tasks on all CPUs of this node.
     fn verdicts(&self, rows: &Arc<Vec<PromptRow>>) -> Vec<Result<Verdict, FilterError>> {
         let (format, shared) = (self.clone(), rows.clone());
-        let judge = move |part| Ok(shared[part].iter().map(|row| format.verdict(row)).collect());
+        let judge = move |part: Range<usize>| Ok(shared[part].iter().map(|row| format.verdict(row)).collect());
         let tasks = node::tasks().and_then(|tasks| {
             tasks
                 .over_rows("tokenise prompts", rows.len(), ROWS_PER_TASK, judge)?
