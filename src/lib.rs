@@ -24,6 +24,7 @@ pub mod inference;
 pub mod json_lines;
 pub mod models;
 pub mod monitor;
+pub mod node;
 pub mod options;
 pub mod prompts;
 pub mod replay;
