@@ -1,9 +1,14 @@
 //! The loop: start waiting sequences in free slots, decode one token for every live one, hand out what is finished.
+//!
+//! Ranks that share a model run the same loop: they agree on the call before it begins, on a stop before each pass, and on
+//! every token, so that all of them go on or end together (TP-4 in `echelon_models::tensor_parallel`).
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Instant;
 
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::rollout::{GenerationReport, Prompts, SamplingConfig, Sequence};
+use echelon_core::zero::Backbone;
 use echelon_core::{Error, Result};
 use echelon_models::decoder::Decoder;
 use echelon_models::tokenizer::Tokenizer;
@@ -36,7 +41,7 @@ impl Default for EngineConfig {
 #[derive(Clone, Copy, Debug)]
 pub struct Policy<'a> {
     pub model: &'a Decoder,
-    /// `[V, H]`, the embedding where the two are tied.
+    /// `[V, H]`, the embedding where the two are tied; this rank's rows of it where ranks share the model.
     pub head: &'a Tensor,
     /// Gives the end-of-sequence ids and the texts; without it sequences end at `max_new_tokens` and have no text.
     pub tokenizer: Option<&'a Tokenizer>,
@@ -58,9 +63,13 @@ impl Engine {
     /// Log-probs are log-softmax(logits / temperature) over the full vocabulary; greedy (temperature 0) uses 1. Tells
     /// `progress` of each finished response as phase `generate`.
     ///
+    /// Where ranks share the model, every rank makes the same call and gets the same sequences; an interrupt raised on one
+    /// of them ends the call on all.
+    ///
     /// # Errors
     /// A prompt without tokens or with an id outside the vocabulary, sampling parameters out of range, a
-    /// `kv_cache_bytes` that does not hold one sequence, logits that are not finite, [`Error::Interrupted`].
+    /// `kv_cache_bytes` that does not hold one sequence, logits that are not finite, [`Error::Interrupted`]; ranks of one
+    /// group that were called differently, or one that refused or is gone.
     pub fn generate(
         &self,
         policy: Policy,
@@ -71,13 +80,14 @@ impl Engine {
     ) -> Result<(Vec<Sequence>, GenerationReport)> {
         let _guard = tch::no_grad_guard();
         let started = Instant::now();
-        check_prompts(prompts, policy.model.config().vocab_size)?;
-        if prompts.rows.is_empty() || prompts.samples_per_prompt == 0 {
+        let over_ranks = policy.model.tensor_parallel();
+        let generation = Generation::new(&self.config, policy, prompts, sampling, progress);
+        let call = if over_ranks.is_solo() { 0 } else { fingerprint(&self.config, policy, prompts, sampling) };
+        let Some(mut generation) = over_ranks.agree("begin to generate", call, generation)? else {
             return Ok((Vec::new(), GenerationReport::default()));
-        }
-        let mut generation = Generation::new(&self.config, policy, prompts, sampling, progress)?;
+        };
         loop {
-            interrupt.check()?;
+            generation.check(interrupt)?;
             generation.start_waiting(interrupt)?;
             if generation.scheduler.num_live() == 0 {
                 break;
@@ -93,6 +103,7 @@ impl Engine {
 
 /// One call in progress.
 struct Generation<'a> {
+    model: &'a Decoder,
     prompts: &'a Prompts,
     tokenizer: Option<&'a Tokenizer>,
     progress: &'a dyn Progress,
@@ -109,20 +120,26 @@ struct Generation<'a> {
 }
 
 impl<'a> Generation<'a> {
+    /// None where nothing is asked for.
     fn new(
         engine: &EngineConfig,
         policy: Policy<'a>,
         prompts: &'a Prompts,
         sampling: &'a SamplingConfig,
         progress: &'a dyn Progress,
-    ) -> Result<Generation<'a>> {
+    ) -> Result<Option<Generation<'a>>> {
+        check_prompts(prompts, policy.model.config().vocab_size)?;
+        if prompts.rows.is_empty() || prompts.samples_per_prompt == 0 {
+            return Ok(None);
+        }
         let sampler = Sampler::new(sampling, prompts.seed, prompts.evaluation)?;
         let ends = EndConditions::new(sampling, policy.tokenizer)?;
         let groups = Group::of(prompts);
         let total = prompts.rows.len() * prompts.samples_per_prompt;
         let cache = KvCache::plan(engine, policy.model, &groups, sampling.max_new_tokens)?;
         let scheduler = Scheduler::new(groups, cache.num_slots(), engine.max_batched_tokens);
-        Ok(Generation {
+        Ok(Some(Generation {
+            model: policy.model,
             prompts,
             tokenizer: policy.tokenizer,
             progress,
@@ -135,7 +152,13 @@ impl<'a> Generation<'a> {
             max_new_tokens: sampling.max_new_tokens,
             started: Instant::now(),
             report: GenerationReport::default(),
-        })
+        }))
+    }
+
+    /// # Errors
+    /// [`Error::Interrupted`] where any rank's `interrupt` asks to stop.
+    fn check(&self, interrupt: &Interrupt) -> Result<()> {
+        if self.model.any_stops(interrupt.check().is_err())? { Err(Error::Interrupted) } else { Ok(()) }
     }
 
     /// Fills the free slots, and again where a first token already ended its sequence.
@@ -145,7 +168,7 @@ impl<'a> Generation<'a> {
             if admissions.is_empty() {
                 break;
             }
-            interrupt.check()?;
+            self.check(interrupt)?;
             let logits = self.runner.start(&admissions)?;
             self.report.prefill_tokens +=
                 admissions.iter().filter_map(|a| a.prefill.as_ref()).map(Vec::len).sum::<usize>();
@@ -185,7 +208,7 @@ impl<'a> Generation<'a> {
         (0..self.scheduler.num_live()).map(left).max().unwrap_or(0)
     }
 
-    /// Draws a token for each of `slots` from its row of `[slots, V]` logits, and frees the slots whose sequence ended.
+    /// Draws a token for each of `slots` from its row of `[slots, V]` logits (this rank's columns), and frees the slots whose sequence ended.
     fn sample(&mut self, slots: &[usize], logits: &Tensor) -> Result<()> {
         let keys: Vec<DrawKey> = slots
             .iter()
@@ -196,7 +219,7 @@ impl<'a> Generation<'a> {
                 position: sequence.num_generated() as u32,
             })
             .collect();
-        let drawn = self.sampler.sample(logits, &keys)?;
+        let drawn = self.sampler.sample(self.model.vocabulary(), logits, &keys)?;
         if self.report.generated_tokens == 0 {
             self.report.first_token_s = self.started.elapsed().as_secs_f64();
         }
@@ -214,6 +237,20 @@ impl<'a> Generation<'a> {
         }
         Ok(())
     }
+}
+
+/// A number that is the same on ranks whose calls do the same.
+fn fingerprint(engine: &EngineConfig, policy: Policy, prompts: &Prompts, sampling: &SamplingConfig) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for prompt in &prompts.rows {
+        (prompt.id, &prompt.token_ids).hash(&mut hasher);
+    }
+    (prompts.samples_per_prompt, prompts.seed, prompts.evaluation).hash(&mut hasher);
+    // The prompts' texts are not read; what else decides is small enough to be written out.
+    let eos_ids = policy.tokenizer.map(Tokenizer::eos_ids);
+    format!("{engine:?} {sampling:?} {eos_ids:?} {:?} {:?}", policy.model.config(), policy.model.kind())
+        .hash(&mut hasher);
+    hasher.finish()
 }
 
 fn check_prompts(prompts: &Prompts, vocab_size: i64) -> Result<()> {

@@ -1,4 +1,5 @@
-//! Keys and values of every slot's tokens, allocated once and written in place.
+//! Keys and values of every slot's tokens, allocated once and written in place. Where ranks share a model, of the rank's
+//! own key-value heads.
 //!
 //! Per layer `[slots, kv_heads, length, D]`: the live slots stand first, so what a step attends to is a view. The length
 //! grows in steps with the longest sequence, up to the longest that the call can make.
@@ -51,7 +52,7 @@ impl KvCache {
             Some(budget) => {
                 let shared = groups.iter().any(|group| group.num_waiting() > 1);
                 let kept_tokens = if shared { longest_prompt } else { 0 };
-                let bytes_per_token = bytes_per_token(model.config(), model.kind());
+                let bytes_per_token = bytes_per_token(model.config(), model.num_kv_heads(), model.kind());
                 slots_within(budget, bytes_per_token, max_length, kept_tokens)?.min(wanted)
             }
             None => wanted,
@@ -61,7 +62,7 @@ impl KvCache {
 
     fn new(model: &Decoder, num_slots: usize, max_length: usize) -> Result<KvCache> {
         let config = model.config();
-        let (num_kv_heads, head_dim) = (config.num_kv_heads, config.head_dim);
+        let (num_kv_heads, head_dim) = (model.num_kv_heads(), config.head_dim);
         let empty = || Tensor::f_zeros([num_slots as i64, num_kv_heads, 0, head_dim], options(model));
         let layers =
             (0..config.num_layers).map(|_| Ok(Layer { keys: empty()?, values: empty()? })).collect::<Result<_>>()?;
@@ -151,12 +152,13 @@ fn options(model: &Decoder) -> (Kind, Device) {
     (model.kind(), model.embedding().device())
 }
 
-/// Bytes of one token's keys and values over all layers.
-fn bytes_per_token(config: &DecoderConfig, kind: Kind) -> usize {
-    2 * config.num_layers * (config.num_kv_heads * config.head_dim) as usize * kind.elt_size_in_bytes()
+/// Bytes of one token's keys and values over all layers, in so many heads.
+fn bytes_per_token(config: &DecoderConfig, num_kv_heads: i64, kind: Kind) -> usize {
+    2 * config.num_layers * (num_kv_heads * config.head_dim) as usize * kind.elt_size_in_bytes()
 }
 
-/// Whether the budget of `engine` holds the longest sequence there can be, beside its prompt kept for other samples.
+/// Whether the budget of `engine` holds the longest sequence there can be, beside its prompt kept for other samples, on a
+/// rank that has the whole model.
 ///
 /// # Errors
 /// It does not; the message has both sizes.
@@ -167,7 +169,8 @@ pub fn check_budget(
     max_new_tokens: usize,
 ) -> Result<()> {
     let Some(budget) = engine.kv_cache_bytes else { return Ok(()) };
-    slots_within(budget, bytes_per_token(config, kind), prompt_tokens + max_new_tokens - 1, prompt_tokens).map(drop)
+    let bytes_per_token = bytes_per_token(config, config.num_kv_heads, kind);
+    slots_within(budget, bytes_per_token, prompt_tokens + max_new_tokens - 1, prompt_tokens).map(drop)
 }
 
 /// Slots of `length` tokens that fit beside the `kept_tokens` of a prompt whose other samples wait.
@@ -191,7 +194,7 @@ mod tests {
     fn a_budget_is_checked_for_the_longest_sequence_there_can_be() {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../recipes/quickstart/language-model");
         let config = DecoderConfig::read(&folder).unwrap();
-        let bytes = bytes_per_token(&config, Kind::Float);
+        let bytes = bytes_per_token(&config, config.num_kv_heads, Kind::Float);
         let engine = |tokens: usize| EngineConfig { kv_cache_bytes: Some(tokens * bytes), ..EngineConfig::default() };
         let check = |tokens| check_budget(&engine(tokens), (&config, Kind::Float), 32, 12);
         check(43 + 32).unwrap();

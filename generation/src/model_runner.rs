@@ -40,7 +40,7 @@ const SLOTS_AT_ONE_PRICE: i64 = 32;
 struct KeptPrompt {
     /// Per layer, `[P, kv_heads, D]` each.
     layers: Vec<(Tensor, Tensor)>,
-    /// `[1, V]` at its last token.
+    /// `[1, V]` at its last token: of this rank's part of the vocabulary.
     logits: Tensor,
 }
 
@@ -52,7 +52,8 @@ struct Span<'a> {
 }
 
 impl<'a> ModelRunner<'a> {
-    /// Takes `head` `[V, H]`; logits are divided by `temperature`.
+    /// Takes `head` `[V, H]`; logits are divided by `temperature`. Where ranks share the model, `head` has the rows and
+    /// logits the columns of this rank's part of the vocabulary.
     pub fn new(model: &'a Decoder, head: &Tensor, temperature: f64, cache: KvCache) -> ModelRunner<'a> {
         let head = Linear::new(head.detach(), None);
         ModelRunner { model, head, temperature, cache, kept: None, packed: None }
@@ -98,14 +99,14 @@ impl<'a> ModelRunner<'a> {
         self.cache.reserve(lengths.iter().copied().max().unwrap_or(0) as usize)?;
 
         let rotary = self.model.rotary(&self.tensor(&positions));
-        let mut hidden = self.model.embed_tokens(&self.tensor(&token_ids));
+        let mut hidden = self.model.embed_tokens(&self.tensor(&token_ids))?;
         let mut kept_layers = Vec::new();
         for layer in 0..self.model.num_layers() {
             let cache = &mut self.cache;
             hidden = self.model.layer_with(layer, &hidden, &rotary, &mut |q, k, v, window| {
                 kept_layers.extend(fill_slots(cache, layer, &spans, k, v));
                 packed_attention(q, k, v, &lengths, window)
-            });
+            })?;
         }
         let last: Vec<i64> = spans.iter().map(|span| span.start + span.length - 1).collect();
         let logits = self.logits(&hidden.index_select(0, &self.tensor(&last)));
@@ -136,14 +137,14 @@ impl<'a> ModelRunner<'a> {
         let positions = self.tensor(&positions);
         let rotary = model.rotary(&positions);
         let mut masks = StepMasks::new(positions, longest, model.kind());
-        let mut hidden = model.embed_tokens(&self.tensor(&tokens));
+        let mut hidden = model.embed_tokens(&self.tensor(&tokens))?;
         for layer in 0..model.num_layers() {
             let cache = &mut self.cache;
             hidden = model.layer_with(layer, &hidden, &rotary, &mut |q, k, v, window| {
                 cache.write_step(layer, &rows, k, v);
                 let (keys, values) = cache.read(layer, slots, longest);
                 step_attention(q, &keys, &values, masks.of(window))
-            });
+            })?;
         }
         Ok(divided(&head.forward(&model.norm(&hidden)), self.temperature).narrow(0, 0, live))
     }

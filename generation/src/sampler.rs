@@ -9,10 +9,14 @@
 //! One uniform number per (seed, prompt, sample, position) picks the token whose interval holds it, tokens in order of
 //! their ids. Probabilities are summed as integers, in units of 2^-52: exact in any order, so that the same numbers give
 //! the same token on every device, and a token without probability is never drawn.
+//!
+//! Where ranks share a model, each has its part of the vocabulary's logits. The sums of the parts tell every rank in whose
+//! part a number falls; that rank says which token it is, and all take its word.
 
 use echelon_core::random::{Domain, uniform};
 use echelon_core::rollout::SamplingConfig;
 use echelon_core::{Error, Result};
+use echelon_models::tensor_parallel::VocabularySlice;
 use tch::{Kind, Tensor};
 
 /// Probability 1 in the integer sums.
@@ -67,16 +71,24 @@ impl Sampler {
         if self.is_greedy() { 1.0 } else { self.temperature }
     }
 
-    /// Draws one token per row of `[S, V]` logits, already divided by [`Sampler::logits_temperature`].
+    /// Draws one token per row of `[S, V]` logits, already divided by [`Sampler::logits_temperature`]: the columns of this
+    /// rank's part of the vocabulary. Every rank gets the same tokens.
     ///
     /// # Errors
-    /// Logits that are not finite.
-    pub fn sample(&self, logits: &Tensor, keys: &[DrawKey]) -> Result<Vec<Drawn>> {
-        let logprobs = logits.log_softmax(-1, None::<Kind>);
-        let tokens = if self.is_greedy() { logits.argmax(-1, true) } else { self.draw(&logprobs.exp(), keys) };
-        let chosen = logprobs.gather(1, &tokens, false);
+    /// Logits that are not finite; a rank that is gone or does not come.
+    pub fn sample(&self, vocabulary: &VocabularySlice, logits: &Tensor, keys: &[DrawKey]) -> Result<Vec<Drawn>> {
+        let logprobs = log_softmax(vocabulary, logits)?;
+        let choice = match self.is_greedy() {
+            true => most_likely(vocabulary, &logprobs)?,
+            false => self.draw(vocabulary, &logprobs.exp(), keys)?,
+        };
+        let chosen = logprobs.gather(1, &choice.columns, false).to_kind(Kind::Double);
         // One transfer: f64 holds ids and log-probs exactly.
-        let both = Tensor::cat(&[tokens.to_kind(Kind::Double), chosen.to_kind(Kind::Double)], 1);
+        let mut both = Tensor::cat(&[(choice.columns + vocabulary.start()).to_kind(Kind::Double), chosen], 1);
+        if let Some(others) = &choice.others {
+            let parts = vocabulary.tensor_parallel().gather("drawn tokens", &both.masked_fill(others, 0.0))?;
+            both = parts.sum_dim_intlist(0, false, Kind::Double);
+        }
         let both: Vec<f64> = Vec::try_from(both.flatten(0, -1))?;
         both.chunks_exact(2).map(|pair| Drawn { token: pair[0] as i64, logprob: pair[1] as f32 }).map(finite).collect()
     }
@@ -85,39 +97,109 @@ impl Sampler {
         self.temperature == 0.0
     }
 
-    /// `[S, 1]` token ids from `[S, V]` probabilities.
-    fn draw(&self, probabilities: &Tensor, keys: &[DrawKey]) -> Tensor {
-        let weights = (self.cut(probabilities) * ONE).to_kind(Kind::Int64);
+    /// Draws from `[S, V]` probabilities.
+    fn draw(&self, vocabulary: &VocabularySlice, probabilities: &Tensor, keys: &[DrawKey]) -> Result<Choice> {
+        let weights = (self.cut(vocabulary, probabilities)? * ONE).to_kind(Kind::Int64);
         let sums = weights.cumsum(-1, Kind::Int64);
         let last = sums.size()[1] - 1;
-        let total = sums.narrow(1, last, 1).to_kind(Kind::Double);
         // Below 1 by more than a rounding, so that the number stays below the total.
         let number = |key: &DrawKey| {
             uniform(self.seed, self.domain, key.prompt_id, key.sample, key.position).min(1.0 - f64::EPSILON)
         };
         let numbers: Vec<f64> = keys.iter().map(number).collect();
         let numbers = Tensor::from_slice(&numbers).to_device(sums.device()).unsqueeze(1);
-        let targets = (numbers * total).floor().to_kind(Kind::Int64);
-        // The clamp is for rows of NaN, which are refused once their log-prob is seen.
-        targets.searchsorted(&sums, false, true, "right", None::<Tensor>).clamp_max(last)
+        let own = sums.narrow(1, last, 1);
+        // The clamp is for rows of NaN, which are refused once their log-prob is seen, and for targets of other ranks.
+        let column = |target: &Tensor| target.searchsorted(&sums, false, true, "right", None::<Tensor>).clamp_max(last);
+        if vocabulary.is_whole() {
+            let targets = (numbers * own.to_kind(Kind::Double)).floor().to_kind(Kind::Int64);
+            return Ok(Choice { columns: column(&targets), others: None });
+        }
+        let over_ranks = vocabulary.tensor_parallel();
+        let totals = over_ranks.gather("probability of each part", &own)?;
+        let before = totals.narrow(0, 0, over_ranks.rank() as i64).sum_dim_intlist(0, false, Kind::Int64);
+        let total = totals.sum_dim_intlist(0, false, Kind::Int64).to_kind(Kind::Double);
+        let targets = (numbers * total).floor().to_kind(Kind::Int64) - before;
+        let others = targets.lt(0).logical_or(&targets.ge_tensor(&own));
+        Ok(Choice { columns: column(&targets), others: Some(others) })
     }
 
     /// `[S, V]` probabilities with those of the tokens cut off set to 0; not renormalised.
-    fn cut(&self, probabilities: &Tensor) -> Tensor {
+    fn cut(&self, vocabulary: &VocabularySlice, probabilities: &Tensor) -> Result<Tensor> {
         let mut kept = probabilities.shallow_clone();
-        let vocab_size = kept.size()[1];
-        if self.top_k > 0 && self.top_k < vocab_size {
-            let (largest, _) = kept.topk(self.top_k, -1, true, true);
+        if self.top_k > 0 && self.top_k < vocabulary.full() {
+            let largest = largest(vocabulary, &kept, self.top_k)?;
             kept = zero_below(&kept, &largest.narrow(1, self.top_k - 1, 1));
         }
         if self.top_p < 1.0 {
-            kept = nucleus(&kept, self.top_p);
+            let whole = whole_vocabulary(vocabulary, &kept)?;
+            kept = nucleus(&whole, self.top_p).narrow(1, vocabulary.start(), vocabulary.length());
         }
         if self.min_p > 0.0 {
-            kept = zero_below(&kept, &(kept.amax([-1i64].as_slice(), true) * self.min_p));
+            // The largest probability is never cut.
+            kept = zero_below(&kept, &(largest(vocabulary, &kept, 1)? * self.min_p));
         }
-        kept
+        Ok(kept)
     }
+}
+
+/// What was drawn, by row.
+struct Choice {
+    /// `[S, 1]` columns of this rank's logits.
+    columns: Tensor,
+    /// `[S, 1]` true where the token is another rank's, and the column without meaning; None where there is no other.
+    others: Option<Tensor>,
+}
+
+/// `[S, V]` log-probs over the full vocabulary, this rank's columns.
+fn log_softmax(vocabulary: &VocabularySlice, logits: &Tensor) -> Result<Tensor> {
+    if vocabulary.is_whole() {
+        return Ok(logits.log_softmax(-1, None::<Kind>));
+    }
+    let parts = vocabulary.tensor_parallel().gather("log-sum-exp of each part", &logits.logsumexp(1, true))?;
+    let log_sum_exp = parts.logsumexp(0, false);
+    // Seen by all ranks in the same bits: they refuse together.
+    if !bool::try_from(log_sum_exp.isfinite().all())? {
+        return Err(not_finite());
+    }
+    Ok(logits - log_sum_exp)
+}
+
+/// The largest of each row.
+fn most_likely(vocabulary: &VocabularySlice, logprobs: &Tensor) -> Result<Choice> {
+    if vocabulary.is_whole() {
+        return Ok(Choice { columns: logprobs.argmax(-1, true), others: None });
+    }
+    let (largest, columns) = logprobs.max_dim(-1, true);
+    let over_ranks = vocabulary.tensor_parallel();
+    let winner = over_ranks.gather("most likely of each part", &largest)?.argmax(0, false);
+    Ok(Choice { columns, others: Some(winner.ne(over_ranks.rank() as i64)) })
+}
+
+/// `[S, count]` largest values of the vocabulary, falling; 0 where there are not as many.
+fn largest(vocabulary: &VocabularySlice, values: &Tensor, count: i64) -> Result<Tensor> {
+    let here = count.min(vocabulary.length());
+    let (largest, _) = values.topk(here, -1, true, true);
+    if vocabulary.is_whole() {
+        return Ok(largest);
+    }
+    let parts =
+        vocabulary.tensor_parallel().gather("largest of each part", &largest.constant_pad_nd([0, count - here]))?;
+    let (largest, _) = parts.transpose(0, 1).reshape([values.size()[0], -1]).topk(count, -1, true, true);
+    Ok(largest)
+}
+
+/// `[S, V]` values of the whole vocabulary on every rank.
+fn whole_vocabulary(vocabulary: &VocabularySlice, values: &Tensor) -> Result<Tensor> {
+    if vocabulary.is_whole() {
+        return Ok(values.shallow_clone());
+    }
+    // All parts but the last are of one length.
+    let over_ranks = vocabulary.tensor_parallel();
+    let longest = (vocabulary.full() + over_ranks.size() as i64 - 1) / over_ranks.size() as i64;
+    let padded = values.constant_pad_nd([0, longest - vocabulary.length()]);
+    let parts = over_ranks.gather("probabilities of each part", &padded)?;
+    Ok(parts.transpose(0, 1).reshape([values.size()[0], -1]).narrow(1, 0, vocabulary.full()))
 }
 
 /// Sets what is below the row's bound `[S, 1]` to 0.
@@ -137,10 +219,11 @@ fn nucleus(weights: &Tensor, top_p: f64) -> Tensor {
 }
 
 fn finite(drawn: Drawn) -> Result<Drawn> {
-    if drawn.logprob.is_finite() {
-        return Ok(drawn);
-    }
-    Err(Error::Refused("the policy's logits are not finite: its weights are damaged or training has diverged".into()))
+    if drawn.logprob.is_finite() { Ok(drawn) } else { Err(not_finite()) }
+}
+
+fn not_finite() -> Error {
+    Error::Refused("the policy's logits are not finite: its weights are damaged or training has diverged".into())
 }
 
 #[cfg(test)]
@@ -153,6 +236,10 @@ mod tests {
 
     fn sampler(top_k: i64, top_p: f64, min_p: f64) -> Sampler {
         Sampler::new(&sampling(1.0, top_k, top_p, min_p), 1, false).unwrap()
+    }
+
+    fn whole(size: i64) -> VocabularySlice {
+        VocabularySlice::whole(size)
     }
 
     fn keys(count: u64) -> Vec<DrawKey> {
@@ -199,7 +286,7 @@ mod tests {
         ] {
             for seed in 0..40 {
                 let p = row(seed, 60);
-                let cut = sampler(top_k, top_p, min_p).cut(&Tensor::from_slice(&p).unsqueeze(0));
+                let cut = sampler(top_k, top_p, min_p).cut(&whole(60), &Tensor::from_slice(&p).unsqueeze(0)).unwrap();
                 let cut: Vec<f64> = Vec::try_from(cut.squeeze_dim(0)).unwrap();
                 let expected = obvious_cut(&p, top_k, top_p, min_p);
                 for i in 0..p.len() {
@@ -214,7 +301,7 @@ mod tests {
     fn a_draw_is_the_inverse_of_the_distribution_function() {
         let p = row(3, 40);
         let logits = Tensor::from_slice(&p).log().unsqueeze(0).expand([500, 40], true);
-        let drawn = sampler(0, 1.0, 0.0).sample(&logits, &keys(500)).unwrap();
+        let drawn = sampler(0, 1.0, 0.0).sample(&whole(40), &logits, &keys(500)).unwrap();
         for (key, drawn) in keys(500).iter().zip(drawn) {
             let number = uniform(1, Domain::Sampling, key.prompt_id, 0, 0);
             let mut sum = 0.0;
@@ -232,7 +319,7 @@ mod tests {
         let logits = Tensor::full([2000, 9], f64::NEG_INFINITY, (Kind::Float, tch::Device::Cpu));
         let _ = logits.narrow(1, 3, 1).fill_(0.0);
         let _ = logits.narrow(1, 5, 1).fill_(-1.0);
-        let drawn = sampler(0, 1.0, 0.0).sample(&logits, &keys(2000)).unwrap();
+        let drawn = sampler(0, 1.0, 0.0).sample(&whole(9), &logits, &keys(2000)).unwrap();
         assert!(drawn.iter().all(|drawn| [3, 5].contains(&drawn.token)));
         assert!(drawn.iter().any(|drawn| drawn.token == 5));
     }
@@ -241,7 +328,7 @@ mod tests {
     fn greedy_takes_the_most_likely_and_knows_its_logprob_at_temperature_one() {
         let sampler = Sampler::new(&sampling(0.0, 0, 1.0, 0.0), 1, false).unwrap();
         assert_eq!(sampler.logits_temperature(), 1.0);
-        let drawn = sampler.sample(&Tensor::from_slice(&[0.0, 2.0, 1.0]).unsqueeze(0), &keys(1)).unwrap()[0];
+        let drawn = sampler.sample(&whole(3), &Tensor::from_slice(&[0.0, 2.0, 1.0]).unsqueeze(0), &keys(1)).unwrap()[0];
         let expected = 2.0 - (0f64.exp() + 2f64.exp() + 1f64.exp()).ln();
         assert_eq!(drawn.token, 1);
         assert!((f64::from(drawn.logprob) - expected).abs() < 1e-6);
@@ -252,7 +339,7 @@ mod tests {
         let logits = Tensor::zeros([50, 1000], (Kind::Float, tch::Device::Cpu));
         let draw = |evaluation| {
             let sampler = Sampler::new(&sampling(1.0, 0, 1.0, 0.0), 1, evaluation).unwrap();
-            sampler.sample(&logits, &keys(50)).unwrap()
+            sampler.sample(&whole(1000), &logits, &keys(50)).unwrap()
         };
         assert_eq!(draw(false), draw(false));
         assert_ne!(draw(false), draw(true));
@@ -263,7 +350,7 @@ mod tests {
         for (temperature, bad) in [(1.0, f64::NAN), (0.0, f64::NAN), (1.0, f64::INFINITY)] {
             let sampler = Sampler::new(&sampling(temperature, 0, 1.0, 0.0), 1, false).unwrap();
             let logits = Tensor::from_slice(&[0.0, bad, 1.0]).unsqueeze(0);
-            assert!(sampler.sample(&logits, &keys(1)).unwrap_err().to_string().contains("not finite"));
+            assert!(sampler.sample(&whole(3), &logits, &keys(1)).unwrap_err().to_string().contains("not finite"));
         }
     }
 

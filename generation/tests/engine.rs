@@ -35,9 +35,9 @@ impl Model {
         let (row, mask) = (prefix.to_vec(), vec![false; prefix.len()]);
         let batch = PackedRows::new(&echelon_core::rollout::Tokens::from_rows(&[(row, mask)]), Device::Cpu);
         let context = self.decoder.context(&batch);
-        let mut hidden = self.decoder.embed(&batch);
+        let mut hidden = self.decoder.embed(&batch).unwrap();
         for layer in 0..self.decoder.num_layers() {
-            hidden = self.decoder.layer(layer, &hidden, &batch, &context);
+            hidden = self.decoder.layer(layer, &hidden, &batch, &context).unwrap();
         }
         let last = self.decoder.norm(&hidden.index_select(0, &batch.last_tokens));
         (last.matmul(&self.head.tr()) / temperature).log_softmax(-1, None::<Kind>).squeeze_dim(0)

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use echelon_core::shape::{ParamSlice, TensorParallelPart};
 use echelon_core::shim;
 use echelon_core::zero::TensorWriter;
 use memmap2::{Mmap, MmapOptions};
@@ -128,6 +129,44 @@ impl Checkpoint {
     /// # Errors
     /// Missing tensor, another shape than `shape`, a dtype other than F32, F16, BF16.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
+        let (bytes, kind, map) = self.find(name, shape)?;
+        if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
+            return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
+        }
+        // SAFETY: `whole` checked that the file holds these bytes; the map lives in the tensor and is never written.
+        Ok(unsafe { shim::from_mapping(bytes.as_ptr() as usize, shape, kind, Box::new(map.clone())) }?)
+    }
+
+    /// A slice of the named tensor, which is `shape` in the file. A slice of rows is wrapped around its part of the file's
+    /// map, as in [`Checkpoint::tensor`]; of a slice of columns a copy is made. Other ranks' bytes are not read.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::tensor`].
+    pub fn tensor_slice(&self, name: &str, shape: &[i64], slice: ParamSlice) -> Result<Tensor> {
+        let ParamSlice { dim, start, length } = slice;
+        let (bytes, kind, map) = self.find(name, shape)?;
+        let element = kind.elt_size_in_bytes();
+        let row_bytes = shape[1..].iter().product::<i64>() as usize * element;
+        let mut shape = shape.to_vec();
+        if dim == 0 {
+            shape[0] = length;
+            let own = &bytes[start as usize * row_bytes..][..length as usize * row_bytes];
+            if (own.as_ptr() as usize).is_multiple_of(element) {
+                // SAFETY: as in `tensor`, of which these bytes are a part.
+                let own = unsafe { shim::from_mapping(own.as_ptr() as usize, &shape, kind, Box::new(map.clone())) };
+                return Ok(own?);
+            }
+            return Ok(Tensor::f_from_data_size(own, &shape, kind)?);
+        }
+        shape[dim] = length;
+        let part = start as usize * element..(start + length) as usize * element;
+        let mut own = Vec::with_capacity(shape[0] as usize * part.len());
+        bytes.chunks_exact(row_bytes).for_each(|row| own.extend_from_slice(&row[part.clone()]));
+        Ok(Tensor::f_from_data_size(&own, &shape, kind)?)
+    }
+
+    /// The named tensor's bytes in its file's map, once it is known to have this shape.
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&[u8], Kind, &Arc<Mmap>)> {
         let Some(entry) = self.index.get(name) else { return Err(self.missing(name)) };
         let shard = &self.shards[entry.shard];
         if entry.shape != shape {
@@ -143,12 +182,7 @@ impl Checkpoint {
             tensor: name.into(),
             found,
         })?;
-        let bytes = &shard.map[entry.begin..entry.end];
-        if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
-            return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
-        }
-        // SAFETY: `whole` checked that the file holds these bytes; the map lives in the tensor and is never written.
-        Ok(unsafe { shim::from_mapping(bytes.as_ptr() as usize, shape, kind, Box::new(shard.map.clone())) }?)
+        Ok((&shard.map[entry.begin..entry.end], kind, &shard.map))
     }
 
     fn missing(&self, name: &str) -> ModelError {
@@ -178,6 +212,31 @@ impl Checkpoint {
             let tensor = self.tensor(name, shape)?;
             Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
         }
+    }
+
+    /// A loader of a rank's slices of a model's parameters, in `kind` on `device`: no other rank's bytes are read, and rows
+    /// stay mapped where both fit.
+    ///
+    /// # Errors
+    /// A model that so many ranks cannot share.
+    pub fn slice_loader<'a>(
+        &'a self,
+        config: &DecoderConfig,
+        kind: Kind,
+        device: Device,
+        part: TensorParallelPart,
+    ) -> Result<impl FnMut(&str) -> Result<Tensor> + 'a> {
+        let shape = config.shape();
+        shape.sliced(part).map_err(|source| ModelError::Split { model: self.folder.display().to_string(), source })?;
+        let params = shape.units.iter().flat_map(|unit| &unit.params);
+        let slices: HashMap<String, (Vec<i64>, ParamSlice)> =
+            params.map(|param| (param.name.clone(), (param.shape.clone(), shape.slice(param, part)))).collect();
+        Ok(move |name: &str| {
+            let (shape, slice) =
+                slices.get(name).unwrap_or_else(|| panic!("`{name}` is a parameter of this architecture"));
+            let tensor = self.tensor_slice(name, shape, *slice)?;
+            Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
+        })
     }
 
     /// Whether a tensor's memory lies inside one of this checkpoint's maps.

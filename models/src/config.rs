@@ -93,7 +93,7 @@ impl DecoderConfig {
 
     /// Layer units and parameters, by Hugging Face names.
     pub fn shape(&self) -> ModelShape {
-        use TensorParallelAxis::{Columns, Replicated, Rows};
+        use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};
         let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
         let (h, f, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
         let mut units = vec![UnitShape {
@@ -107,10 +107,10 @@ impl DecoderConfig {
             };
             let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
             add("input_layernorm.weight", &[h], Replicated);
-            for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
-                add(&format!("self_attn.{name}_proj.weight"), &[rows, h], Rows);
+            for (name, rows, axis) in [("q", q, Rows), ("k", kv, KeyValueRows), ("v", kv, KeyValueRows)] {
+                add(&format!("self_attn.{name}_proj.weight"), &[rows, h], axis);
                 if self.qkv_bias {
-                    add(&format!("self_attn.{name}_proj.bias"), &[rows], Rows);
+                    add(&format!("self_attn.{name}_proj.bias"), &[rows], axis);
                 }
             }
             add("self_attn.o_proj.weight", &[h, q], Columns);

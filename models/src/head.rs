@@ -5,6 +5,8 @@ use echelon_core::zero::{Head, ParamWithGrad, PolicyOutput, ScalarValues};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
+use crate::tensor_parallel::VocabularySlice;
+
 /// Logits in one chunk: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
 const CHUNK_LOGITS: i64 = 1 << 24;
 
@@ -13,9 +15,10 @@ const CHUNK_LOGITS: i64 = 1 << 24;
 /// and applies the analytic gradient.
 #[derive(Debug)]
 pub struct LogprobHead {
-    /// `[V, H]`, with its gradient where it is trained.
+    /// `[V, H]`, with its gradient where it is trained; of a frozen head the rows of a rank's part of the vocabulary.
     weight: Tensor,
     grad: Option<Tensor>,
+    vocabulary: VocabularySlice,
     temperature: f64,
     chunk_logits: i64,
 }
@@ -40,19 +43,29 @@ struct LogprobLeaves {
 impl LogprobHead {
     /// A frozen head.
     pub fn frozen(weight: Tensor, temperature: f64) -> LogprobHead {
-        LogprobHead { weight, grad: None, temperature, chunk_logits: CHUNK_LOGITS }
+        let vocabulary = VocabularySlice::whole(weight.size()[0]);
+        LogprobHead::sliced(weight, temperature, &vocabulary)
+    }
+
+    /// A frozen head of which this rank has the rows of its part of the vocabulary; each rank makes the logits of its part.
+    ///
+    /// # Panics
+    /// A weight with another number of rows.
+    pub fn sliced(weight: Tensor, temperature: f64, vocabulary: &VocabularySlice) -> LogprobHead {
+        assert_eq!(weight.size()[0], vocabulary.length(), "the rows of {vocabulary:?}");
+        LogprobHead { weight, grad: None, vocabulary: vocabulary.clone(), temperature, chunk_logits: CHUNK_LOGITS }
     }
 
     pub fn trained(param: ParamWithGrad, temperature: f64) -> LogprobHead {
         LogprobHead { grad: Some(param.grad), ..LogprobHead::frozen(param.weight, temperature) }
     }
 
-    /// `[V, H]`.
+    /// `[V, H]`, or this rank's rows of it.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
 
-    /// `[r, V]` logits / temperature, in f32 (f64 stays f64), of `[r, H]`.
+    /// `[r, V]` logits / temperature (the columns of this rank), in f32 (f64 stays f64), of `[r, H]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         let logits = hidden.linear(&self.weight.detach(), None::<&Tensor>);
         let mut wide = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
@@ -66,18 +79,19 @@ impl LogprobHead {
         (self.chunk_logits / self.weight.size()[0]).max(1)
     }
 
-    /// log-probs, entropy and log-sum-exp, `[R]` each.
-    fn in_chunks(&self, hidden: &Tensor, targets: &Tensor, with_entropy: bool) -> [Tensor; 3] {
+    /// log-probs, entropy and log-sum-exp, `[R]` each; entropy only where one rank has the whole vocabulary.
+    fn in_chunks(&self, hidden: &Tensor, targets: &Tensor, with_entropy: bool) -> Result<[Tensor; 3]> {
         let kind = if hidden.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let rows = hidden.size()[0];
-        let [logprobs, entropy, log_sum_exp] = [(); 3].map(|()| Tensor::zeros([rows], (kind, hidden.device())));
+        let foreign = (!self.vocabulary.is_whole()).then(|| self.vocabulary.own(targets));
+        let targets = foreign.as_ref().map_or(targets, |(own, _)| own);
+        let [chosen, entropy, log_sum_exp] = [(); 3].map(|()| Tensor::zeros([rows], (kind, hidden.device())));
         for start in (0..rows).step_by(self.chunk_rows() as usize) {
             let length = self.chunk_rows().min(rows - start);
             let part = |x: &Tensor| x.narrow(0, start, length);
             let mut logits = self.logits(&part(hidden));
-            let chosen = logits.gather(1, &part(targets).unsqueeze(1), false).squeeze_dim(1);
+            part(&chosen).copy_(&logits.gather(1, &part(targets).unsqueeze(1), false).squeeze_dim(1));
             let lse = logits.logsumexp(1, false);
-            part(&logprobs).copy_(&(chosen - &lse));
             part(&log_sum_exp).copy_(&lse);
             if with_entropy {
                 let _ = logits.g_sub_(&lse.unsqueeze(1));
@@ -85,7 +99,9 @@ impl LogprobHead {
                 part(&entropy).copy_(&negative.neg());
             }
         }
-        [logprobs, entropy, log_sum_exp]
+        let chosen = foreign.map_or_else(|| chosen.shallow_clone(), |(_, others)| chosen.masked_fill(&others, 0.0));
+        let (log_sum_exp, chosen) = self.vocabulary.joined("log-probs", log_sum_exp, chosen)?;
+        Ok([chosen - &log_sum_exp, entropy, log_sum_exp])
     }
 }
 
@@ -97,7 +113,10 @@ impl Head for LogprobHead {
     }
 
     fn forward(&self, hidden: &Tensor, batch: &PackedRows, leaves: bool) -> Result<LogprobOutput> {
-        let [logprobs, entropy, log_sum_exp] = tch::no_grad(|| self.in_chunks(hidden, &batch.targets, leaves));
+        if leaves && !self.vocabulary.is_whole() {
+            return Err(Error::Refused("a head whose vocabulary is divided among ranks does not learn".into()));
+        }
+        let [logprobs, entropy, log_sum_exp] = tch::no_grad(|| self.in_chunks(hidden, &batch.targets, leaves))?;
         if !leaves {
             return Ok(LogprobOutput { logprobs: batch.to_rows(&logprobs), entropy: None, leaves: None });
         }

@@ -1,7 +1,8 @@
 //! Model architectures over shared layers, their Hugging Face folders, tokenizers and chat templates.
 //!
 //! Reading order: [`config`] (a folder's `config.json` as a [`config::DecoderConfig`]; one file per architecture),
-//! [`layers`] and [`decoder`] (the computation), [`head`] (log-probs, values, scores), [`checkpoint`] (weights on disk).
+//! [`layers`] and [`decoder`] (the computation), [`head`] (log-probs, values, scores), [`tensor_parallel`] (a model shared
+//! by ranks), [`checkpoint`] (weights on disk).
 
 pub mod config;
 
@@ -14,6 +15,8 @@ pub mod decoder;
 pub mod layers;
 
 pub mod head;
+
+pub mod tensor_parallel;
 
 pub mod checkpoint;
 

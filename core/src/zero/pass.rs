@@ -14,11 +14,15 @@ pub trait Backbone {
     fn context(&self, batch: &PackedRows) -> Self::Context;
     fn num_layers(&self) -> usize;
     /// `[N, H]`.
-    fn embed(&self, batch: &PackedRows) -> Tensor;
+    fn embed(&self, batch: &PackedRows) -> Result<Tensor>;
     /// `[N, H]` to `[N, H]`.
-    fn layer(&self, index: usize, hidden: &Tensor, batch: &PackedRows, context: &Self::Context) -> Tensor;
+    fn layer(&self, index: usize, hidden: &Tensor, batch: &PackedRows, context: &Self::Context) -> Result<Tensor>;
     /// The final norm, on whichever rows are wanted: `[R, H]` to `[R, H]`.
     fn norm(&self, hidden: &Tensor) -> Tensor;
+    /// Whether any of the ranks that share each layer wants to stop; `stop` is this one's wish. They stop together.
+    fn any_stops(&self, stop: bool) -> Result<bool> {
+        Ok(stop)
+    }
 }
 
 /// What reads the last hidden states, with a backward pass of its own (so that it can go in chunks).
@@ -155,7 +159,7 @@ pub fn forward_backward<B: Backbone, H: Head>(
             units.prefetch(index)?;
         }
         units.open_grads(index + 1)?;
-        let output = output.unwrap_or_else(|| model.layer(index, &input, batch, &context));
+        let output = output.map_or_else(|| model.layer(index, &input, batch, &context), Ok)?;
         shim::backward_from(&output, &gradient)?;
         drop(output);
         gradient = input.grad();
@@ -171,7 +175,7 @@ pub fn forward_backward<B: Backbone, H: Head>(
 /// The collectives of a pass without its work: for a rank that has no micro-batch left while others have.
 pub fn idle_pass(units: &mut dyn Units, layers: usize, learn: bool) -> Result<()> {
     for unit in 0..=layers {
-        through(units, unit, unit + 1, |_| ())?;
+        through(units, unit, unit + 1, |_| Ok(()))?;
     }
     gather_head(units)?;
     let head_units = units.head_units().to_vec();
@@ -197,10 +201,15 @@ pub fn idle_pass(units: &mut dyn Units, layers: usize, learn: bool) -> Result<()
 }
 
 /// Runs one unit with its weights here, and the next one's on their way.
-fn through<T>(units: &mut dyn Units, unit: usize, next: usize, run: impl FnOnce(&mut dyn Units) -> T) -> Result<T> {
+fn through<T>(
+    units: &mut dyn Units,
+    unit: usize,
+    next: usize,
+    run: impl FnOnce(&mut dyn Units) -> Result<T>,
+) -> Result<T> {
     units.gather(unit)?;
     units.prefetch(next)?;
-    let output = run(units);
+    let output = run(units)?;
     units.release(unit)?;
     Ok(output)
 }

@@ -4,7 +4,7 @@ use tch::{Device, Tensor};
 
 use super::optimizer::{StepReport, TrainingState};
 use super::pass::{Backbone, Head, Units, WholeModel, forward_backward, forward_units, idle_pass};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pack::PackedRows;
 use crate::progress::Interrupt;
 use crate::rollout::{Tokens, micro_batches};
@@ -74,8 +74,6 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
     ///
     /// # Errors
     /// [`Error::NonFinite`] on every rank when a loss of any rank or the gradient norm is not finite: nothing has moved.
-    ///
-    /// [`Error::NonFinite`]: crate::Error::NonFinite
     pub fn optimizer_step(&mut self, lr: f64) -> Result<StepReport> {
         for _ in 0..std::mem::take(&mut self.idle) {
             idle_pass(&mut self.state, self.model.num_layers(), true)?;
@@ -111,7 +109,9 @@ fn rows_through<B: Backbone, H: Head>(
 ) -> Result<()> {
     let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
     for batch in &batches {
-        interrupt.check()?;
+        if model.any_stops(interrupt.check().is_err())? {
+            return Err(Error::Interrupted);
+        }
         let packed = PackedRows::new(&rows.select(batch), pass.device);
         each(batch, forward_units(units, (model, head), &packed)?);
     }
