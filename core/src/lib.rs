@@ -2,7 +2,8 @@
 //! talk, and how a model's training state is laid out over them.
 //!
 //! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what),
-//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state).
+//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state),
+//! [`store`] (memory that the processes of a host share).
 
 pub mod rollout;
 
@@ -19,6 +20,8 @@ pub mod shape;
 pub mod pack;
 
 pub mod zero;
+
+pub mod store;
 
 pub mod process_group;
 
