@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use echelon_core::shim;
+use echelon_core::store::{Object, Store};
 use echelon_core::zero::TensorWriter;
 use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
@@ -29,7 +31,19 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Arc<Mmap>,
+    map: Arc<dyn Map>,
+}
+
+/// Bytes that stay where they are and never change: a file's map, or an object of the host's store.
+trait Map: AsRef<[u8]> + std::fmt::Debug + Send + Sync + 'static {}
+
+impl Map for Mmap {}
+impl Map for Object {}
+
+impl Shard {
+    fn bytes(&self) -> &[u8] {
+        (*self.map).as_ref()
+    }
 }
 
 #[derive(Debug)]
@@ -45,10 +59,23 @@ struct Entry {
 impl Checkpoint {
     /// Maps the folder's files privately and read-only and checks every tensor's place in them.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
+        Checkpoint::read(folder, &map_file)
+    }
+
+    /// As [`Checkpoint::open`], with the folder's files in the memory that the processes of this host share: the first
+    /// who opens a file copies it in, for at most `timeout`. The objects are held as long as the checkpoint or a tensor.
+    pub fn open_shared(folder: &Path, store: &Store, timeout: Duration) -> Result<Checkpoint> {
+        Checkpoint::read(folder, &|path| {
+            let object = store.put_file(path, timeout);
+            Ok(Arc::new(object.map_err(|source| ModelError::Store { path: path.into(), source })?))
+        })
+    }
+
+    fn read(folder: &Path, map: &dyn Fn(&Path) -> Result<Arc<dyn Map>>) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { folder: folder.into(), shards: Vec::new(), index: HashMap::new() };
         let single = folder.join("model.safetensors");
         if single.exists() {
-            checkpoint.add_shard(single)?;
+            checkpoint.add_shard(single, map)?;
             return Ok(checkpoint);
         }
         let index = folder.join("model.safetensors.index.json");
@@ -72,7 +99,7 @@ impl Checkpoint {
             if Path::new(file).components().count() != 1 {
                 return Err(wrong(file));
             }
-            checkpoint.add_shard(folder.join(file))?;
+            checkpoint.add_shard(folder.join(file), map)?;
         }
         if let Some((name, file)) = names.iter().find(|(name, _)| !checkpoint.index.contains_key(*name)) {
             let hint = format!(" ({} says it is here)", index.display());
@@ -85,20 +112,18 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
-        let io = |source| ModelError::Io { path: path.clone(), source };
-        let file = File::open(&path).map_err(io)?;
-        // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
-        let map = unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?;
-        let begin = whole(&path, &map)?;
+    fn add_shard(&mut self, path: PathBuf, map: &dyn Fn(&Path) -> Result<Arc<dyn Map>>) -> Result<()> {
+        let shard = Shard { map: map(&path)?, path: path.clone() };
+        let bytes = shard.bytes();
+        let begin = whole(&path, bytes)?;
         let damaged = |found: String| ModelError::Damaged {
             file: path.clone(),
             expected: "a safetensors header whose tensors fill the file".into(),
             found,
         };
-        let parsed = SafeTensors::deserialize(&map).map_err(|error| damaged(error.to_string()))?;
+        let parsed = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
         for (name, view) in parsed.tensors() {
-            let offset = view.data().as_ptr() as usize - map.as_ptr() as usize;
+            let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
             debug_assert!(offset >= begin);
             let entry = Entry {
                 shard: self.shards.len(),
@@ -109,8 +134,7 @@ impl Checkpoint {
             };
             self.index.insert(name, entry);
         }
-        drop(parsed);
-        self.shards.push(Shard { path, map: Arc::new(map) });
+        self.shards.push(shard);
         Ok(())
     }
 
@@ -143,7 +167,7 @@ impl Checkpoint {
             tensor: name.into(),
             found,
         })?;
-        let bytes = &shard.map[entry.begin..entry.end];
+        let bytes = &shard.bytes()[entry.begin..entry.end];
         if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
             return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
         }
@@ -184,14 +208,21 @@ impl Checkpoint {
     pub fn holds(&self, tensor: &Tensor) -> bool {
         let at = tensor.data_ptr() as usize;
         self.shards.iter().any(|shard| {
-            let begin = shard.map.as_ptr() as usize;
-            (begin..begin + shard.map.len()).contains(&at)
+            let bytes = shard.bytes().as_ptr_range();
+            (bytes.start as usize..bytes.end as usize).contains(&at)
         })
     }
 }
 
+fn map_file(path: &Path) -> Result<Arc<dyn Map>> {
+    let io = |source| ModelError::Io { path: path.into(), source };
+    let file = File::open(path).map_err(io)?;
+    // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
+    Ok(Arc::new(unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?))
+}
+
 /// Where the tensor data begins, once the header fits the file and the file is as long as the header says.
-fn whole(path: &Path, map: &Mmap) -> Result<usize> {
+fn whole(path: &Path, map: &[u8]) -> Result<usize> {
     let damaged = |expected: String, found: String| ModelError::Damaged { file: path.into(), expected, found };
     let Some(length) = map.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
         return Err(damaged("at least 8 bytes".into(), format!("{} bytes", map.len())));

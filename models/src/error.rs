@@ -25,6 +25,8 @@ pub enum ModelError {
     Damaged { file: PathBuf, expected: String, found: String },
     #[error("{}: {source}", path.display())]
     Write { path: PathBuf, source: echelon_core::zero::StateFileError },
+    #[error("{}: {source}", path.display())]
+    Store { path: PathBuf, source: echelon_core::store::StoreError },
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
 }
