@@ -2,8 +2,7 @@
 //! talk, and how a model's training state is laid out over them.
 //!
 //! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what),
-//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state),
-//! [`store`] (memory that the processes of a host share).
+//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state).
 
 pub mod rollout;
 

@@ -240,8 +240,8 @@ fn room_is_made_from_what_nobody_holds_oldest_first() {
     assert_eq!(refused(store.get(&id(2))), Refusal::Unknown { id: id(2), fate: Fate::Evicted });
     drop((store.get(&id(3)).unwrap(), store.get(&id(1)).unwrap()));
     // 6 pages and 2 held: nothing is evicted in vain.
-    let Refusal::Full { wanted, used, capacity, free_able, .. } = refused(put_pages(&store, 5, 5)) else { panic!() };
-    assert_eq!((wanted, used, capacity, free_able), (5 * 4096, 6 * 4096, 6 * 4096, 4 * 4096));
+    let Refusal::Full { room, .. } = refused(put_pages(&store, 5, 5)) else { panic!() };
+    assert_eq!((room.wanted, room.used, room.capacity, room.free_able), (5 * 4096, 6 * 4096, 6 * 4096, 4 * 4096));
     assert_eq!(store.report().unwrap().num_objects, 3);
     let _both = put_pages(&store, 5, 4).unwrap();
     let report = store.report().unwrap();

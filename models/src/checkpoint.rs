@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,18 +32,25 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Arc<dyn Map>,
+    map: Arc<Map>,
 }
 
-/// Bytes that stay where they are and never change: a file's map, or an object of the host's store.
-trait Map: AsRef<[u8]> + std::fmt::Debug + Send + Sync + 'static {}
+/// Bytes that stay where they are and never change.
+#[derive(Debug)]
+enum Map {
+    File(Mmap),
+    /// Of the memory that the host's processes share.
+    Object(Object),
+}
 
-impl Map for Mmap {}
-impl Map for Object {}
+impl Deref for Map {
+    type Target = [u8];
 
-impl Shard {
-    fn bytes(&self) -> &[u8] {
-        (*self.map).as_ref()
+    fn deref(&self) -> &[u8] {
+        match self {
+            Map::File(map) => map,
+            Map::Object(object) => object.bytes(),
+        }
     }
 }
 
@@ -63,15 +71,15 @@ impl Checkpoint {
     }
 
     /// As [`Checkpoint::open`], with the folder's files in the memory that the processes of this host share: the first
-    /// who opens a file copies it in, for at most `timeout`. The objects are held as long as the checkpoint or a tensor.
+    /// who opens a file copies it in, and the others wait for that, at most `timeout`. The objects are held as long as the checkpoint or a tensor.
     pub fn open_shared(folder: &Path, store: &Store, timeout: Duration) -> Result<Checkpoint> {
         Checkpoint::read(folder, &|path| {
             let object = store.put_file(path, timeout);
-            Ok(Arc::new(object.map_err(|source| ModelError::Store { path: path.into(), source })?))
+            object.map(Map::Object).map_err(|source| ModelError::Shared { path: path.into(), source: source.into() })
         })
     }
 
-    fn read(folder: &Path, map: &dyn Fn(&Path) -> Result<Arc<dyn Map>>) -> Result<Checkpoint> {
+    fn read(folder: &Path, map: &dyn Fn(&Path) -> Result<Map>) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { folder: folder.into(), shards: Vec::new(), index: HashMap::new() };
         let single = folder.join("model.safetensors");
         if single.exists() {
@@ -112,18 +120,17 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn add_shard(&mut self, path: PathBuf, map: &dyn Fn(&Path) -> Result<Arc<dyn Map>>) -> Result<()> {
-        let shard = Shard { map: map(&path)?, path: path.clone() };
-        let bytes = shard.bytes();
-        let begin = whole(&path, bytes)?;
+    fn add_shard(&mut self, path: PathBuf, map: &dyn Fn(&Path) -> Result<Map>) -> Result<()> {
+        let map = map(&path)?;
+        let begin = whole(&path, &map)?;
         let damaged = |found: String| ModelError::Damaged {
             file: path.clone(),
             expected: "a safetensors header whose tensors fill the file".into(),
             found,
         };
-        let parsed = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
+        let parsed = SafeTensors::deserialize(&map).map_err(|error| damaged(error.to_string()))?;
         for (name, view) in parsed.tensors() {
-            let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+            let offset = view.data().as_ptr() as usize - map.as_ptr() as usize;
             debug_assert!(offset >= begin);
             let entry = Entry {
                 shard: self.shards.len(),
@@ -134,7 +141,8 @@ impl Checkpoint {
             };
             self.index.insert(name, entry);
         }
-        self.shards.push(shard);
+        drop(parsed);
+        self.shards.push(Shard { path, map: Arc::new(map) });
         Ok(())
     }
 
@@ -167,7 +175,7 @@ impl Checkpoint {
             tensor: name.into(),
             found,
         })?;
-        let bytes = &shard.bytes()[entry.begin..entry.end];
+        let bytes = &shard.map[entry.begin..entry.end];
         if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
             return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
         }
@@ -208,17 +216,17 @@ impl Checkpoint {
     pub fn holds(&self, tensor: &Tensor) -> bool {
         let at = tensor.data_ptr() as usize;
         self.shards.iter().any(|shard| {
-            let bytes = shard.bytes().as_ptr_range();
-            (bytes.start as usize..bytes.end as usize).contains(&at)
+            let begin = shard.map.as_ptr() as usize;
+            (begin..begin + shard.map.len()).contains(&at)
         })
     }
 }
 
-fn map_file(path: &Path) -> Result<Arc<dyn Map>> {
+fn map_file(path: &Path) -> Result<Map> {
     let io = |source| ModelError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
-    Ok(Arc::new(unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?))
+    Ok(Map::File(unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?))
 }
 
 /// Where the tensor data begins, once the header fits the file and the file is as long as the header says.

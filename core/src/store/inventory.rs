@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::id::ObjectId;
-use super::protocol::{Fate, Refusal};
+use super::protocol::{Fate, Refusal, Room};
 use super::segment::Segment;
 
 /// How many objects that went are remembered, to tell what became of them.
@@ -140,15 +140,14 @@ impl Inventory {
     fn make_room(&mut self, id: &ObjectId, by: &str, bytes: u64) -> Result<(), Refusal> {
         let held_bytes = self.used_bytes - self.idle_bytes;
         if held_bytes.saturating_add(bytes) > self.capacity_bytes {
-            return Err(Refusal::Full {
-                id: id.clone(),
+            let room = Room {
                 wanted: bytes,
-                by: by.into(),
                 used: self.used_bytes,
                 capacity: self.capacity_bytes,
                 free_able: self.idle_bytes,
                 holders: self.biggest_holders(),
-            });
+            };
+            return Err(Refusal::Full { id: id.clone(), by: by.into(), room: Box::new(room) });
         }
         let added = usize::from(!self.entries.contains_key(id));
         if self.entries.len() - self.idle.len() + added > self.max_objects {

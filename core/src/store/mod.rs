@@ -40,7 +40,7 @@ pub use id::ObjectId;
 pub use memory::available;
 pub use object::Object;
 pub use packet::{PacketListener, PacketSocket};
-pub use protocol::{Fate, Refusal, StoreReport, Token};
+pub use protocol::{Fate, Refusal, Room, StoreReport, Token};
 pub use segment::{LiveMap, LiveSegment, LiveWriter, Segment, SegmentError, SegmentMap, SegmentWriter};
 pub use server::{StoreAddress, StoreConfig, StoreServer};
 pub use writer::ObjectWriter;

@@ -91,15 +91,28 @@ pub enum Refusal {
     #[error("{id}: not there after {waited_ms} ms: {}", match by { Some(by) => format!("{by} is still bringing it"), None => fate.to_string() })]
     NotInTime { id: ObjectId, waited_ms: u64, by: Option<String>, fate: Fate },
     #[error(
-        "{id}: {wanted} more bytes wanted by {by}, but {used} of the store's {capacity} bytes are taken and {free_able} can be freed; held by {holders}; let go of objects sooner, or give the store more bytes"
+        "{id}: {} more bytes wanted by {by}, but {} of the store's {} bytes are taken and {} can be freed; held by {}; let go of objects sooner, or give the store more bytes",
+        room.wanted, room.used, room.capacity, room.free_able, room.holders
     )]
-    Full { id: ObjectId, wanted: u64, by: String, used: u64, capacity: u64, free_able: u64, holders: String },
+    Full { id: ObjectId, by: String, room: Box<Room> },
     #[error("{id}: {by} wants one object more than the {max} a store may have, and all are held; let go of some")]
     TooMany { id: ObjectId, by: String, max: usize },
     #[error("{id}: {by} has reserved no room for it on this connection")]
     NotReserved { id: ObjectId, by: String },
     #[error("{0}")]
     Protocol(String),
+}
+
+/// The bytes of a store that is full.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Room {
+    pub wanted: u64,
+    pub used: u64,
+    pub capacity: u64,
+    /// What could be evicted.
+    pub free_able: u64,
+    /// Who holds the most, for people.
+    pub holders: String,
 }
 
 /// What became of an object that is not there.
