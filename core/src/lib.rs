@@ -22,6 +22,8 @@ pub mod pack;
 
 pub mod zero;
 
+pub mod store;
+
 pub mod process_group;
 
 pub mod progress;
