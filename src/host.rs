@@ -19,7 +19,7 @@ use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Tensor};
 
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
-use crate::ranks::Seat;
+use crate::seat::Seat;
 
 /// The roles of one device. A role that is placed elsewhere is `None` here.
 pub struct DeviceRoles {
@@ -104,8 +104,8 @@ impl DeviceRoles {
     /// Writes the batch of a refused optimizer step beside the run's other files and says where.
     fn keep_evidence(&self, error: Error, experience: &Experience) -> Error {
         let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
-        let rank = if self.seat.is_alone() { String::new() } else { format!("-rank-{}", self.seat.rank) };
-        let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}{rank}.safetensors"));
+        let worker = if self.seat.is_alone() { String::new() } else { format!("-worker-{}", self.seat.worker) };
+        let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}{worker}.safetensors"));
         let named = |name: &str, tensor: &Tensor| (name.to_string(), tensor.shallow_clone());
         let mut tensors = vec![
             named("token_ids", &experience.tokens.token_ids),
@@ -274,9 +274,9 @@ impl Serve<UpdateCritic> for DeviceRoles {
 
 /// The generator computes on the actor's own tensors: publishing copies nothing.
 impl Serve<Publish> for DeviceRoles {
-    fn serve(&mut self, _request: Publish) -> Result<u64> {
-        self.policy_version += 1;
-        Ok(self.policy_version)
+    fn serve(&mut self, request: Publish) -> Result<()> {
+        self.policy_version = request.policy_version;
+        Ok(())
     }
 }
 
@@ -293,10 +293,7 @@ impl Serve<Restore> for DeviceRoles {
     fn serve(&mut self, request: Restore) -> Result<()> {
         match request.role {
             Role::Critic => restore_state(&mut self.critic()?.model.state, &request.file),
-            _ => {
-                self.policy_version = request.policy_version;
-                restore_state(&mut self.actor()?.policy.state, &request.file)
-            }
+            _ => restore_state(&mut self.actor()?.policy.state, &request.file),
         }
     }
 }
@@ -314,7 +311,8 @@ impl Serve<Export> for DeviceRoles {
                 export(&actor.policy.state, HeadKind::Logits, &actor.folder, &folder, &[])?;
             }
         }
-        if self.seat.rank > 0 {
+        let group = self.seat.layout.group(role);
+        if self.seat.rank_in(group) != Some(0) {
             return Ok(()); // the first rank writes
         }
         self.tokenizer.save(&folder).map_err(|error| Error::other("saving the tokenizer", error))

@@ -9,9 +9,14 @@ pub mod run;
 
 pub mod supervised;
 
+pub mod layout;
 pub mod plan;
 pub mod program;
-pub mod ranks;
+
+pub mod assignment;
+pub mod crew;
+pub mod seat;
+pub mod worker;
 
 pub mod checkpoint;
 pub mod host;
@@ -19,8 +24,10 @@ pub mod inference;
 pub mod json_lines;
 pub mod models;
 pub mod monitor;
+pub mod node;
 pub mod options;
 pub mod prompts;
+pub mod replay;
 pub mod resume;
 pub mod reward;
 pub mod watch;

@@ -1,15 +1,20 @@
 //! Prompts from data files: read, filtered by length, tokenised, drawn in a seeded order.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use echelon_core::Error;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
 use echelon_tasks::data::{
-    LoadReport, Mix, MixSource, PromptKeys, PromptRow, PromptStream, PromptText, StreamPosition, Verdict, load_prompts,
+    FilterError, LoadReport, Mix, MixSource, PromptKeys, PromptRow, PromptStream, PromptText, StreamPosition, Verdict,
+    load_prompts_in_blocks,
 };
 
+use crate::node;
 use crate::program::Failure;
 use crate::recipe::{ResolvedData, ResolvedRecipe};
 
@@ -49,19 +54,38 @@ impl PromptFormat {
         source: usize,
         max_samples: Option<usize>,
     ) -> Result<Loaded, Failure> {
-        let limit = self.max_prompt_tokens;
-        let loaded = load_prompts(path, keys, source, max_samples, &mut |row| {
-            let (ids, _) = self.encode(&row.prompt)?;
-            Ok(match ids.len() {
-                0 => Verdict::Drop("without a token".into()),
-                n if n > limit => Verdict::Drop(format!("longer than max_prompt_tokens = {limit}")),
-                _ => Verdict::Keep,
-            })
-        })
-        .map_err(Failure::input)?;
+        let judge = &mut |rows: &Arc<Vec<PromptRow>>| self.verdicts(rows);
+        let loaded = load_prompts_in_blocks(path, keys, source, max_samples, (BLOCK, judge)).map_err(Failure::input)?;
         Ok((loaded.rows, loaded.report))
     }
+
+    /// Which rows are kept, judged as tasks on all CPUs of this node.
+    fn verdicts(&self, rows: &Arc<Vec<PromptRow>>) -> Vec<Result<Verdict, FilterError>> {
+        let (format, shared) = (self.clone(), rows.clone());
+        let judge = move |part: Range<usize>| Ok(shared[part].iter().map(|row| format.verdict(row)).collect());
+        let tasks = node::tasks().and_then(|tasks| {
+            tasks
+                .over_rows("tokenise prompts", rows.len(), ROWS_PER_TASK, judge)?
+                .wait(Duration::MAX)
+                .map_err(Error::from)
+        });
+        tasks.unwrap_or_else(|error| vec![Err(error.into())])
+    }
+
+    fn verdict(&self, row: &PromptRow) -> Result<Verdict, FilterError> {
+        let limit = self.max_prompt_tokens;
+        let (ids, _) = self.encode(&row.prompt)?;
+        Ok(match ids.len() {
+            0 => Verdict::Drop("without a token".into()),
+            n if n > limit => Verdict::Drop(format!("longer than max_prompt_tokens = {limit}")),
+            _ => Verdict::Keep,
+        })
+    }
 }
+
+/// Rows that are read before they are judged together, and the fewest that are worth a task.
+const BLOCK: usize = 1024;
+const ROWS_PER_TASK: usize = 32;
 
 type Loaded = (Vec<PromptRow>, LoadReport);
 

@@ -1,6 +1,8 @@
-//! What scores responses in a run: reward models on their workers, rules and programs on threads of their own, summed
-//! by weight.
+//! What scores responses in a run, all at once: reward models on their workers; rules, programs and servers as tasks of this
+//! node. Their scores are summed by weight.
 
+use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,11 +11,14 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
 use echelon_core::rollout::{FinishReason, Rollout};
 use echelon_core::{Error, Result};
+use echelon_placement::task::{RowTasks, TaskError};
 use echelon_tasks::reward::{
     CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
 };
+use futures_util::future::try_join_all;
 use tch::{Kind, Tensor};
 
+use crate::node;
 use crate::program::Failure;
 use crate::recipe::{Rule, ScoreSource};
 
@@ -42,8 +47,8 @@ impl Reward for WeightedSources {
         Box::pin(async move {
             let mut total = Tensor::zeros([rollout.num_rows() as i64], tch::kind::DOUBLE_CPU);
             let mut source_means = Vec::new();
-            for (name, weight, source) in &self.sources {
-                let scores = source.scores(rollout, &self.interrupt).await?;
+            let scoring = self.sources.iter().map(|(_, _, source)| source.scores(rollout, &self.interrupt));
+            for ((name, weight, _), scores) in self.sources.iter().zip(try_join_all(scoring).await?) {
                 source_means.push((name.clone(), scores.mean(Kind::Double).double_value(&[])));
                 total += scores * *weight;
             }
@@ -64,19 +69,31 @@ impl Source {
                 Ok(normalization.map_or(scores.shallow_clone(), |(mean, std)| normalize_scores(&scores, mean, std)))
             }
             Source::Task(task) => {
-                let (task, requests) = (task.clone(), requests(rollout));
-                let mut scoring = tokio::task::spawn_blocking(move || score_checked(task.as_ref(), &requests));
-                let scored = loop {
+                let mut scoring = pin!(start_scoring(task.clone(), requests(rollout))?.gather());
+                loop {
                     match tokio::time::timeout(LOOK_EVERY, &mut scoring).await {
-                        Ok(scored) => break scored.map_err(|error| Error::other("reward", error))?,
+                        Ok(scores) => return Ok(Tensor::from_slice(&scores.map_err(TaskError::into_cause)?)),
                         Err(_) => interrupt.check()?,
                     }
-                };
-                Ok(Tensor::from_slice(&scored.map_err(|error| Error::other("reward", error))?))
+                }
             }
         }
     }
 }
+
+/// Rules on all CPUs of this node, a part of the rows each; a program or server in one task, which keeps its order.
+fn start_scoring(source: Arc<dyn RewardSource>, requests: Vec<RewardRequest>) -> Result<RowTasks<f64>> {
+    let count = requests.len();
+    let least = if source.is_per_request() { REQUESTS_PER_TASK } else { count };
+    let score = move |part: Range<usize>| {
+        let scored = score_checked(source.as_ref(), &requests[part.clone()]);
+        scored.map_err(|error| Error::other("reward", error.in_batch(part.start, count)))
+    };
+    Ok(node::tasks()?.over_rows("reward", count, least, score)?)
+}
+
+/// Fewer are not worth a task.
+const REQUESTS_PER_TASK: usize = 16;
 
 /// A reward model with damaged weights, or one whose numbers overflow, is no judge.
 fn all_finite(scores: Tensor, rollout: &Rollout) -> Result<Tensor> {
@@ -157,6 +174,33 @@ mod tests {
     fn equal_names_are_numbered_and_others_are_not() {
         let names = ["math", "length", "math", "model", "math"].map(str::to_owned);
         assert_eq!(distinct_names(&names), ["math_1", "length", "math_2", "model", "math_3"]);
+    }
+
+    #[test]
+    fn rules_in_parts_score_as_in_one_and_name_the_request_of_the_batch() {
+        let mut requests: Vec<_> = (0..500)
+            .map(|row| RewardRequest {
+                prompt: format!("prompt {row}"),
+                response: format!("the answer is {}", row % 7),
+                label: Some((row % 5).to_string()),
+                num_response_tokens: 1,
+                finished: true,
+            })
+            .collect();
+        let source = ScoreSource::Rule(Rule::Math { tolerance: 1e-6 });
+        let (_, task) = task_source(&source).unwrap().expect("a rule is no model");
+        let in_parts = |requests: &[RewardRequest]| {
+            start_scoring(task.clone(), requests.to_vec()).unwrap().wait(Duration::from_secs(20))
+        };
+        let whole = task.score(&requests).unwrap();
+        assert!(whole.contains(&0.0) && whole.contains(&1.0));
+        assert_eq!(in_parts(&requests).unwrap(), whole);
+        for row in [321, 499] {
+            requests[row].label = None;
+        }
+        let error = in_parts(&requests).unwrap_err().into_cause().to_string();
+        assert_eq!(error, format!("reward: {}", task.score(&requests).unwrap_err()));
+        assert!(error.contains("request 322 of 500 (prompt \"prompt 321\")"), "{error}");
     }
 
     #[test]

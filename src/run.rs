@@ -8,10 +8,9 @@ use echelon_algorithms::kl::KlController;
 use echelon_algorithms::ppo::{self, Moment, StepReport};
 use echelon_core::Error;
 use echelon_core::progress::Interrupt;
-use echelon_core::role::Role;
+use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::Worker;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::models::Held;
@@ -20,9 +19,12 @@ use crate::plan;
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
+use crate::replay::record;
 use crate::resume::resume;
 use crate::watch::Watch;
-use crate::wire::{self, ModelFolders, Wired};
+use crate::layout::Layout;
+use crate::wire::{self, ModelFolders, RunInputs, Wired};
+use crate::worker;
 
 mod evaluate;
 mod metrics;
@@ -58,11 +60,11 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     // The driver's tensors are Send but not Sync: the loop stays on this thread.
     let outcome = runtime.block_on(async {
         let mut run = Run::prepare(recipe, folder, arguments.resume).await?;
-        let outcome = run.steps().await;
-        run.wired.workers.iter().for_each(Worker::stop);
-        for task in &mut run.wired.worker_tasks {
-            let _ = task.await;
-        }
+        let outcome = match run.steps().await {
+            Err(failure) => Err(run.wired.crew.explain(failure).await),
+            done => done,
+        };
+        run.wired.crew.finish(outcome.is_err()).await;
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for
@@ -110,9 +112,12 @@ impl Run {
         let shape = wire::shape(&inputs.folders.actor)?;
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().for_each(|note| terminal.note(note));
-        let Inputs { folders, held, tokenizer, mut prompts, evaluator, .. } = inputs;
+        let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, .. } = inputs;
         let parts = (interrupt.clone(), watch.clone() as _);
-        let wired = wire::wire(&recipe, folders, held, tokenizer.clone(), parts, folder.clone()).await?;
+        let teller = terminal.clone();
+        let say = Arc::new(move |line: &str| teller.note(line));
+        let read = RunInputs { folders, held, tokenizer: tokenizer.clone(), layout, run_folder: folder.clone() };
+        let wired = wire::wire(&recipe, read, parts, say).await?;
         if let Some((path, state)) = &resumed.saved {
             restore(&wired, &mut prompts, path, state).await?;
         }
@@ -193,6 +198,9 @@ impl Run {
         let now = Moment { step, kl_coef: self.kl.coef(), interrupt: &self.interrupt };
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done
+        if let (Some(folder), Some(rollout)) = (&recipe.rollout.record, &report.rollout) {
+            record(folder, step, rollout)?;
+        }
         self.watch.clear();
         let mut metrics = step_metrics(&report, self.kl.coef());
         self.kl.update(report.kl, report.scores.len());
@@ -229,7 +237,8 @@ impl Run {
     async fn save(&mut self) -> Result<PathBuf, Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
-        let (actor, critic) = (unfinished.file("actor.safetensors"), unfinished.file("critic.safetensors"));
+        let file = |name| worker::absolute(&unfinished.file(name));
+        let (actor, critic) = (file("actor.safetensors"), file("critic.safetensors"));
         self.wired.roles.actor.save(Save { role: Role::Actor, file: actor }).await?;
         self.wired.roles.critic.save(Save { role: Role::Critic, file: critic }).await?;
         let state = RunState {
@@ -288,7 +297,8 @@ impl Run {
         if unfinished.exists() {
             moved(std::fs::remove_dir_all(&unfinished))?;
         }
-        self.wired.roles.actor.export(Export { role: Role::Actor, folder: unfinished.clone() }).await?;
+        let folder = worker::absolute(&unfinished);
+        self.wired.roles.actor.export(Export { role: Role::Actor, folder }).await?;
         if actor.exists() {
             moved(std::fs::remove_dir_all(&actor))?;
         }
@@ -319,18 +329,20 @@ struct Inputs {
     tokenizer: Arc<Tokenizer>,
     prompts: TrainingPrompts,
     evaluator: Option<Evaluator>,
+    layout: Layout,
 }
 
 impl Inputs {
     fn load(recipe: &ResolvedRecipe, resumed: &Resumed) -> Result<Inputs, Failure> {
         let folders = wire::model_folders(recipe)?;
-        let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices)?;
+        let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
         wire::check_limits(recipe, &folders, held)?;
+        let layout = wire::layout(recipe)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
         let evaluator = evaluation_prompts(recipe, &format)?.map(|prompts| Evaluator::new(prompts, recipe));
-        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator })
+        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator, layout })
     }
 }
 
@@ -338,9 +350,11 @@ impl Inputs {
 async fn restore(wired: &Wired, prompts: &mut TrainingPrompts, path: &Path, state: &RunState) -> Result<(), Failure> {
     tch::set_num_threads(state.num_threads);
     prompts.restore(&state.data)?;
-    let request = |role, file| Restore { role, file: path.join(file), policy_version: state.policy_version };
-    wired.roles.actor.restore(request(Role::Actor, "actor.safetensors")).await.map_err(Failure::input)?;
-    wired.roles.critic.restore(request(Role::Critic, "critic.safetensors")).await.map_err(Failure::input)
+    let request = |role, file| Restore { role, file: worker::absolute(&path.join(file)) };
+    let Roles { actor, critic, generator, .. } = &wired.roles;
+    actor.restore(request(Role::Actor, "actor.safetensors")).await.map_err(Failure::input)?;
+    critic.restore(request(Role::Critic, "critic.safetensors")).await.map_err(Failure::input)?;
+    Ok(actor.publish_weights(generator, state.policy_version).await?)
 }
 
 fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
@@ -353,7 +367,7 @@ fn kl_controller(recipe: &ResolvedRecipe) -> KlController {
 fn header(
     terminal: &Terminal,
     (recipe, num_params): (&ResolvedRecipe, i64),
-    Inputs { held, warning, prompts, .. }: &Inputs,
+    Inputs { held, warning, prompts, layout, .. }: &Inputs,
     folder: &Path,
 ) {
     let threads = tch::get_num_threads();
@@ -364,6 +378,9 @@ fn header(
         ("batch", recipe.batch.to_string()),
         ("run folder", folder.display().to_string()),
     ];
+    if layout.num_workers > 1 {
+        rows.insert(2, ("workers", layout.to_string()));
+    }
     rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {
         rows.push(("left out", format!("{name}: {report}")));

@@ -13,7 +13,7 @@ pub struct Watch {
 }
 
 struct Shown {
-    name: &'static str,
+    name: String,
     done: usize,
     total: usize,
     bar: Phase,
@@ -31,13 +31,13 @@ impl Watch {
 }
 
 impl Progress for Watch {
-    fn advance(&self, phase: &'static str, done: usize, total: usize) {
+    fn advance(&self, phase: &str, done: usize, total: usize) {
         let mut current = self.current.lock().expect("never held over a panic");
         let same =
             current.as_ref().is_some_and(|shown| shown.name == phase && shown.total == total && shown.done < done);
         if !same {
             *current = None; // ends the former bar before the next begins
-            *current = Some(Shown { name: phase, done: 0, total, bar: self.terminal.phase(phase, total as u64) });
+            *current = Some(Shown { name: phase.into(), done: 0, total, bar: self.terminal.phase(phase, total as u64) });
         }
         let shown = current.as_mut().expect("set above");
         shown.bar.advance((done - shown.done) as u64);

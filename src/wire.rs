@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use echelon_algorithms::losses::PolicyClip;
 use echelon_algorithms::ppo::{KlPlacement, PpoConfig};
@@ -10,47 +11,58 @@ use echelon_algorithms::schedule::{Decay, LrSchedule};
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_algorithms::{kl, ppo};
 use echelon_core::device::{self, DeviceChoice};
-use echelon_core::progress::{Interrupt, Progress, Unwatched};
-use echelon_core::role::{ActorRank, CriticRank, Endpoint, Role, Roles, WorkerGroup};
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::role::{ActorRank, CriticRank, Endpoint, GeneratorRank, Role, Roles};
 use echelon_core::rollout::SamplingConfig;
-use echelon_core::verb::{Generate, Logprobs, Scores};
+use echelon_core::verb::{Logprobs, Scores};
 use echelon_core::zero::{OptimizerConfig, PassConfig};
-use echelon_generation::{Engine, EngineConfig, check_budget};
+use echelon_generation::{EngineConfig, check_budget};
 use echelon_models::config::{DecoderConfig, HeadKind};
-use echelon_models::head::ScalarRows;
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::{Worker, start_worker};
-use futures_util::future::try_join_all;
+use echelon_placement::launch::Place;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
-use crate::models::{
-    Held, check_folder, frozen_policy, frozen_scorer, score_statistics, trainable_policy, trainable_scorer,
-};
+use crate::assignment::{Assignment, HostPlan};
+use crate::crew::{Crew, Joining};
+use crate::layout::Layout;
+use crate::models::{Held, check_folder, score_statistics};
+use crate::plan;
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
-use crate::ranks::{Ranks, Seat};
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
 };
+use crate::replay::replaying;
 use crate::reward::{Source, WeightedSources, distinct_names, task_source};
+use crate::worker::absolute;
 
 /// A run's parts, ready to step.
 pub struct Wired {
     pub roles: Roles,
     pub ppo: PpoConfig,
-    pub workers: Vec<Worker<DeviceRoles>>,
-    pub worker_tasks: Vec<tokio::task::JoinHandle<()>>,
+    pub crew: Crew,
 }
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
-#[derive(Clone)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ModelFolders {
     pub actor: PathBuf,
     pub critic: PathBuf,
     pub reference: Option<PathBuf>,
     pub reward: Option<PathBuf>,
+}
+
+impl ModelFolders {
+    fn absolute(&self) -> ModelFolders {
+        ModelFolders {
+            actor: absolute(&self.actor),
+            critic: absolute(&self.critic),
+            reference: self.reference.as_deref().map(absolute),
+            reward: self.reward.as_deref().map(absolute),
+        }
+    }
 }
 
 /// Finds (or fetches) and checks every model folder; no weight is read yet.
@@ -104,21 +116,22 @@ pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
     }
 }
 
-/// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests.
-pub fn held(compute: &Compute, devices: &Devices) -> Result<(Held, Option<String>), Failure> {
+/// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests. A worker
+/// among several of its host has its `place`, which names its device.
+pub fn held(
+    compute: &Compute,
+    devices: &Devices,
+    place: Option<&Place>,
+) -> Result<(Held, Option<String>), Failure> {
     let choice = match devices.device {
         recipe::Device::Auto => DeviceChoice::Auto,
         recipe::Device::Cpu => DeviceChoice::Cpu,
         recipe::Device::Cuda => DeviceChoice::Cuda,
     };
-    let chosen = device::choose(choice).map_err(Failure::input)?;
-    let workers = devices.workers.fixed().unwrap_or(1);
-    if devices.nodes > 1 || (workers > 1 && chosen.device != Device::Cpu) {
-        return Err(Failure::Input(format!(
-            "placement: {} nodes with {workers} workers are asked for; runs use one GPU, or several workers on one machine's \
-             CPU, so far: --plan resolves larger recipes",
-            devices.nodes
-        )));
+    let mut chosen = device::choose(choice).map_err(Failure::input)?;
+    if let (Device::Cuda(_), Some(place)) = (chosen.device, place) {
+        let visible = tch::Cuda::device_count() as u32;
+        chosen.device = Device::Cuda(place.device_index(visible).map_err(Failure::input)? as usize);
     }
     let kind = match compute.dtype {
         Dtype::Float32 => Kind::Float,
@@ -180,7 +193,7 @@ pub fn check_context(folder: &Path, tokens: usize, keys: &str) -> Result<(), Fai
     )))
 }
 
-fn engine_config(recipe: &ResolvedRecipe) -> EngineConfig {
+pub fn engine_config(recipe: &ResolvedRecipe) -> EngineConfig {
     EngineConfig {
         max_sequences: recipe.generation.max_sequences,
         max_batched_tokens: recipe.generation.max_batched_tokens,
@@ -202,32 +215,17 @@ pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> Prom
     }
 }
 
-/// What a rank's roles are built from; crosses to its device thread.
-#[derive(Clone)]
-struct HostPlan {
-    folders: ModelFolders,
-    held: Held,
-    seed: u64,
-    temperature: f64,
-    actor: ActorConfig,
-    critic: CriticConfig,
-    actor_optimizer: OptimizerConfig,
-    critic_optimizer: OptimizerConfig,
-    engine: EngineConfig,
-}
-
-/// Starts the worker that holds every role of a one-device run, and the handles to them.
+/// Starts the run's workers, and makes the handles of their roles.
 ///
 /// # Errors
-/// A model that cannot be loaded, a reward source that cannot be started.
+/// A model that cannot be loaded, a reward source that cannot be started, a worker that does not come.
 pub async fn wire(
     recipe: &ResolvedRecipe,
-    folders: ModelFolders,
-    held: Held,
-    tokenizer: Arc<Tokenizer>,
+    inputs: RunInputs,
     (interrupt, progress): (Interrupt, Arc<dyn Progress>),
-    run_folder: PathBuf,
+    say: Arc<dyn Fn(&str) + Send + Sync>,
 ) -> Result<Wired, Failure> {
+    let RunInputs { folders, held, tokenizer, layout, run_folder } = inputs;
     let statistics = match folders.reward.as_deref().filter(|_| recipe.reward.normalize) {
         Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
         None => None,
@@ -235,104 +233,78 @@ pub async fn wire(
     // A lone model's scores are reported as they are and normalised for learning; in a sum they must be normalised first.
     let is_lone = matches!(&recipe.reward.sources[..], [only] if only.weight == 1.0);
     let (alone, in_sum) = if is_lone { (statistics, None) } else { (None, statistics) };
-    let ppo = ppo_config(recipe, alone);
     let tasks =
         recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
     let names: Vec<String> =
         tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
     let has_reference = folders.reference.is_some();
-    let plan = HostPlan {
-        held,
-        seed: recipe.seed,
-        temperature: recipe.rollout.temperature,
-        actor: actor_config(recipe),
-        critic: critic_config(recipe),
-        actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
-        critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
-        engine: engine_config(recipe),
-        folders,
+    let devices = &recipe.placement.devices;
+    let crew = if layout.num_workers == 1 && devices.listen.is_none() {
+        let plan = HostPlan::of(recipe, folders, held, run_folder);
+        let crew = Crew::here(plan, layout.clone(), tokenizer, interrupt.clone(), progress).await;
+        crew.map_err(Failure::input)?
+    } else {
+        let assignment = Assignment {
+            recipe: recipe.to_toml(),
+            folders: folders.absolute(),
+            layout: layout.clone(),
+            worker: 0,
+            meeting_port: None,
+            run_folder: absolute(&run_folder),
+        };
+        let patience = Duration::from_secs_f64(devices.join_timeout_s);
+        Crew::of_processes(assignment, &Joining { listen: devices.listen, patience, say }, progress).await?
     };
-    let ranks = Ranks::plan(&recipe.train.compute, &recipe.placement.devices)?;
-    let starts = ranks.seats().into_iter().map(|seat| {
-        let (plan, tokenizer, run_folder) = (plan.clone(), tokenizer.clone(), run_folder.clone());
-        // Ranks stop together, between their calls: one that stopped alone would leave the others waiting.
-        let interrupt = if seat.is_alone() { interrupt.clone() } else { Interrupt::default() };
-        let progress = if seat.rank == 0 { progress.clone() } else { Arc::new(Unwatched) };
-        let build = move || build_host(plan, seat, tokenizer, interrupt, progress, run_folder);
-        async move { start_worker(&format!("device {}", seat.rank), build).await }
-    });
-    let started = try_join_all(starts).await.map_err(Failure::input)?;
-    let (workers, worker_tasks): (Vec<Worker<DeviceRoles>>, Vec<_>) = started.into_iter().unzip();
     let sources = tasks.into_iter().map(|task| match task {
         Some((_, task)) => Source::Task(task),
         None => {
-            let group = group::<dyn Endpoint<Scores>>(Role::Reward, &workers, |worker| Arc::new(worker));
+            let group = crew.group::<dyn Endpoint<Scores>>(&layout, Role::Reward, |w| Arc::new(w), |w| Arc::new(w));
             Source::Model { group, normalization: in_sum }
         }
     });
     let weights = recipe.reward.sources.iter().map(|source| source.weight);
     let sources = distinct_names(&names).into_iter().zip(weights).zip(sources);
     let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
-    let reference =
-        has_reference.then(|| group::<dyn Endpoint<Logprobs>>(Role::Reference, &workers, |worker| Arc::new(worker)));
-    let actor = group::<dyn ActorRank>(Role::Actor, &workers, |worker| Arc::new(worker));
-    let critic = group::<dyn CriticRank>(Role::Critic, &workers, |worker| Arc::new(worker));
-    let generator = group::<dyn Endpoint<Generate>>(Role::Generator, &workers, |worker| Arc::new(worker));
+    let reference = has_reference.then(|| {
+        crew.group::<dyn Endpoint<Logprobs>>(&layout, Role::Reference, |w| Arc::new(w), |w| Arc::new(w))
+    });
+    let actor = crew.group::<dyn ActorRank>(&layout, Role::Actor, |w| Arc::new(w), |w| Arc::new(w));
+    let critic = crew.group::<dyn CriticRank>(&layout, Role::Critic, |w| Arc::new(w), |w| Arc::new(w));
+    let generator = crew.group::<dyn GeneratorRank>(&layout, Role::Generator, |w| Arc::new(w), |w| Arc::new(w));
+    let apart = layout.group(Role::Generator).workers != layout.group(Role::Actor).workers;
+    let generator = if apart { generator.apart_from_actor() } else { generator };
+    let generator = match &recipe.rollout.replay {
+        Some(folder) => replaying(folder, generator, apart),
+        None => generator,
+    };
     let reward = Box::new(WeightedSources { sources, interrupt: interrupt.clone() });
-    Ok(Wired { roles: Roles { actor, critic, reference, reward, generator }, ppo, workers, worker_tasks })
+    let roles = Roles { actor, critic, reference, reward, generator };
+    Ok(Wired { roles, ppo: ppo_config(recipe, alone), crew })
 }
 
-/// A role on all of `workers`, one rank each.
-fn group<E: ?Sized>(
-    role: Role,
-    workers: &[Worker<DeviceRoles>],
-    rank: impl Fn(Worker<DeviceRoles>) -> Arc<E>,
-) -> WorkerGroup<E> {
-    WorkerGroup::new(role, workers.iter().cloned().map(rank).collect())
+/// What a run reads and decides before its workers start.
+pub struct RunInputs {
+    pub folders: ModelFolders,
+    pub held: Held,
+    pub tokenizer: Arc<Tokenizer>,
+    pub layout: Layout,
+    pub run_folder: PathBuf,
 }
 
-/// Runs on the device thread. Only the actor is loaded now: the first rollout needs no other role.
-fn build_host(
-    plan: HostPlan,
-    seat: Seat,
-    tokenizer: Arc<Tokenizer>,
-    interrupt: Interrupt,
-    progress: Arc<dyn Progress>,
-    run_folder: PathBuf,
-) -> echelon_core::Result<DeviceRoles> {
-    let HostPlan { folders, held, seed, temperature, .. } = plan;
-    let sharding = seat.take()?;
-    let training = (plan.actor_optimizer, &sharding);
-    let policy = trainable_policy(Role::Actor, &folders.actor, None, held, training, temperature)?;
-    let critic = Deferred::new(move || {
-        let reads = ScalarRows::Predecessors;
-        let training = (plan.critic_optimizer, &sharding);
-        let model = trainable_scorer(Role::Critic, &folders.critic, None, seed, held, training, reads)?;
-        Ok(LearningCritic { model, config: plan.critic, folder: folders.critic })
-    });
-    let reference = folders.reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
-    let actor_tokenizer = tokenizer.clone();
-    let reward = folders.reward.map(|folder| {
-        Deferred::new(move || {
-            let own = Tokenizer::load(&folder).map_err(|error| echelon_core::Error::other("reward model", error))?;
-            let same = own.fingerprint() == actor_tokenizer.fingerprint();
-            Ok(RewardModel { model: frozen_scorer(&folder, held)?, tokenizer: (!same).then_some(own) })
-        })
-    });
-    Ok(DeviceRoles {
-        actor: Some(LearningActor { policy, config: plan.actor, folder: folders.actor }),
-        critic: Some(critic),
-        reference,
-        reward,
-        engine: Engine::new(plan.engine),
-        tokenizer,
-        held,
-        seat,
-        policy_version: 0,
-        interrupt,
-        progress,
-        run_folder,
-    })
+/// Where a run's roles go: on one worker, or as the planner says.
+///
+/// # Errors
+/// [`Failure::Input`]: a plan that does not fit, with the numbers.
+pub fn layout(recipe: &ResolvedRecipe) -> Result<Layout, Failure> {
+    let workers = recipe.placement.devices.workers.fixed().unwrap_or(1);
+    if workers == 1 {
+        return Ok(Layout::together(1, 0, recipe.train.compute.adam_offload));
+    }
+    match plan::of(recipe)? {
+        Some(plan) => Ok(Layout::of(&plan)),
+        // A model from a hub, whose shape is not known to the plan.
+        None => Ok(Layout::together(workers, recipe.train.compute.zero_stage.fixed().unwrap_or(1) as u8, false)),
+    }
 }
 
 fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> PpoConfig {
@@ -378,7 +350,7 @@ fn kl_estimator(estimator: KlEstimator) -> kl::KlEstimator {
     }
 }
 
-fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
+pub fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
     ActorConfig {
         clip: PolicyClip {
             low: recipe.ppo.policy_clip,
@@ -392,7 +364,7 @@ fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
     }
 }
 
-fn critic_config(recipe: &ResolvedRecipe) -> CriticConfig {
+pub fn critic_config(recipe: &ResolvedRecipe) -> CriticConfig {
     CriticConfig {
         value_clip: recipe.ppo.value_clip,
         lr: recipe.critic_optimizer.lr,

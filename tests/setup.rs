@@ -10,8 +10,8 @@ use tempfile::TempDir;
 
 /// What the script uses of a Linux system.
 const TOOLS: &[&str] = &[
-    "awk", "bash", "cat", "cut", "df", "dirname", "env", "flock", "getconf", "head", "ln", "ls", "mkdir", "mktemp",
-    "mv", "readlink", "realpath", "rm", "sed", "sort", "tail", "uname",
+    "awk", "bash", "cat", "cut", "dirname", "env", "flock", "getconf", "head", "ln", "ls", "mkdir", "mktemp", "mv",
+    "readlink", "realpath", "rm", "sed", "sort", "tail", "uname",
 ];
 
 /// Answers as python3 and its pip do. `FAKE_PIP` says how an installation goes; the calls are in `calls`.
@@ -42,6 +42,9 @@ case "$*" in
     *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 "#;
+
+/// Answers as df does: much room, whatever this machine has.
+const DF: &str = r"printf 'Filesystem\n/dev/x 99999999 9 99999990 9 /\n'";
 
 /// Answers as cargo does; `FAKE_FAILURE` is the sub-command that fails.
 const CARGO: &str = r#"
@@ -262,7 +265,7 @@ impl Sandbox {
                 symlink(found, sandbox.folder.path().join("bin").join(tool)).unwrap();
             }
         }
-        for (name, script) in programs {
+        for (name, script) in [("df", DF)].iter().chain(programs) {
             sandbox.program(name, script);
         }
         sandbox

@@ -123,7 +123,8 @@ pub async fn step(ppo: &PpoConfig, roles: &Roles, prompts: Prompts, now: Moment<
     let train_s = clock.lap();
 
     // Publish: when this returns every generator holds the new version, so the next rollout is on-policy.
-    report.policy_version = roles.actor.publish_weights(&roles.generator).await?;
+    report.policy_version = rollout.policy_version + 1;
+    roles.actor.publish_weights(&roles.generator, report.policy_version).await?;
     report.timing = Timing { generation_s, experience_s, train_s, publish_s: clock.lap() };
     report.rollout = Some(rollout);
     Ok(report)

@@ -13,6 +13,8 @@ pub type Shares = Vec<Vec<i64>>;
 pub trait Divide: Verb + Sized {
     /// One request per rank, and whose rows are whose. A rank may get none.
     fn divide(self, ranks: usize) -> (Vec<Self>, Shares);
+    /// The same request, for the tensor-parallel neighbour of a rank.
+    fn again(&self) -> Self;
     /// One answer of the ranks' answers, rows in the order of the request.
     ///
     /// # Errors
@@ -58,6 +60,10 @@ fn unite_items<T: Clone>(parts: Vec<Vec<T>>, shares: &Shares) -> Vec<T> {
 }
 
 impl Divide for Generate {
+    fn again(&self) -> Generate {
+        self.clone()
+    }
+
     /// By prompt: a prompt's samples share its pass.
     fn divide(self, ranks: usize) -> (Vec<Generate>, Shares) {
         let Prompts { rows, samples_per_prompt, seed, evaluation } = self.prompts;
@@ -126,6 +132,9 @@ impl Divide for Logprobs {
     fn divide(self, ranks: usize) -> (Vec<Logprobs>, Shares) {
         by_rows(&self.tokens, ranks, |rows| Logprobs { role: self.role, tokens: self.tokens.select(rows) })
     }
+    fn again(&self) -> Logprobs {
+        Logprobs { role: self.role, tokens: self.tokens.shallow_clone() }
+    }
     fn unite(replies: Vec<Tensor>, shares: &Shares) -> Result<Tensor> {
         Ok(unite_rows(&replies, shares))
     }
@@ -134,6 +143,9 @@ impl Divide for Logprobs {
 impl Divide for Values {
     fn divide(self, ranks: usize) -> (Vec<Values>, Shares) {
         by_rows(&self.tokens, ranks, |rows| Values { tokens: self.tokens.select(rows) })
+    }
+    fn again(&self) -> Values {
+        Values { tokens: self.tokens.shallow_clone() }
     }
     fn unite(replies: Vec<Tensor>, shares: &Shares) -> Result<Tensor> {
         Ok(unite_rows(&replies, shares))
@@ -149,6 +161,10 @@ impl Divide for Scores {
             responses: texts(&self.responses, rows),
         })
     }
+    fn again(&self) -> Scores {
+        let (prompts, responses) = (self.prompts.clone(), self.responses.clone());
+        Scores { tokens: self.tokens.shallow_clone(), prompts, responses }
+    }
     fn unite(replies: Vec<Tensor>, shares: &Shares) -> Result<Tensor> {
         Ok(Tensor::cat(&replies, 0).index_select(0, &Tensor::from_slice(&places(shares))))
     }
@@ -157,6 +173,9 @@ impl Divide for Scores {
 impl Divide for UpdateActor {
     fn divide(self, ranks: usize) -> (Vec<UpdateActor>, Shares) {
         by_rows(&self.experience.tokens, ranks, |rows| UpdateActor { experience: self.experience.select(rows), ..self })
+    }
+    fn again(&self) -> UpdateActor {
+        UpdateActor { experience: self.experience.shallow_clone(), ..*self }
     }
 
     /// Sums of what is divided by the global token count, means weighted by tokens.
@@ -192,6 +211,9 @@ impl Divide for UpdateCritic {
             num_tokens,
         })
     }
+    fn again(&self) -> UpdateCritic {
+        UpdateCritic { experience: self.experience.shallow_clone(), ..*self }
+    }
 
     fn unite(replies: Vec<CriticReport>, _shares: &Shares) -> Result<CriticReport> {
         let total: f64 = replies.iter().map(|report| report.response_tokens).sum();
@@ -218,6 +240,9 @@ macro_rules! alike {
         $(impl Divide for $verb {
             fn divide(self, ranks: usize) -> (Vec<$verb>, Shares) {
                 (vec![self; ranks], vec![Vec::new(); ranks])
+            }
+            fn again(&self) -> $verb {
+                self.clone()
             }
             fn unite(replies: Vec<<$verb as Verb>::Reply>, _shares: &Shares) -> Result<<$verb as Verb>::Reply> {
                 let first = replies[0].clone();

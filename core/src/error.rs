@@ -26,8 +26,8 @@ pub enum Error {
         #[source]
         cause: Box<Error>,
     },
-    /// The worker's device thread ended.
-    #[error("the device thread is gone: {0}")]
+    /// The worker's process or device thread ended, or is cut off.
+    #[error("the worker is gone: {0}")]
     WorkerGone(String),
     /// An input that this role cannot serve.
     #[error("{0}")]

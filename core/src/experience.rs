@@ -53,14 +53,23 @@ impl Experience {
         self.tokens.mask.sum(tch::Kind::Double).double_value(&[])
     }
 
+    /// Another handle of the same rows.
+    pub fn shallow_clone(&self) -> Experience {
+        self.map(Tensor::shallow_clone, self.tokens.shallow_clone())
+    }
+
     pub fn to_device(&self, device: tch::Device) -> Experience {
+        self.map(|tensor| tensor.to_device(device), self.tokens.to_device(device))
+    }
+
+    fn map(&self, of: impl Fn(&Tensor) -> Tensor, tokens: Tokens) -> Experience {
         Experience {
-            tokens: self.tokens.to_device(device),
-            old_logprobs: self.old_logprobs.to_device(device),
-            ref_logprobs: self.ref_logprobs.as_ref().map(|tensor| tensor.to_device(device)),
-            values: self.values.to_device(device),
-            advantages: self.advantages.to_device(device),
-            returns: self.returns.to_device(device),
+            tokens,
+            old_logprobs: of(&self.old_logprobs),
+            ref_logprobs: self.ref_logprobs.as_ref().map(&of),
+            values: of(&self.values),
+            advantages: of(&self.advantages),
+            returns: of(&self.returns),
         }
     }
 
@@ -69,14 +78,6 @@ impl Experience {
         let tokens = self.tokens.select(indices);
         let width = tokens.token_ids.size()[1];
         let rows = Tensor::from_slice(indices);
-        let pick = |tensor: &Tensor| tensor.index_select(0, &rows).narrow(1, 0, width);
-        Experience {
-            tokens,
-            old_logprobs: pick(&self.old_logprobs),
-            ref_logprobs: self.ref_logprobs.as_ref().map(pick),
-            values: pick(&self.values),
-            advantages: pick(&self.advantages),
-            returns: pick(&self.returns),
-        }
+        self.map(|tensor| tensor.index_select(0, &rows).narrow(1, 0, width), tokens)
     }
 }

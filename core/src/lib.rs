@@ -1,7 +1,7 @@
 //! The nouns that all of Echelon shares: what a step's data looks like, what can be asked of a role, how ranks
 //! talk, and how a model's training state is laid out over them.
 //!
-//! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what),
+//! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what), [`message`] (as bytes),
 //! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state).
 
 pub mod rollout;
@@ -13,6 +13,8 @@ pub mod role;
 pub mod verb;
 
 pub mod divide;
+
+pub mod message;
 
 pub mod shape;
 

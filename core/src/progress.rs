@@ -7,14 +7,14 @@ use crate::error::{Error, Result};
 
 /// Receives the progress of a phase: `done` of `total` units (responses, rows).
 pub trait Progress: Send + Sync {
-    fn advance(&self, phase: &'static str, done: usize, total: usize);
+    fn advance(&self, phase: &str, done: usize, total: usize);
 }
 
 /// Nobody watches.
 pub struct Unwatched;
 
 impl Progress for Unwatched {
-    fn advance(&self, _phase: &'static str, _done: usize, _total: usize) {}
+    fn advance(&self, _phase: &str, _done: usize, _total: usize) {}
 }
 
 /// A request to stop that long phases look at between their units of work.

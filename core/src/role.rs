@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::divide::Divide;
@@ -18,7 +19,8 @@ use crate::rollout::{Prompts, Rollout, SamplingConfig};
 use crate::verb::*;
 
 /// Who is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     Actor,
     Critic,
@@ -50,6 +52,10 @@ pub trait Endpoint<V: Verb> {
 pub struct WorkerGroup<E: ?Sized> {
     role: Role,
     ranks: Vec<Arc<E>>,
+    /// Neighbouring ranks that hold slices of one model and answer the same rows together.
+    tensor_parallel: usize,
+    /// Its weights are the actor's own tensors, or are filled by the actor's workers.
+    follows_actor: bool,
 }
 
 impl<E: ?Sized> WorkerGroup<E> {
@@ -57,7 +63,27 @@ impl<E: ?Sized> WorkerGroup<E> {
     /// Without a rank: a group is at least one.
     pub fn new(role: Role, ranks: Vec<Arc<E>>) -> WorkerGroup<E> {
         assert!(!ranks.is_empty(), "a worker group has at least one rank");
-        WorkerGroup { role, ranks }
+        WorkerGroup { role, ranks, tensor_parallel: 1, follows_actor: true }
+    }
+
+    /// The same ranks, `size` neighbours at a time as one.
+    ///
+    /// # Panics
+    /// The ranks are no multiple of `size`.
+    #[must_use]
+    pub fn tensor_parallel(self, size: usize) -> WorkerGroup<E> {
+        assert!(size > 0 && self.ranks.len().is_multiple_of(size), "{} ranks in parts of {size}", self.ranks.len());
+        WorkerGroup { tensor_parallel: size, ..self }
+    }
+
+    /// The same ranks on workers of their own: new weights must be sent to them.
+    #[must_use]
+    pub fn apart_from_actor(self) -> WorkerGroup<E> {
+        WorkerGroup { follows_actor: false, ..self }
+    }
+
+    pub fn num_ranks(&self) -> usize {
+        self.ranks.len()
     }
 
     /// Runs one verb on the group, with a span that times it and the role and rank on its error.
@@ -74,16 +100,22 @@ impl<E: ?Sized> WorkerGroup<E> {
         answer
     }
 
-    /// Every rank answers its share; the first failure to arrive is the group's.
+    /// Every rank answers its share, tensor-parallel neighbours the same one; the first failure to arrive is the group's.
     async fn call_all<V: Divide>(&self, ranks: &[Arc<E>], request: V) -> Result<V::Reply>
     where
         E: Endpoint<V>,
     {
-        let (requests, shares) = request.divide(ranks.len());
+        let size = self.tensor_parallel;
+        let (requests, shares) = request.divide(ranks.len() / size);
+        let requests = requests.into_iter().flat_map(|request| {
+            let again: Vec<V> = (1..size).map(|_| request.again()).collect();
+            std::iter::once(request).chain(again)
+        });
         let calls = ranks.iter().zip(requests).enumerate().map(|(rank, (endpoint, request))| async move {
             endpoint.call(request).await.map_err(|cause| self.failed(rank, V::NAME, cause))
         });
-        V::unite(try_join_all(calls).await?, &shares)
+        let replies = try_join_all(calls).await?;
+        V::unite(replies.into_iter().step_by(size).collect(), &shares)
     }
 
     fn failed(&self, rank: usize, verb: &'static str, cause: Error) -> Error {
@@ -119,11 +151,15 @@ impl<T> CriticRank for T where
 {
 }
 
+/// What a generator rank answers.
+pub trait GeneratorRank: Endpoint<Generate> + Endpoint<Publish> {}
+impl<T> GeneratorRank for T where T: Endpoint<Generate> + Endpoint<Publish> {}
+
 pub type ActorGroup = WorkerGroup<dyn ActorRank>;
 pub type CriticGroup = WorkerGroup<dyn CriticRank>;
 pub type ReferenceGroup = WorkerGroup<dyn Endpoint<Logprobs>>;
 pub type RewardGroup = WorkerGroup<dyn Endpoint<Scores>>;
-pub type GeneratorGroup = WorkerGroup<dyn Endpoint<Generate>>;
+pub type GeneratorGroup = WorkerGroup<dyn GeneratorRank>;
 
 impl ActorGroup {
     /// `[B, T]` log π_old(token | prefix), 0 off the response mask.
@@ -137,9 +173,16 @@ impl ActorGroup {
         self.call(UpdateActor { experience, num_tokens, kl_coef }).await
     }
 
-    /// Gives the generators the new weights; returns the policy version they then hold.
-    pub async fn publish_weights(&self, _generator: &GeneratorGroup) -> Result<u64> {
-        self.call(Publish).await
+    /// Gives the generators the weights as they are now, as `policy_version`. Nothing is sent where they compute on the
+    /// actor's own tensors.
+    pub async fn publish_weights(&self, generator: &GeneratorGroup, policy_version: u64) -> Result<()> {
+        let request = Publish { policy_version };
+        if generator.follows_actor {
+            return self.call(request).await;
+        }
+        // Both ends of a collective: neither returns without the other.
+        let (sent, received) = futures_util::future::join(self.call(request.clone()), generator.publish(request)).await;
+        sent.and(received)
     }
 
     pub async fn save(&self, request: Save) -> Result<()> {
@@ -193,6 +236,11 @@ impl RewardGroup {
 }
 
 impl GeneratorGroup {
+    /// Takes up the weights that the actor's ranks send at the same time.
+    pub async fn publish(&self, request: Publish) -> Result<()> {
+        self.call(request).await
+    }
+
     /// Samples `samples_per_prompt` responses to every prompt.
     pub async fn generate(&self, prompts: Prompts, sampling: &SamplingConfig) -> Result<Rollout> {
         self.call(Generate { prompts, sampling: sampling.clone() }).await

@@ -1,11 +1,12 @@
 //! Prompts in, rollouts out: what the generator is asked for and what it gives back.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 
 /// How tokens are chosen.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingConfig {
     /// 0 is greedy.
     pub temperature: f64,
@@ -21,7 +22,7 @@ pub struct SamplingConfig {
 }
 
 /// One tokenised prompt.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prompt {
     /// Names the prompt in the random stream: equal ids draw equal numbers.
     pub id: u64,
@@ -33,7 +34,7 @@ pub struct Prompt {
 }
 
 /// The prompts of one step, and the random stream they are sampled with.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Prompts {
     pub rows: Vec<Prompt>,
     pub samples_per_prompt: usize,
@@ -43,7 +44,7 @@ pub struct Prompts {
 }
 
 /// Why a response ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FinishReason {
     /// An end-of-sequence token or a stop text.
@@ -67,7 +68,7 @@ pub struct Sequence {
 }
 
 /// Work that a generation did.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GenerationReport {
     pub prefill_tokens: usize,
     pub generated_tokens: usize,
@@ -203,6 +204,15 @@ impl Tokens {
 
     pub fn num_rows(&self) -> usize {
         self.lengths.len()
+    }
+
+    /// Another handle of the same rows.
+    pub fn shallow_clone(&self) -> Tokens {
+        Tokens {
+            token_ids: self.token_ids.shallow_clone(),
+            lengths: self.lengths.clone(),
+            mask: self.mask.shallow_clone(),
+        }
     }
 
     pub fn to_device(&self, device: tch::Device) -> Tokens {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::Result;
@@ -22,6 +23,7 @@ pub trait Serve<V: Verb> {
 }
 
 /// Sample responses.
+#[derive(Clone)]
 pub struct Generate {
     pub prompts: Prompts,
     pub sampling: SamplingConfig,
@@ -60,28 +62,29 @@ pub struct UpdateCritic {
     pub num_tokens: f64,
 }
 
-/// Make the actor's weights the generators'.
-#[derive(Clone, Debug)]
-pub struct Publish;
+/// Make the actor's weights the generators', as this version of the policy. The actor's ranks and those of generators with
+/// weights of their own answer it together.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Publish {
+    pub policy_version: u64,
+}
 
 /// Write a trainable role's whole training state to a file.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Save {
     pub role: Role,
     pub file: PathBuf,
 }
 
 /// Take up the training state that [`Save`] wrote.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Restore {
     pub role: Role,
     pub file: PathBuf,
-    /// Version of the policy then.
-    pub policy_version: u64,
 }
 
 /// Write a role's weights as a Hugging Face folder.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Export {
     pub role: Role,
     pub folder: PathBuf,
@@ -135,7 +138,7 @@ verbs! {
     Scores => Tensor, "scores";
     UpdateActor => ActorReport, "update";
     UpdateCritic => CriticReport, "update";
-    Publish => u64, "publish";
+    Publish => (), "publish";
     Save => (), "save";
     Restore => (), "restore";
     Export => (), "export";

@@ -366,7 +366,7 @@ fn a_stop_text_is_found_across_tokens() {
 fn progress_counts_responses_and_an_interrupt_ends_the_call() {
     struct Watch(Mutex<Vec<usize>>, Interrupt, usize);
     impl Progress for Watch {
-        fn advance(&self, phase: &'static str, done: usize, total: usize) {
+        fn advance(&self, phase: &str, done: usize, total: usize) {
             assert_eq!((phase, total), ("generate", 6));
             self.0.lock().unwrap().push(done);
             if done == self.2 {

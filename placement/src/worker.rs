@@ -55,6 +55,14 @@ impl<H: 'static> Worker<H> {
 
     /// Runs `work` on the device thread.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(&mut H) -> Result<T> + Send + 'static) -> Result<T> {
+        self.submit(work).await
+    }
+
+    /// Puts `work` in the queue now; the future is its outcome.
+    pub fn submit<T: Send + 'static, W>(&self, work: W) -> impl Future<Output = Result<T>> + Send + use<T, W, H>
+    where
+        W: FnOnce(&mut H) -> Result<T> + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
         let refused = reply_slot(reply);
         let on_refusal = refused.clone();
@@ -77,14 +85,17 @@ impl<H: 'static> Worker<H> {
             }
         };
         let sent = self.mailbox.cast(Message { job, refuse: Box::new(refuse) });
-        sent.map_err(|_| self.gone())?;
-        answer.await.map_err(|_| self.gone())?
+        let ended = self.ended.clone();
+        async move {
+            sent.map_err(|_| gone(&ended))?;
+            answer.await.map_err(|_| gone(&ended))?
+        }
     }
+}
 
-    fn gone(&self) -> Error {
-        let ended = self.ended.lock().expect("never held over a panic");
-        Error::WorkerGone(ended.clone().unwrap_or_else(|| "it ended in the middle of this request".into()))
-    }
+fn gone(ended: &Mutex<Option<String>>) -> Error {
+    let ended = ended.lock().expect("never held over a panic");
+    Error::WorkerGone(ended.clone().unwrap_or_else(|| "it ended in the middle of this request".into()))
 }
 
 impl<H: Serve<V> + 'static, V: Verb> Endpoint<V> for Worker<H> {

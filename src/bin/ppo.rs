@@ -3,7 +3,12 @@
 use std::process::ExitCode;
 
 use echelon::program::{self, Arguments};
+use echelon::worker;
 
 fn main() -> ExitCode {
-    program::main(|| echelon::run::main(&Arguments::read("ppo")?))
+    let arguments = worker::arguments();
+    program::main(|| match worker::is_asked(&arguments) {
+        true => worker::main(&arguments), // started by a driver
+        false => echelon::run::main(&Arguments::read("ppo")?),
+    })
 }

@@ -66,6 +66,18 @@ macro_rules! recipe_methods {
                     load(path, sets, false)
                 }
 
+                /// A resolved recipe as another process of the run has it: its paths are absolute, and its files were
+                /// found there.
+                ///
+                /// # Errors
+                /// As `load`, but for missing files.
+                pub fn read_text(text: &str) -> Result<Self, RecipeError> {
+                    let label = "the driver's recipe".to_owned();
+                    let base = Path::new("/").to_owned();
+                    let document = Document { label, text: text.to_owned(), base, is_file: true };
+                    from_documents(Documents(vec![document]), false)
+                }
+
                 /// An error found later, outside the recipe's own rules, shown at the place of `key` (`"data.prompts"`).
                 pub fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
                     self.origins.error_at(key, message, help)
@@ -160,7 +172,16 @@ pub(crate) trait Root: Table {
 }
 
 fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, RecipeError> {
-    let documents = Arc::new(read_documents(path, sets)?);
+    let mut recipe: T = from_documents(read_documents(path, sets)?, check_files)?;
+    let (name, _) = recipe.common();
+    if name.is_empty() {
+        *name = path.file_stem().map_or_else(|| T::PROGRAM.to_owned(), |stem| stem.to_string_lossy().into_owned());
+    }
+    Ok(recipe)
+}
+
+fn from_documents<T: Root>(documents: Documents, check_files: bool) -> Result<T, RecipeError> {
+    let documents = Arc::new(documents);
     let refuse = |problems: Vec<Problem>| match problems.is_empty() {
         true => Ok(()),
         false => Err(RecipeError::from_problems(problems, &documents)),
@@ -177,11 +198,7 @@ fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, R
     let mut rules = Rules::new(&origins);
     recipe.check(&mut rules);
     refuse(rules.finish())?;
-    let (name, places) = recipe.common();
-    if name.is_empty() {
-        *name = path.file_stem().map_or_else(|| T::PROGRAM.to_owned(), |stem| stem.to_string_lossy().into_owned());
-    }
-    *places = origins;
+    *recipe.common().1 = origins;
     Ok(recipe)
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Defaults are OpenRLHF's.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::Origins;
@@ -244,6 +245,10 @@ table! {
         pub min_p: f64 = 0.0, in between(0.0, 1.0);
         /// Strings that end a response, beside the model's own end tokens.
         pub stop: Vec<String> = Vec::new();
+        /// Keep every step's rollout in this folder, for `replay`.
+        pub record: Option<PathBuf> = None;
+        /// Take the rollouts from this folder instead of sampling: what is learned from equal rollouts can be compared.
+        pub replay: Option<PathBuf> = None;
     }
 }
 
@@ -385,6 +390,9 @@ table! {
         pub gpu: Option<String> = None;
         /// Devices in use; on CPU the number of worker processes.
         pub workers: Auto<usize> = Auto::Auto, in at_least(1.0);
+        /// Address at which workers that others start join, such as 0.0.0.0:7401; without it they are started on this
+        /// machine.
+        pub listen: Option<SocketAddr> = None;
         /// Seconds that workers have to join.
         pub join_timeout_s: f64 = 120.0, in above(0.0);
     }

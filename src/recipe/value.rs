@@ -1,6 +1,7 @@
 //! The types a recipe's values have, and how each is read, described and written.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use super::reader::Reader;
@@ -189,6 +190,29 @@ impl Scalar for String {
 
     fn show(&self) -> String {
         toml::Value::String(self.clone()).to_string()
+    }
+}
+
+impl Scalar for SocketAddr {
+    fn kind() -> String {
+        "address".into()
+    }
+
+    fn explain() -> String {
+        "an IP address and a port".into()
+    }
+
+    fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self> {
+        let expected = "an IP address with a port, such as \"0.0.0.0:7401\"";
+        let address = if let Item::String(text) = &node.item { text.parse().ok() } else { None };
+        if address.is_none() {
+            reader.wrong_type(field.name, node, expected);
+        }
+        address
+    }
+
+    fn show(&self) -> String {
+        self.to_string().show()
     }
 }
 

@@ -36,7 +36,7 @@ impl LanguageModel {
         total: usize,
     ) -> Result<(LanguageModel, Speed), Failure> {
         let folder = wire::model_folder(&recipe.model.model)?;
-        let (held, _) = wire::held(&recipe.train.compute, &recipe.placement)?;
+        let (held, _) = wire::held(&recipe.train.compute, &recipe.placement, None)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
         let policy = trainable_policy(Role::Actor, &folder, random, held, (optimizer, &Sharding::whole()), 1.0)

@@ -53,6 +53,12 @@ pub struct Call {
     pub reply: Reply,
 }
 
+/// What is served beside the device: its calls neither wait for those of the device nor hold them up.
+pub trait Beside: Send + Sync {
+    /// Takes a call of a verb of its own, without blocking; gives back any other.
+    fn offer(&self, call: Call) -> Option<Call>;
+}
+
 /// Where the answer to a call goes. Dropped without one, it tells the driver so.
 pub struct Reply {
     sequence: u64,
@@ -72,11 +78,26 @@ pub async fn join(
     limits: Limits,
     patience: Duration,
 ) -> Result<Session, ControlError> {
+    join_with(driver, credentials, hello, limits, patience, None).await
+}
+
+/// As [`join`], with calls that are served beside those that [`Session::next`] gives.
+///
+/// # Errors
+/// As [`join`].
+pub async fn join_with(
+    driver: &str,
+    credentials: &Credentials,
+    hello: Hello,
+    limits: Limits,
+    patience: Duration,
+    beside: Option<Arc<dyn Beside>>,
+) -> Result<Session, ControlError> {
     let tls = TlsConnector::from(credentials.client_config()?);
     let begun = Instant::now();
     let mut pause = BACKOFF.0;
     loop {
-        let attempt = timeout(ATTEMPT, enter(driver, &tls, &hello, &limits)).await;
+        let attempt = timeout(ATTEMPT, enter(driver, &tls, &hello, &limits, beside.as_ref())).await;
         let cause = match attempt {
             Ok(Ok(session)) => return Ok(session),
             Ok(Err(Attempt::Refused(reason))) => {
@@ -102,7 +123,13 @@ enum Attempt {
     Refused(String),
 }
 
-async fn enter(driver: &str, tls: &TlsConnector, hello: &Hello, limits: &Limits) -> Result<Session, Attempt> {
+async fn enter(
+    driver: &str,
+    tls: &TlsConnector,
+    hello: &Hello,
+    limits: &Limits,
+    beside: Option<&Arc<dyn Beside>>,
+) -> Result<Session, Attempt> {
     let channel = connect(driver, tls).await?;
     let (sending, outbox) = Outbox::<FromWorker>::new(limits.calls);
     let _ = sending.urgent.try_send(word(Word::Hello(hello.clone())));
@@ -115,7 +142,8 @@ async fn enter(driver: &str, tls: &TlsConnector, hello: &Hello, limits: &Limits)
     let Some(ToWorker { order: Some(Order::Welcome(welcome)) }) = first else {
         return Err(Attempt::Failed("the driver did not say Welcome".into()));
     };
-    Ok(Session::begin(driver, channel, sending, orders, &welcome, limits))
+    let ends = (channel, sending, orders);
+    Ok(Session::begin(driver, ends, &welcome, limits, beside.cloned()))
 }
 
 /// One TLS connection to the driver, with HTTP/2 on it.
@@ -173,11 +201,10 @@ fn tls_refusal(error: &(dyn StdError + 'static)) -> Option<String> {
 impl Session {
     fn begin(
         driver: &str,
-        channel: Channel,
-        sending: Sending<FromWorker>,
-        orders: Streaming<ToWorker>,
+        (channel, sending, orders): (Channel, Sending<FromWorker>, Streaming<ToWorker>),
         welcome: &Welcome,
         limits: &Limits,
+        beside: Option<Arc<dyn Beside>>,
     ) -> Session {
         let progress = Progress::default();
         let (deliver, calls) = mpsc::channel(limits.calls);
@@ -189,6 +216,7 @@ impl Session {
             progress: progress.clone(),
             slots: Arc::new(Semaphore::new(limits.calls)),
             limits: limits.clone(),
+            beside,
         };
         let every = Duration::from_millis(welcome.heartbeat_ms.clamp(10, 60_000));
         Session {
@@ -316,6 +344,7 @@ struct Reader {
     progress: Progress,
     slots: Arc<Semaphore>,
     limits: Limits,
+    beside: Option<Arc<dyn Beside>>,
 }
 
 /// Head of a call that is arriving.
@@ -370,7 +399,14 @@ impl Reader {
         let now = Instant::now();
         let due = now.checked_add(Duration::from_millis(deadline_ms)).unwrap_or(now + Duration::from_secs(1 << 32));
         let reply = Reply { sequence, sending, slot: Some(slot), body_bytes };
-        // As many fit as there are slots; it fails only when the session is gone, and then the reply says so.
-        let _ = self.deliver.try_send(Call { verb, sequence, due, body, reply });
+        let call = Call { verb, sequence, due, body, reply };
+        let call = match &self.beside {
+            Some(beside) => beside.offer(call),
+            None => Some(call),
+        };
+        if let Some(call) = call {
+            // As many fit as there are slots; it fails only when the session is gone, and then the reply says so.
+            let _ = self.deliver.try_send(call);
+        }
     }
 }

@@ -12,47 +12,66 @@ pub struct Progress(Arc<Mutex<Position>>);
 
 #[derive(Clone, Debug, Default)]
 struct Position {
-    operation: &'static str,
+    operation: String,
     sequence: u64,
     micro_batch: u64,
+    phase: String,
+    done: u64,
+    total: u64,
 }
 
 impl Progress {
     /// Operation in progress, its sequence number in its group, and the micro-batch it belongs to.
-    pub fn set(&self, operation: &'static str, sequence: u64, micro_batch: u64) {
-        *self.0.lock().expect("never held over a panic") = Position { operation, sequence, micro_batch };
+    pub fn set(&self, operation: &str, sequence: u64, micro_batch: u64) {
+        let mut position = self.0.lock().expect("never held over a panic");
+        if position.operation != operation {
+            position.operation = operation.into();
+        }
+        (position.sequence, position.micro_batch) = (sequence, micro_batch);
+    }
+
+    /// Phase in progress, with `done` of its `total` units.
+    pub fn phase(&self, phase: &str, done: u64, total: u64) {
+        let mut position = self.0.lock().expect("never held over a panic");
+        if position.phase != phase {
+            position.phase = phase.into();
+        }
+        (position.done, position.total) = (done, total);
     }
 
     pub(super) fn beat(&self) -> Beat {
         let position = self.0.lock().expect("never held over a panic").clone();
-        let Position { operation, sequence, micro_batch } = position;
-        Beat { operation: operation.into(), sequence, micro_batch }
+        let Position { operation, sequence, micro_batch, phase, done, total } = position;
+        Beat { operation, sequence, micro_batch, phase, done, total }
     }
 }
 
 /// The last heartbeat of a worker.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heartbeat {
     /// Empty between operations.
     pub operation: String,
     pub sequence: u64,
     pub micro_batch: u64,
+    /// Of the work in progress, with `done` of `total` units; empty before the first.
+    pub phase: String,
+    pub done: u64,
+    pub total: u64,
     /// When this position was first seen: how long the worker has made no progress.
     pub since: Instant,
 }
 
 impl Heartbeat {
     pub(super) fn new(beat: Beat, now: Instant) -> Heartbeat {
-        let Beat { operation, sequence, micro_batch } = beat;
-        Heartbeat { operation, sequence, micro_batch, since: now }
+        let Beat { operation, sequence, micro_batch, phase, done, total } = beat;
+        Heartbeat { operation, sequence, micro_batch, phase, done, total, since: now }
     }
 
     /// Takes up a newer heartbeat; the clock runs on where nothing has changed.
     pub(super) fn update(&mut self, beat: Beat, now: Instant) {
-        let same =
-            (self.sequence, self.micro_batch) == (beat.sequence, beat.micro_batch) && self.operation == beat.operation;
-        if !same {
-            *self = Heartbeat::new(beat, now);
+        let next = Heartbeat::new(beat, now);
+        if (Heartbeat { since: self.since, ..next.clone() }) != *self {
+            *self = next;
         }
     }
 }
@@ -98,7 +117,8 @@ mod tests {
     use super::*;
 
     fn at(sequence: u64, since: Instant) -> Heartbeat {
-        Heartbeat { operation: "all_gather layer 3".into(), sequence, micro_batch: 0, since }
+        let beat = Beat { operation: "all_gather layer 3".into(), sequence, ..Beat::default() };
+        Heartbeat::new(beat, since)
     }
 
     #[test]
@@ -116,7 +136,7 @@ mod tests {
     #[test]
     fn the_clock_runs_on_without_progress() {
         let start = Instant::now();
-        let beat = |micro_batch| Beat { operation: "forward".into(), sequence: 1, micro_batch };
+        let beat = |micro_batch| Beat { operation: "forward".into(), sequence: 1, micro_batch, ..Beat::default() };
         let mut heartbeat = Heartbeat::new(beat(0), start);
         heartbeat.update(beat(0), start + Duration::from_secs(1));
         assert_eq!(heartbeat.since, start);

@@ -40,7 +40,8 @@ mod error;
 
 use std::time::Duration;
 
-pub use client::{Call, Session, join};
+pub use client::{Beside, Call, Session, join, join_with};
+pub(crate) use error::seconds;
 pub use error::{ControlError, Peer, RefusalKind};
 pub use heartbeat::{Heartbeat, Progress};
 pub use identity::{Credentials, RunAuthority};

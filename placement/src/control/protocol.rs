@@ -164,6 +164,13 @@ pub struct Beat {
     pub sequence: u64,
     #[prost(uint64, tag = "3")]
     pub micro_batch: u64,
+    /// Phase of the work in progress, for whoever watches, with `done` of `total` units.
+    #[prost(string, tag = "4")]
+    pub phase: String,
+    #[prost(uint64, tag = "5")]
+    pub done: u64,
+    #[prost(uint64, tag = "6")]
+    pub total: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

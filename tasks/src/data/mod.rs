@@ -20,7 +20,8 @@ pub use file::{Row, Visit, visit_rows};
 pub use prompt::{Message, PromptKeys, PromptRow, PromptText};
 pub use shuffle::{hold_out, permutation};
 pub use source::{
-    Dropped, FilterError, LoadReport, Loaded, Verdict, load_pairs, load_prompts, load_rows, load_training,
+    Dropped, FilterError, Judge, LoadReport, Loaded, Verdict, load_pairs, load_prompts, load_prompts_in_blocks,
+    load_rows, load_training,
 };
 pub use stream::{Draw, Mix, MixSource, PromptStream, RowId, RowStream, StreamPosition};
 pub use training::{Pair, PairKeys, TrainingExample, TrainingKeys};

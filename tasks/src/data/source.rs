@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::error::{DataError, Place};
 use super::file::{Row, visit_rows};
@@ -122,26 +123,92 @@ pub fn load_pairs(
 ///
 /// # Errors
 /// As [`load_prompts`].
-pub fn load_rows<T>(
+pub fn load_rows<T: Clone>(
     path: &Path,
     max_samples: Option<usize>,
     read: &mut dyn FnMut(&Row, usize) -> Result<T, DataError>,
     filter: &mut dyn FnMut(&T) -> Result<Verdict, FilterError>,
 ) -> Result<Loaded<T>, DataError> {
-    let mut rows = Vec::new();
-    let mut report = LoadReport::default();
-    visit_rows(path, &mut |row| {
-        if max_samples.is_some_and(|max| rows.len() >= max) {
+    load_blocks(path, max_samples, read, (1, &mut |rows| rows.iter().map(&mut *filter).collect()))
+}
+
+/// The prompts of `path`, as [`load_prompts`] loads them, judged `block` at a time: `judge` gives one verdict for each, or
+/// ends with an error.
+///
+/// # Errors
+/// As [`load_prompts`].
+pub fn load_prompts_in_blocks(
+    path: &Path,
+    keys: &PromptKeys,
+    source: usize,
+    max_samples: Option<usize>,
+    (block, judge): (usize, &mut Judge<'_, PromptRow>),
+) -> Result<Loaded<PromptRow>, DataError> {
+    load_blocks(path, max_samples, &mut |row, index| PromptRow::read(row, keys, source, index), (block, judge))
+}
+
+/// Judges rows that stand together.
+pub type Judge<'a, T> = dyn FnMut(&Arc<Vec<T>>) -> Vec<Result<Verdict, FilterError>> + 'a;
+
+/// Rows read and not yet judged, and what became of those before them.
+struct Reading<T> {
+    rows: Vec<T>,
+    report: LoadReport,
+    max_samples: Option<usize>,
+    pending: Vec<T>,
+    places: Vec<Place>,
+}
+
+impl<T: Clone> Reading<T> {
+    fn is_full(&self) -> bool {
+        self.max_samples.is_some_and(|max| self.rows.len() >= max)
+    }
+
+    /// Keeps or counts what is pending, in order; what comes after the last that is wanted was never read.
+    fn settle(&mut self, judge: &mut Judge<'_, T>) -> Result<(), DataError> {
+        let pending = Arc::new(std::mem::take(&mut self.pending));
+        let verdicts = if pending.is_empty() { Vec::new() } else { judge(&pending) };
+        let rows = Arc::unwrap_or_clone(pending).into_iter().zip(self.places.drain(..).collect::<Vec<_>>());
+        for ((row, place), verdict) in rows.zip(verdicts) {
+            if self.is_full() {
+                break;
+            }
+            self.report.num_read += 1;
+            match verdict.map_err(|source| DataError::Filter { place: place.clone(), source })? {
+                Verdict::Keep => self.rows.push(row),
+                Verdict::Drop(reason) => self.report.drop(reason, place),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn load_blocks<T: Clone>(
+    path: &Path,
+    max_samples: Option<usize>,
+    read: &mut dyn FnMut(&Row, usize) -> Result<T, DataError>,
+    (block, judge): (usize, &mut Judge<'_, T>),
+) -> Result<Loaded<T>, DataError> {
+    let (rows, pending, places) = Default::default();
+    let mut reading = Reading { rows, report: LoadReport::default(), max_samples, pending, places };
+    let visited = visit_rows(path, &mut |row| {
+        if reading.is_full() {
             return Ok(ControlFlow::Break(()));
         }
-        let value = read(&row, report.num_read)?;
-        report.num_read += 1;
-        match filter(&value).map_err(|source| DataError::Filter { place: row.place.clone(), source })? {
-            Verdict::Keep => rows.push(value),
-            Verdict::Drop(reason) => report.drop(reason, row.place),
+        let value = read(&row, reading.report.num_read + reading.pending.len())?;
+        reading.pending.push(value);
+        reading.places.push(row.place);
+        if reading.pending.len() >= block {
+            reading.settle(judge)?;
         }
         Ok(ControlFlow::Continue(()))
-    })?;
+    });
+    reading.settle(judge)?;
+    // What was read ahead of the last row that is wanted may be anything.
+    if !reading.is_full() || reading.rows.is_empty() {
+        visited?;
+    }
+    let Reading { rows, mut report, .. } = reading;
     report.num_kept = rows.len();
     if rows.is_empty() {
         return Err(DataError::AllDropped { path: path.to_owned(), report: Box::new(report) });

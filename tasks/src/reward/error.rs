@@ -77,6 +77,22 @@ pub enum RewardError {
     NonFinite { source_name: String, request: RequestExcerpt, score: f64 },
 }
 
+impl RewardError {
+    /// The error of a part of a batch that begins at request `first` (from 0) of `count`, as one of the whole.
+    #[must_use]
+    pub fn in_batch(mut self, first: usize, count: usize) -> Self {
+        if let Self::NoLabel { request, .. }
+        | Self::Label { request, .. }
+        | Self::Program { request, .. }
+        | Self::NonFinite { request, .. } = &mut self
+        {
+            request.number += first;
+            request.count = count;
+        }
+        self
+    }
+}
+
 fn stderr_part(lines: &[String]) -> String {
     if lines.is_empty() {
         return "; it wrote nothing to stderr".to_owned();

@@ -74,6 +74,10 @@ impl RewardSource for FormatRule {
         "format".to_owned()
     }
 
+    fn is_per_request(&self) -> bool {
+        true
+    }
+
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
         Ok(requests.iter().map(|request| f64::from(self.matches(&request.response))).collect())
     }

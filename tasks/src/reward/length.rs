@@ -47,6 +47,10 @@ impl RewardSource for LengthRule {
         "length".to_owned()
     }
 
+    fn is_per_request(&self) -> bool {
+        true
+    }
+
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
         Ok(requests.iter().map(|request| self.score_length(request.num_response_tokens)).collect())
     }

@@ -21,6 +21,10 @@ impl RewardSource for MathRule {
         "math".to_owned()
     }
 
+    fn is_per_request(&self) -> bool {
+        true
+    }
+
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
         (0..requests.len()).map(|index| self.score_one(requests, index)).collect()
     }

@@ -54,6 +54,12 @@ pub trait RewardSource: Send + Sync {
     /// Anything that keeps it from scoring every request; the error names the first request concerned.
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError>;
 
+    /// Whether each score depends on its own request alone and nothing is kept between calls, so that parts of a batch may be
+    /// scored at once.
+    fn is_per_request(&self) -> bool {
+        false
+    }
+
     /// What there is to report about the last [`Self::score`] beside the scores, by metric name; each call
     /// hands it out once.
     fn take_metrics(&self) -> Vec<(String, f64)> {

@@ -28,6 +28,10 @@ impl RewardSource for RegexRule {
         "regex".to_owned()
     }
 
+    fn is_per_request(&self) -> bool {
+        true
+    }
+
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
         Ok(requests.iter().map(|request| f64::from(self.pattern.is_match(&request.response))).collect())
     }

@@ -81,6 +81,10 @@ impl RewardSource for SentimentRule {
         "sentiment".to_owned()
     }
 
+    fn is_per_request(&self) -> bool {
+        true
+    }
+
     fn score(&self, requests: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
         Ok(requests.iter().map(|request| self.compound(&request.response)).collect())
     }

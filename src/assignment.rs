@@ -1,0 +1,132 @@
+//! What a worker is told, and the roles that it builds from it on its device thread.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use echelon_algorithms::update::{ActorConfig, CriticConfig};
+use echelon_core::Error;
+use echelon_core::message::{Body, Message};
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::role::Role;
+use echelon_core::zero::OptimizerConfig;
+use echelon_generation::{Engine, EngineConfig};
+use echelon_models::head::ScalarRows;
+use echelon_models::tokenizer::Tokenizer;
+use serde::{Deserialize, Serialize};
+
+use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
+use crate::layout::Layout;
+use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
+use crate::recipe::ResolvedRecipe;
+use crate::seat::Seat;
+use crate::wire::{ModelFolders, actor_config, critic_config, engine_config, optimizer};
+
+/// What a worker in another process is told: it reads the run's own recipe.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The resolved recipe, as TOML.
+    pub recipe: String,
+    pub folders: ModelFolders,
+    pub layout: Layout,
+    pub worker: usize,
+    /// Where the workers meet: on the driver's host, at this port. None where there is one.
+    pub meeting_port: Option<u16>,
+    pub run_folder: PathBuf,
+}
+
+impl Message for Assignment {
+    const KIND: &'static str = "build";
+    fn to_body(&self) -> Body {
+        Body::of(self)
+    }
+    fn from_body(body: &mut Body) -> echelon_core::Result<Assignment> {
+        body.fields()
+    }
+}
+
+/// What a rank's roles are built from; crosses to its device thread.
+#[derive(Clone)]
+pub struct HostPlan {
+    folders: ModelFolders,
+    held: Held,
+    seed: u64,
+    temperature: f64,
+    actor: ActorConfig,
+    critic: CriticConfig,
+    actor_optimizer: OptimizerConfig,
+    critic_optimizer: OptimizerConfig,
+    engine: EngineConfig,
+    run_folder: PathBuf,
+}
+
+impl HostPlan {
+    pub fn of(recipe: &ResolvedRecipe, folders: ModelFolders, held: Held, run_folder: PathBuf) -> HostPlan {
+        HostPlan {
+            held,
+            seed: recipe.seed,
+            temperature: recipe.rollout.temperature,
+            actor: actor_config(recipe),
+            critic: critic_config(recipe),
+            actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
+            critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
+            engine: engine_config(recipe),
+            folders,
+            run_folder,
+        }
+    }
+
+    /// Runs on the device thread: the roles of `seat`'s worker. Only the actor is loaded now: the first rollout needs no
+    /// other role.
+    pub fn build(
+        self,
+        seat: Seat,
+        tokenizer: Arc<Tokenizer>,
+        interrupt: Interrupt,
+        progress: Arc<dyn Progress>,
+    ) -> echelon_core::Result<DeviceRoles> {
+        let HostPlan { folders, held, seed, temperature, .. } = self;
+        let here = |role| seat.layout.of_worker(seat.worker, role);
+        let actor = match here(Role::Actor) {
+            None => None,
+            Some(group) => {
+                let sharding = seat.sharding(group);
+                let training = (self.actor_optimizer, &sharding);
+                let policy = trainable_policy(Role::Actor, &folders.actor, None, held, training, temperature)?;
+                Some(LearningActor { policy, config: self.actor, folder: folders.actor.clone() })
+            }
+        };
+        let critic = here(Role::Critic).map(|group| {
+            let (sharding, folder) = (seat.sharding(group), folders.critic.clone());
+            Deferred::new(move || {
+                let reads = ScalarRows::Predecessors;
+                let training = (self.critic_optimizer, &sharding);
+                let model = trainable_scorer(Role::Critic, &folder, None, seed, held, training, reads)?;
+                Ok(LearningCritic { model, config: self.critic, folder })
+            })
+        });
+        let reference = here(Role::Reference).and(folders.reference);
+        let reference = reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
+        let actor_tokenizer = tokenizer.clone();
+        let reward = here(Role::Reward).and(folders.reward).map(|folder| {
+            Deferred::new(move || {
+                let own = Tokenizer::load(&folder).map_err(|error| Error::other("reward model", error))?;
+                let same = own.fingerprint() == actor_tokenizer.fingerprint();
+                Ok(RewardModel { model: frozen_scorer(&folder, held)?, tokenizer: (!same).then_some(own) })
+            })
+        });
+        Ok(DeviceRoles {
+            actor,
+            critic,
+            reference,
+            reward,
+            engine: Engine::new(self.engine),
+            tokenizer,
+            held,
+            seat,
+            policy_version: 0,
+            interrupt,
+            progress,
+            run_folder: self.run_folder,
+        })
+    }
+}

@@ -1,0 +1,308 @@
+//! The workers of a run: one device thread of this process, or worker processes that join over the network.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use echelon_core::Error;
+use echelon_core::process_group::MeetingPoint;
+use echelon_core::progress::{Interrupt, Progress};
+use echelon_core::role::{Role, WorkerGroup};
+use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::control::protocol::host_name;
+use echelon_placement::control::{
+    ControlConfig, ControlError, ControlServer, Limits, LocalOutput, Rendezvous, RunAuthority, rendezvous,
+};
+use echelon_placement::launch::spawn::available_threads;
+use echelon_placement::launch::{LocalWorkers, SpawnConfig};
+use echelon_placement::remote::{DEADLINE, RemoteRank, relay};
+use echelon_placement::{Worker, start_worker};
+use futures_util::future::try_join_all;
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+
+use crate::assignment::{Assignment, HostPlan};
+use crate::host::DeviceRoles;
+use crate::layout::Layout;
+use crate::program::Failure;
+use crate::seat::{Seat, Watched};
+use crate::worker::BUILD;
+
+/// How long workers have to end after the run; and after a failure, when one may never hear of it.
+const FAREWELL: Duration = Duration::from_secs(10);
+const ABANDONED: Duration = Duration::from_secs(1);
+/// After a call has failed: how long the loss of a worker, which may be the cause, has to become known.
+const AFTERMATH: Duration = Duration::from_secs(2);
+
+/// Who works for this run.
+pub enum Crew {
+    /// One device thread.
+    Here { worker: Worker<DeviceRoles>, ended: JoinHandle<()> },
+    /// A process per device.
+    Processes(Processes),
+}
+
+/// The control plane's own runtime, which may be dropped anywhere.
+struct ControlRuntime(Option<Runtime>);
+
+impl ControlRuntime {
+    fn start() -> Result<ControlRuntime, Failure> {
+        echelon_placement::control::runtime().map(|runtime| ControlRuntime(Some(runtime))).map_err(Failure::other)
+    }
+
+    fn handle(&self) -> &Runtime {
+        self.0.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Drop for ControlRuntime {
+    fn drop(&mut self) {
+        self.0.take().map(Runtime::shutdown_background);
+    }
+}
+
+pub struct Processes {
+    ranks: Vec<RemoteRank>,
+    server: ControlServer,
+    local: Option<LocalWorkers>,
+    relaying: JoinHandle<()>,
+    runtime: ControlRuntime,
+    /// Served as long as the run: ranks tell each other through it how far they are.
+    meeting: MeetingPoint,
+    /// For workers that others start.
+    secret: Option<SecretFile>,
+}
+
+/// The credentials of workers that others start, for this user alone; gone with the run.
+struct SecretFile(PathBuf);
+
+impl SecretFile {
+    fn of_this_process() -> SecretFile {
+        SecretFile(std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id())))
+    }
+}
+
+impl Drop for SecretFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// How worker processes come to be.
+#[derive(Clone)]
+pub struct Joining {
+    /// Where they join; without it they are started here.
+    pub listen: Option<SocketAddr>,
+    pub patience: Duration,
+    /// Told what workers write, and who is missing.
+    pub say: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Crew {
+    /// The one-device crew: a thread of this process.
+    ///
+    /// # Errors
+    /// The actor cannot be loaded.
+    pub async fn here(
+        plan: HostPlan,
+        layout: Layout,
+        tokenizer: Arc<Tokenizer>,
+        interrupt: Interrupt,
+        progress: Arc<dyn Progress>,
+    ) -> echelon_core::Result<Crew> {
+        let build = move || {
+            let seat = Seat::take(0, layout, None, &Watched::default())?;
+            plan.build(seat, tokenizer, interrupt, progress)
+        };
+        let (worker, ended) = start_worker("device 0", build).await?;
+        Ok(Crew::Here { worker, ended })
+    }
+
+    /// Worker processes, each with its assignment; `assignment` gives that of worker 0.
+    ///
+    /// # Errors
+    /// [`Failure::Worker`] with who did not come or what it said; [`Failure::Input`] where a model cannot be loaded.
+    pub async fn of_processes(
+        assignment: Assignment,
+        joining: &Joining,
+        progress: Arc<dyn Progress>,
+    ) -> Result<Crew, Failure> {
+        let runtime = ControlRuntime::start()?;
+        let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
+        let meeting = MeetingPoint::serve(&host, 0)?;
+        let count = assignment.layout.num_workers as u32;
+        let secret = joining.listen.map(|_| SecretFile::of_this_process());
+        let gathering = gather(count, joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
+        let (server, local, workers) = runtime.handle().spawn(gathering).await.map_err(Failure::other)??;
+        let ranks: Vec<RemoteRank> = workers.into_iter().map(RemoteRank).collect();
+        let relaying = tokio::spawn(relay(ranks[0].0.clone(), progress));
+        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, secret };
+        match crew.assign(assignment).await {
+            Ok(()) => Ok(Crew::Processes(crew)),
+            Err(error) => {
+                let failure = match error.root() {
+                    Error::WorkerGone(_) => error.into(),
+                    _ => Failure::input(error),
+                };
+                let failure = crew.explain(failure).await;
+                crew.finish("it could not begin", ABANDONED).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// A role's handle: the endpoints of its workers in the order of its ranks.
+    pub fn group<E: ?Sized>(
+        &self,
+        layout: &Layout,
+        role: Role,
+        here: fn(Worker<DeviceRoles>) -> Arc<E>,
+        there: fn(RemoteRank) -> Arc<E>,
+    ) -> WorkerGroup<E> {
+        let group = layout.group(role);
+        let endpoint = |&number: &usize| match self {
+            Crew::Here { worker, .. } => here(worker.clone()),
+            Crew::Processes(crew) => there(crew.ranks[number].clone()),
+        };
+        WorkerGroup::new(role, group.workers.iter().map(endpoint).collect()).tensor_parallel(group.tensor_parallel)
+    }
+
+    /// The failure, or the loss of a worker that caused it: its peers' calls fail too, and often sooner.
+    pub async fn explain(&self, failure: Failure) -> Failure {
+        match self {
+            Crew::Here { .. } => failure,
+            Crew::Processes(crew) => crew.explain(failure).await,
+        }
+    }
+
+    /// Lets the workers go and waits until they have.
+    pub async fn finish(self, failed: bool) {
+        let patience = if failed { ABANDONED } else { FAREWELL };
+        match self {
+            Crew::Here { worker, ended } => {
+                worker.stop();
+                let _ = ended.await;
+            }
+            Crew::Processes(crew) => crew.finish("the run is over", patience).await,
+        }
+    }
+}
+
+impl Processes {
+    /// All at once: they meet while they build.
+    async fn assign(&mut self, assignment: Assignment) -> echelon_core::Result<()> {
+        let port = self.meeting.port();
+        let builds = self.ranks.iter().enumerate().map(|(worker, rank)| {
+            let assignment = Assignment { worker, meeting_port: Some(port), ..assignment.clone() };
+            async move { rank.ask::<Assignment, ()>(&assignment, DEADLINE).await }
+        });
+        try_join_all(builds).await.map(|_| ())
+    }
+
+    async fn explain(&self, failure: Failure) -> Failure {
+        if matches!(failure, Failure::Interrupted(_) | Failure::Worker(_)) {
+            return failure;
+        }
+        match tokio::time::timeout(AFTERMATH, self.server.first_loss()).await {
+            Ok(loss) => Failure::Worker(loss.to_string()),
+            Err(_) => failure,
+        }
+    }
+
+    async fn finish(self, reason: &'static str, patience: Duration) {
+        let Processes { ranks, server, local, relaying, runtime, meeting, secret } = self;
+        drop(ranks);
+        relaying.abort();
+        let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
+        if let Some(local) = local {
+            let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
+        }
+        drop((runtime, meeting, secret));
+    }
+}
+
+type Gathered = (ControlServer, Option<LocalWorkers>, Vec<echelon_placement::control::RemoteWorker>);
+
+/// Listens, starts the workers where nobody else does, and waits for all.
+async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {
+    let Joining { listen, patience, say } = joining;
+    let authority = RunAuthority::new()?;
+    let output = Arc::new(StartedHere::default());
+    let config = ControlConfig {
+        listen: listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0))),
+        num_workers,
+        build: BUILD.into(),
+        limits: Limits::default(),
+        output: Some(output.clone()),
+    };
+    let server = ControlServer::start(config, &authority).await?;
+    let (local, rules) = match secret {
+        Some(file) => {
+            authority.worker(None)?.write(&file)?;
+            say(&how_to_join(num_workers, server.address(), &file));
+            (None, Rendezvous::by_scheduler(patience))
+        }
+        None => {
+            let told = say.clone();
+            let spawn = SpawnConfig {
+                program: std::env::current_exe().map_err(GatherError::Program)?,
+                args: vec!["--join".into(), server.address().to_string().into()],
+                variables: Vec::new(),
+                num_workers,
+                threads: available_threads(),
+                on_line: Arc::new(move |rank, line| told(&format!("worker {rank}: {line}"))),
+            };
+            let local = LocalWorkers::start(&spawn, |rank| authority.worker(Some(rank)))?;
+            let _ = output.0.set(local.output());
+            (Some(local), Rendezvous::STARTED_HERE)
+        }
+    };
+    let workers = rendezvous(&server, rules, |line| say(line)).await?;
+    Ok((server, local, workers))
+}
+
+/// What a person, or a script, does now.
+fn how_to_join(num_workers: u32, address: SocketAddr, secret: &Path) -> String {
+    let port = address.port();
+    let host = if address.ip().is_unspecified() { host_name() } else { address.ip().to_string() };
+    format!(
+        "waiting for {num_workers} workers, for each rank R from 0: RANK=R WORLD_SIZE={num_workers} LOCAL_RANK=(its \
+         number on its host) worker --join {host}:{port} --credentials {}; other hosts need a copy of that file",
+        secret.display()
+    )
+}
+
+#[derive(Debug, thiserror::Error)]
+enum GatherError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Spawn(#[from] echelon_placement::launch::SpawnError),
+    #[error("this program's own file: {0}")]
+    Program(std::io::Error),
+}
+
+impl From<GatherError> for Failure {
+    fn from(error: GatherError) -> Failure {
+        match error {
+            GatherError::Control(ControlError::Listen { .. }) => Failure::Input(format!("placement.listen: {error}")),
+            GatherError::Control(_) => Failure::Worker(error.to_string()),
+            GatherError::Spawn(_) | GatherError::Program(_) => Failure::Other(error.to_string()),
+        }
+    }
+}
+
+/// What is known of the processes started here; they come after the server that asks.
+#[derive(Default)]
+struct StartedHere(OnceLock<Arc<dyn LocalOutput>>);
+
+impl LocalOutput for StartedHere {
+    fn report(&self, rank: u32, pid: u32) -> Option<(Vec<String>, Option<String>)> {
+        self.0.get()?.report(rank, pid)
+    }
+
+    fn ended(&self) -> Option<ControlError> {
+        self.0.get()?.ended()
+    }
+}

@@ -1,0 +1,182 @@
+//! Which workers hold which roles, and how: the plan, as far as running needs it.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use echelon_core::role::Role;
+use echelon_placement::planner::Plan;
+use serde::{Deserialize, Serialize};
+
+/// The places of a run's roles. Workers are numbered from 0, one per device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    pub num_workers: usize,
+    pub groups: Vec<RoleGroup>,
+}
+
+/// The workers of one role, in the order of its ranks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoleGroup {
+    pub role: Role,
+    pub workers: Vec<usize>,
+    /// What a trained role divides over its ranks; frozen ones divide their parameters at 3.
+    pub zero_stage: u8,
+    pub adam_offload: bool,
+    /// Neighbouring ranks of the generator that share one copy of its weights.
+    pub tensor_parallel: usize,
+}
+
+const ROLES: [Role; 5] = [Role::Actor, Role::Critic, Role::Reference, Role::Reward, Role::Generator];
+
+impl Layout {
+    /// Every role on every one of `num_workers`.
+    pub fn together(num_workers: usize, zero_stage: u8, adam_offload: bool) -> Layout {
+        let workers: Vec<usize> = (0..num_workers).collect();
+        let group =
+            |role| RoleGroup { role, workers: workers.clone(), zero_stage, adam_offload, tensor_parallel: 1 };
+        Layout { num_workers, groups: ROLES.map(group).to_vec() }
+    }
+
+    /// As planned. Devices without a role have no worker.
+    pub fn of(plan: &Plan) -> Layout {
+        let used: BTreeSet<usize> = plan.groups.iter().flat_map(|group| group.device_numbers()).collect();
+        let number = |device: usize| used.iter().position(|&used| used == device).expect("a device of a group");
+        let mut groups = Vec::new();
+        for group in &plan.groups {
+            let workers: Vec<usize> = group.device_numbers().map(number).collect();
+            groups.extend(group.roles.iter().map(|held| RoleGroup {
+                role: held.role,
+                workers: workers.clone(),
+                zero_stage: held.zero_stage,
+                adam_offload: held.adam_offload,
+                tensor_parallel: held.tensor_parallel,
+            }));
+        }
+        Layout { num_workers: used.len(), groups }
+    }
+
+    /// # Panics
+    /// Nobody holds the role: ask only for roles of this run.
+    pub fn group(&self, role: Role) -> &RoleGroup {
+        let group = self.groups.iter().find(|group| group.role == role);
+        group.unwrap_or_else(|| panic!("no worker holds the {role}"))
+    }
+
+    /// The group of a role, if this worker is in it.
+    pub fn of_worker(&self, worker: usize, role: Role) -> Option<&RoleGroup> {
+        self.groups.iter().find(|group| group.role == role && group.workers.contains(&worker))
+    }
+
+    /// Whether the generator computes on the actor's own tensors.
+    pub fn shares_weights(&self) -> bool {
+        let generator = self.group(Role::Generator);
+        generator.workers == self.group(Role::Actor).workers && generator.tensor_parallel == 1
+    }
+
+    /// The lists of workers that run collectives together, in the order in which every worker joins them.
+    pub fn companies(&self) -> BTreeSet<Vec<usize>> {
+        let mut companies: BTreeSet<Vec<usize>> = self.groups.iter().map(|group| group.workers.clone()).collect();
+        let generator = self.group(Role::Generator);
+        companies.extend(generator.workers.chunks(generator.tensor_parallel).map(<[usize]>::to_vec));
+        companies.insert(self.publishers());
+        companies.retain(|workers| workers.len() > 1);
+        companies
+    }
+
+    /// Who takes part in a publication: the actor's ranks, then the generator's that are not among them.
+    pub fn publishers(&self) -> Vec<usize> {
+        let actors = &self.group(Role::Actor).workers;
+        let generators = self.group(Role::Generator).workers.iter().filter(|worker| !actors.contains(worker));
+        actors.iter().chain(generators).copied().collect()
+    }
+}
+
+impl fmt::Display for Layout {
+    /// Such as `2 processes: actor, generator on 0; critic (ZeRO 3) on 1`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut places: Vec<(&Vec<usize>, Vec<String>)> = Vec::new();
+        for group in &self.groups {
+            let name = group.to_string();
+            match places.iter_mut().find(|(workers, _)| *workers == &group.workers) {
+                Some((_, names)) => names.push(name),
+                None => places.push((&group.workers, vec![name])),
+            }
+        }
+        let places = places.iter().map(|(workers, names)| format!("{} on {}", names.join(", "), ranges(workers)));
+        write!(f, "{}: {}", self.num_workers, places.collect::<Vec<_>>().join("; "))
+    }
+}
+
+impl fmt::Display for RoleGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.role)?;
+        if self.tensor_parallel > 1 {
+            write!(f, " (tensor-parallel {})", self.tensor_parallel)?;
+        } else if self.role != Role::Generator && self.workers.len() > 1 {
+            write!(f, " (ZeRO {})", self.zero_stage)?;
+        }
+        Ok(())
+    }
+}
+
+/// Numbers as `0-3, 6`.
+fn ranges(numbers: &[usize]) -> String {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for &number in numbers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => ranges.push((number, number)),
+        }
+    }
+    let shown = |(first, last): &(usize, usize)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    ranges.iter().map(shown).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn apart() -> Layout {
+        let group = |role, workers: &[usize], tensor_parallel| RoleGroup {
+            role,
+            workers: workers.to_vec(),
+            zero_stage: 3,
+            adam_offload: false,
+            tensor_parallel,
+        };
+        let groups = vec![
+            group(Role::Actor, &[0, 1], 1),
+            group(Role::Critic, &[2, 3], 1),
+            group(Role::Generator, &[4, 5, 6, 7], 2),
+        ];
+        Layout { num_workers: 8, groups }
+    }
+
+    #[test]
+    fn companies_are_the_groups_of_several_workers() {
+        assert!(Layout::together(1, 0, false).companies().is_empty());
+        assert_eq!(Layout::together(2, 0, false).companies(), BTreeSet::from([vec![0, 1]]));
+        let expected: [&[usize]; 6] =
+            [&[0, 1], &[0, 1, 4, 5, 6, 7], &[2, 3], &[4, 5], &[4, 5, 6, 7], &[6, 7]];
+        assert_eq!(apart().companies(), expected.map(<[usize]>::to_vec).into());
+    }
+
+    #[test]
+    fn a_layout_is_said_in_one_line() {
+        assert_eq!(
+            apart().to_string(),
+            "8: actor (ZeRO 3) on 0-1; critic (ZeRO 3) on 2-3; generator (tensor-parallel 2) on 4-7"
+        );
+        assert_eq!(ranges(&[0, 2, 3, 7]), "0, 2-3, 7");
+    }
+
+    #[test]
+    fn who_holds_what_is_found_by_worker() {
+        let layout = apart();
+        assert!(layout.of_worker(1, Role::Actor).is_some() && layout.of_worker(2, Role::Actor).is_none());
+        assert!(!layout.shares_weights() && Layout::together(4, 3, false).shares_weights());
+    }
+}

@@ -1,0 +1,72 @@
+//! Rollouts kept in files, and a generator that reads them instead of sampling: what follows from a rollout can then be
+//! compared between layouts, dtypes and versions, without the rounding that sampling magnifies.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use echelon_core::message::{decode, encode};
+use echelon_core::role::{Answer, Endpoint, GeneratorGroup, GeneratorRank, Role, WorkerGroup};
+use echelon_core::rollout::Rollout;
+use echelon_core::verb::{Generate, Publish};
+use echelon_core::{Error, Result};
+
+/// Keeps a step's rollout as `step-N.safetensors` in `folder`.
+///
+/// # Errors
+/// The folder cannot be written to.
+pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
+    let file = file(folder, step);
+    let failed = |error| Error::other(format!("rollout.record: {}", file.display()), error);
+    std::fs::create_dir_all(folder).map_err(failed)?;
+    let unfinished = file.with_extension("unfinished");
+    std::fs::write(&unfinished, encode(rollout)).and_then(|()| std::fs::rename(&unfinished, &file)).map_err(failed)
+}
+
+/// The generator that answers with the rollouts recorded in `folder`. Evaluations are sampled by `engine` as ever.
+pub fn replaying(folder: &Path, engine: GeneratorGroup, apart: bool) -> GeneratorGroup {
+    let replay: Arc<dyn GeneratorRank> = Arc::new(Replay { folder: folder.into(), engine });
+    let group = WorkerGroup::new(Role::Generator, vec![replay]);
+    if apart { group.apart_from_actor() } else { group }
+}
+
+struct Replay {
+    folder: PathBuf,
+    engine: GeneratorGroup,
+}
+
+impl Endpoint<Generate> for Replay {
+    fn call(&self, request: Generate) -> Answer<'_, Rollout> {
+        Box::pin(async move {
+            let Generate { prompts, sampling } = request;
+            if prompts.evaluation {
+                return self.engine.generate(prompts, &sampling).await;
+            }
+            let step = prompts.rows.first().map_or(0, |prompt| prompt.id >> 32);
+            let file = file(&self.folder, step);
+            let bytes = std::fs::read(&file)
+                .map_err(|error| Error::other(format!("rollout.replay: {}", file.display()), error))?;
+            let rollout: Rollout = decode(&bytes)
+                .map_err(|error| Error::Refused(format!("rollout.replay: {}: {error}", file.display())))?;
+            let asked = prompts.rows.iter().flat_map(|prompt| vec![&prompt.text; prompts.samples_per_prompt]);
+            if asked.ne(&rollout.prompts) {
+                return Err(Error::Refused(format!(
+                    "rollout.replay: {}: its {} prompts are not this step's: replay with the data, seed and batch size that \
+                     it was recorded with",
+                    file.display(),
+                    rollout.prompts.len()
+                )));
+            }
+            Ok(rollout)
+        })
+    }
+}
+
+impl Endpoint<Publish> for Replay {
+    fn call(&self, request: Publish) -> Answer<'_, ()> {
+        Box::pin(self.engine.publish(request))
+    }
+}
+
+fn file(folder: &Path, step: u64) -> PathBuf {
+    folder.join(format!("step-{step}.safetensors"))
+}

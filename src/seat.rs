@@ -1,0 +1,91 @@
+//! A worker's seat in a run: which worker it is, and the process groups that it is a member of.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
+use echelon_core::zero::{Sharding, ZeroStage};
+
+use crate::layout::{Layout, RoleGroup};
+
+/// Where the workers of a run meet, and at which address others reach this one.
+#[derive(Clone, Debug)]
+pub struct Meeting {
+    pub host: String,
+    pub port: u16,
+    pub own_address: String,
+}
+
+/// A worker's number and its groups. Clones share them.
+#[derive(Clone)]
+pub struct Seat {
+    pub worker: usize,
+    pub layout: Arc<Layout>,
+    /// By their workers.
+    groups: Arc<BTreeMap<Vec<usize>, ProcessGroup>>,
+}
+
+/// Process groups whose standing a heartbeat tells; filled when the seat is taken.
+pub type Watched = Arc<Mutex<Vec<ProcessGroup>>>;
+
+impl Seat {
+    /// Joins every group of this worker, while the others join theirs. All go through the groups in one order, so that
+    /// nobody waits in a circle.
+    ///
+    /// # Errors
+    /// Not every worker comes.
+    pub fn take(
+        worker: usize,
+        layout: Layout,
+        meeting: Option<&Meeting>,
+        watched: &Watched,
+    ) -> echelon_core::Result<Seat> {
+        let mut groups = BTreeMap::new();
+        let mine = layout.companies().into_iter().filter(|workers| workers.contains(&worker));
+        if let Some(meeting) = meeting {
+            let patience = Patience::default();
+            let point = MeetingPoint::join(&meeting.host, meeting.port, patience)?;
+            for workers in mine {
+                let rank = workers.iter().position(|&member| member == worker).expect("a member");
+                let name = format!("workers {}", numbers(&workers));
+                let place = (rank, workers.len());
+                let group = ProcessGroup::join(&point, &name, place, &meeting.own_address, patience)?;
+                watched.lock().expect("never held over a panic").push(group.clone());
+                groups.insert(workers, group);
+            }
+        }
+        Ok(Seat { worker, layout: Arc::new(layout), groups: Arc::new(groups) })
+    }
+
+    /// The group of these workers, one of which this is.
+    ///
+    /// # Panics
+    /// They are no company of the layout.
+    pub fn group(&self, workers: &[usize]) -> ProcessGroup {
+        if let [only] = workers {
+            assert_eq!(*only, self.worker, "a group of one is its member's own");
+            return ProcessGroup::solo();
+        }
+        self.groups.get(workers).unwrap_or_else(|| panic!("workers {} meet nowhere", numbers(workers))).clone()
+    }
+
+    /// How a role's model is divided over its ranks.
+    pub fn sharding(&self, role: &RoleGroup) -> Sharding {
+        let stage = ZeroStage::from_number(role.zero_stage).expect("a stage that the planner or the recipe allows");
+        Sharding { group: self.group(&role.workers), stage, offload: role.adam_offload }
+    }
+
+    /// This worker's rank among those of a role.
+    pub fn rank_in(&self, role: &RoleGroup) -> Option<usize> {
+        role.workers.iter().position(|&worker| worker == self.worker)
+    }
+
+    /// Whether this worker is the one of the run.
+    pub fn is_alone(&self) -> bool {
+        self.layout.num_workers == 1
+    }
+}
+
+fn numbers(workers: &[usize]) -> String {
+    workers.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}

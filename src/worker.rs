@@ -1,0 +1,246 @@
+//! `worker --join HOST:PORT`: one device's roles, asked over the control plane until the run is over.
+
+use std::net::{ToSocketAddrs, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use echelon_core::message::{Message, decode, encode, error_to_text};
+use echelon_core::progress::Interrupt;
+use echelon_core::verb::*;
+use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::control::{Call, ControlError, Credentials, Hello, Limits, Session, join};
+use echelon_placement::launch::{Place, place};
+use echelon_placement::remote::{InHeartbeats, serve};
+use echelon_placement::{Worker, start_worker};
+
+use crate::assignment::{Assignment, HostPlan};
+use crate::host::DeviceRoles;
+use crate::program::Failure;
+use crate::recipe::Recipe;
+use crate::seat::{Meeting, Seat, Watched};
+use crate::wire;
+
+/// Driver and worker must be made of the same sources, whichever of the programs they are.
+pub const BUILD: &str = env!("ECHELON_BUILD");
+
+const USAGE: &str = "usage: worker --join HOST:PORT [--credentials FILE] [--join-timeout-s S]\n\
+     its rank comes from the launcher's environment (RANK, or what torchrun, Slurm, MPI and Kubernetes set); the \
+     driver writes the credentials' file, without which they come over stdin";
+
+/// How often a heartbeat's operation is looked up.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// How to join.
+#[derive(Debug, PartialEq)]
+struct Joining {
+    driver: String,
+    credentials: Option<PathBuf>,
+    patience: Duration,
+}
+
+/// Whether these arguments, without the program's name, are a worker's: every program that drives can also work.
+pub fn is_asked(arguments: &[String]) -> bool {
+    arguments.iter().any(|argument| argument == "--join" || argument.starts_with("--join="))
+}
+
+/// The program, from its arguments to the end of the run.
+///
+/// # Errors
+/// [`Failure::Input`]: arguments, environment or credentials; [`Failure::Worker`]: the driver refused this worker or is
+/// gone.
+pub fn main(arguments: &[String]) -> Result<(), Failure> {
+    let joining = Joining::read(arguments)?;
+    let place = place().map_err(Failure::input)?;
+    let credentials = match &joining.credentials {
+        Some(file) => Credentials::read(file).map_err(Failure::input)?,
+        None => Credentials::receive(std::io::stdin())
+            .map_err(|error| Failure::Input(format!("credentials over stdin: {error}\n{USAGE}")))?,
+    };
+    let runtime = echelon_placement::control::runtime().map_err(Failure::other)?;
+    let outcome = runtime.block_on(async { tokio::spawn(work(joining, place, credentials)).await });
+    runtime.shutdown_background();
+    outcome.map_err(Failure::other)?
+}
+
+impl Joining {
+    fn read(arguments: &[String]) -> Result<Joining, Failure> {
+        let wrong = |message: String| Failure::Input(format!("{message}\n{USAGE}"));
+        let (mut driver, mut credentials, mut patience) = (None, None, Duration::from_secs(600));
+        let mut given = arguments.iter();
+        while let Some(argument) = given.next() {
+            let (name, attached) = argument.split_once('=').map_or((argument.as_str(), None), |(n, v)| (n, Some(v)));
+            let value = attached.map(str::to_owned).or_else(|| given.next().cloned());
+            let value = value.ok_or_else(|| wrong(format!("{name} needs a value")))?;
+            match name {
+                "--join" => driver = Some(value),
+                "--credentials" => credentials = Some(value.into()),
+                "--join-timeout-s" => {
+                    let seconds: f64 = value.parse().ok().filter(|s| *s > 0.0).ok_or_else(|| {
+                        wrong(format!("--join-timeout-s is `{value}`, expected a number of seconds above 0"))
+                    })?;
+                    patience = Duration::from_secs_f64(seconds);
+                }
+                _ => return Err(wrong(format!("unknown option `{argument}`"))),
+            }
+        }
+        let driver = driver.ok_or_else(|| wrong("--join HOST:PORT is missing".into()))?;
+        if driver.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+            return Err(wrong(format!("--join is `{driver}`, expected HOST:PORT such as 10.0.0.1:7401")));
+        }
+        Ok(Joining { driver, credentials, patience })
+    }
+}
+
+async fn work(joining: Joining, place: Place, credentials: Credentials) -> Result<(), Failure> {
+    let hello = Hello {
+        build: BUILD.into(),
+        ..Hello::of_this_process(place.rank, place.world_size, place.attempt, "not chosen yet")
+    };
+    let limits = Limits::default();
+    let mut session = join(&joining.driver, &credentials, hello, limits, joining.patience).await.map_err(refused)?;
+    let watched = Watched::default();
+    let watching = tokio::spawn(watch(watched.clone(), session.progress()));
+    let mut worker: Option<Worker<DeviceRoles>> = None;
+    let ended = loop {
+        match session.next().await {
+            Ok(Some(call)) if call.verb == Assignment::KIND => {
+                let built = build(&call.body, &joining, &place, &session, &watched).await;
+                let answer = built.map(|built| worker = Some(built));
+                let failed = answer.is_err();
+                call.reply.send(answer.map(|()| Bytes::from(encode(&()))).map_err(|error| error_to_text(&error)));
+                if failed {
+                    continue; // the driver lets this worker go
+                }
+            }
+            Ok(Some(call)) => match &worker {
+                Some(worker) => answer(worker, call),
+                None => call.reply.send(Err(format!("`{}` before `{}`", call.verb, Assignment::KIND))),
+            },
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(refused(error)),
+        }
+    };
+    watching.abort();
+    // Without a driver nothing is worth finishing: the process ends with whatever its device is at.
+    ended
+}
+
+fn refused(error: ControlError) -> Failure {
+    Failure::Worker(error.to_string())
+}
+
+async fn build(
+    body: &[u8],
+    joining: &Joining,
+    place: &Place,
+    session: &Session,
+    watched: &Watched,
+) -> echelon_core::Result<Worker<DeviceRoles>> {
+    let assignment: Assignment = decode(body)?;
+    let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
+    let recipe = Recipe::read_text(&assignment.recipe).map_err(|error| refused(error.into()))?.resolve();
+    let devices = &recipe.placement.devices;
+    let (held, warning) = wire::held(&recipe.train.compute, devices, Some(place)).map_err(refused)?;
+    warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    let tokenizer = Tokenizer::load(&assignment.folders.actor);
+    let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
+    let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
+    let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder);
+    let (number, layout) = (assignment.worker, assignment.layout);
+    let (watched, progress) = (watched.clone(), Arc::new(InHeartbeats(session.progress())));
+    let build = move || {
+        let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
+        plan.build(seat, tokenizer, Interrupt::default(), progress)
+    };
+    Ok(start_worker(&format!("device {number}"), build).await?.0)
+}
+
+/// The other workers reach this one at the address from which it reaches the driver.
+fn meeting(driver: &str, port: u16) -> echelon_core::Result<Meeting> {
+    let failed = |error: std::io::Error| echelon_core::Error::other(format!("the driver's address {driver}"), error);
+    let (host, _) = driver.rsplit_once(':').expect("checked with the arguments");
+    let address = driver.to_socket_addrs().map_err(failed)?.next();
+    let address = address.ok_or_else(|| failed(std::io::ErrorKind::AddrNotAvailable.into()))?;
+    let any: std::net::IpAddr = if address.is_ipv4() { [0u8; 4].into() } else { [0u8; 16].into() };
+    // Connecting a datagram socket sends nothing; it chooses the interface.
+    let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
+    socket.connect(address).map_err(failed)?;
+    let own_address = socket.local_addr().map_err(failed)?.ip().to_string();
+    Ok(Meeting { host: host.trim_matches(['[', ']']).into(), port, own_address })
+}
+
+/// Hands a call to the device thread by the name of its verb.
+fn answer(worker: &Worker<DeviceRoles>, call: Call) {
+    macro_rules! verbs {
+        ($($verb:ident),*) => {
+            match call.verb.as_str() {
+                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call),)*
+                other => {
+                    let unknown = format!("no verb is called `{other}`");
+                    call.reply.send(Err(unknown));
+                }
+            }
+        };
+    }
+    verbs!(Generate, Logprobs, Values, Scores, UpdateActor, UpdateCritic, Publish, Save, Restore, Export);
+}
+
+/// Keeps the heartbeat's operation that of the group that has done most lately.
+async fn watch(watched: Watched, progress: echelon_placement::control::Progress) {
+    let mut last: Vec<u64> = Vec::new();
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let standings: Vec<_> =
+            watched.lock().expect("never held over a panic").iter().map(|group| group.standing()).collect();
+        let moved = standings.iter().enumerate().find(|(at, now)| last.get(*at) != Some(&now.sequence));
+        if let Some((_, now)) = moved.filter(|(_, now)| now.sequence > 0) {
+            progress.set(&now.operation, now.sequence, now.work);
+        }
+        last = standings.iter().map(|now| now.sequence).collect();
+    }
+}
+
+/// As the `worker` program's arguments give it.
+pub fn arguments() -> Vec<String> {
+    std::env::args().skip(1).collect()
+}
+
+/// Where `path` would be looked for from elsewhere: what is sent to another process must not depend on where it runs.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Joining, Failure> {
+        Joining::read(&arguments.iter().map(|a| a.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn arguments_are_read_and_wrong_ones_are_named() {
+        let joining = read(&["--join=10.0.0.1:7401", "--credentials", "secret", "--join-timeout-s", "30"]).unwrap();
+        let (credentials, patience) = (Some("secret".into()), Duration::from_secs(30));
+        assert_eq!(joining, Joining { driver: "10.0.0.1:7401".into(), credentials, patience });
+        for (wrong, named) in [
+            (&["--join"][..], "--join needs a value"),
+            (&["--join", "somewhere"], "`somewhere`"),
+            (&["--join", ":1"], "`:1`"),
+            (&["--credentials", "x"], "--join HOST:PORT is missing"),
+            (&["--join", "a:1", "--join-timeout-s", "-1"], "`-1`"),
+            (&["--jion", "a:1"], "--jion"),
+        ] {
+            let error = read(wrong).unwrap_err().to_string();
+            assert!(error.contains(named) && error.contains("usage: worker"), "{wrong:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_worker_tells_others_the_address_it_has_towards_the_driver() {
+        let meeting = meeting("127.0.0.1:7401", 9).unwrap();
+        assert_eq!((meeting.host.as_str(), meeting.port, meeting.own_address.as_str()), ("127.0.0.1", 9, "127.0.0.1"));
+    }
+}

@@ -1,0 +1,180 @@
+//! Worker processes of a run: started here or by others, killed, frozen, missing; nothing hangs and nothing stays behind.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Workplace, assert_same, num_lines, said, send, wait_for};
+
+mod common;
+
+const TWO: [&str; 2] = ["--set", "placement.workers=2"];
+/// Long enough to be hit in the middle.
+const LONG: [&str; 4] = ["--set", "placement.workers=2", "--set", "train.steps=200"];
+
+/// Processes whose parent is `pid`.
+fn children(pid: u32) -> Vec<u32> {
+    let is_child = |pid_of: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid_of}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        after_name.split_whitespace().nth(1) == Some(&pid.to_string())
+    };
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut found: Vec<u32> =
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect();
+    found.sort_unstable();
+    found
+}
+
+fn exists(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+fn signal(pid: u32, signal: i32) {
+    // SAFETY: `kill` touches no memory; the process is a worker of this test's driver, alive until the test ends it.
+    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
+}
+
+/// A run of two workers that has finished a step, and its workers.
+fn in_the_middle(workplace: &Workplace, run: &str) -> (Child, Vec<u32>) {
+    let mut driver = workplace.ppo(run, &LONG).spawn().unwrap();
+    let metrics = workplace.path(run).join("metrics.jsonl");
+    assert!(wait_for(&mut driver, || num_lines(&metrics) > 0), "the run ended early");
+    let workers = children(driver.id());
+    assert_eq!(workers.len(), 2, "one process per worker");
+    (driver, workers)
+}
+
+#[test]
+fn a_killed_worker_ends_the_run_with_its_name() {
+    let workplace = Workplace::new();
+    let (driver, workers) = in_the_middle(&workplace, "run");
+    signal(workers[1], libc::SIGKILL);
+    let output = driver.wait_with_output().unwrap();
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("killed by signal 9") && text.contains(&format!("pid {}", workers[1])), "{text}");
+    assert!(!workers.iter().any(|&worker| exists(worker)), "nothing is left running");
+}
+
+#[test]
+fn a_frozen_worker_is_noticed_within_30_s() {
+    let workplace = Workplace::new();
+    let (driver, workers) = in_the_middle(&workplace, "run");
+    signal(workers[0], libc::SIGSTOP);
+    let begun = Instant::now();
+    let output = driver.wait_with_output().unwrap();
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    assert!(text.contains("rank 0") && text.contains("no heartbeat"), "{text}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(!workers.iter().any(|&worker| exists(worker)), "nothing is left running");
+}
+
+#[test]
+fn workers_end_with_a_killed_driver() {
+    let workplace = Workplace::new();
+    let (mut driver, workers) = in_the_middle(&workplace, "run");
+    send(&driver, libc::SIGKILL);
+    driver.wait().unwrap();
+    let begun = Instant::now();
+    while workers.iter().any(|&worker| exists(worker)) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "a worker outlives its driver");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn an_interrupted_run_of_workers_goes_on_as_if_nothing_had_been() {
+    let workplace = Workplace::new();
+    workplace.finish("undisturbed", &TWO);
+    let mut driver = workplace.ppo("run", &TWO).spawn().unwrap();
+    let metrics = workplace.path("run").join("metrics.jsonl");
+    assert!(wait_for(&mut driver, || num_lines(&metrics) > 0), "the run ended early");
+    send(&driver, libc::SIGINT);
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+    workplace.finish("run", &[&TWO[..], &["--resume"]].concat());
+    assert_same(&workplace.path("run"), &workplace.path("undisturbed"), "resumed");
+}
+
+/// Starts a worker as a person or a scheduler would.
+fn worker(rank: usize, address: &str, credentials: &str) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_worker"))
+        .args(["--join", address, "--credentials", credentials])
+        .env("RANK", rank.to_string())
+        .env("LOCAL_RANK", rank.to_string())
+        .env("WORLD_SIZE", "2")
+        .env("OMP_NUM_THREADS", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// A driver that waits for workers: its process, their address and their credentials, read from what it prints.
+fn waiting(workplace: &Workplace, run: &str, more: &[&str]) -> (Child, String, String) {
+    let mut arguments = TWO.to_vec();
+    arguments.extend(["--set", "placement.listen=127.0.0.1:0"]);
+    arguments.extend(more);
+    let log = workplace.path(&format!("{run}.log"));
+    let mut driver = workplace.ppo(run, &arguments).stdout(fs::File::create(&log).unwrap()).spawn().unwrap();
+    assert!(wait_for(&mut driver, || fs::read_to_string(&log).unwrap().contains("--credentials")));
+    let text = fs::read_to_string(&log).unwrap();
+    let after = |flag: &str| text.split(flag).nth(1).unwrap().split_whitespace().next().unwrap().trim_end_matches(';');
+    let (address, credentials) = (after("--join ").to_string(), after("--credentials ").to_string());
+    (driver, address, credentials)
+}
+
+#[test]
+fn workers_started_by_hand_do_what_those_started_here_do() {
+    let workplace = Workplace::new();
+    workplace.finish("here", &TWO);
+    let (driver, address, credentials) = waiting(&workplace, "by-hand", &[]);
+    assert!(PathBuf::from(&credentials).exists());
+    let workers = [1, 0].map(|rank| worker(rank, &address, &credentials));
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    for worker in workers {
+        let output = worker.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    }
+    assert_same(&workplace.path("by-hand"), &workplace.path("here"), "workers started by hand");
+    assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
+}
+
+#[test]
+fn missing_and_surplus_workers_are_named() {
+    let workplace = Workplace::new();
+    let (driver, address, credentials) = waiting(&workplace, "run", &["--set", "placement.join_timeout_s=3"]);
+    let honest = worker(0, &address, &credentials);
+    std::thread::sleep(Duration::from_millis(800));
+    // Another one claims the same rank, and one has a rank that is not in the run.
+    for rank in [0, 1] {
+        let wrong = if rank == 0 { worker(0, &address, &credentials) } else { worker(7, &address, &credentials) };
+        let output = wrong.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(if rank == 0 { 3 } else { 2 }), "{}", said(&output));
+        assert!(said(&output).contains("rank"), "{}", said(&output));
+    }
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let text = said(&output);
+    assert!(text.contains("rank 1") || text.contains("rank 0"), "{text}");
+    assert!(!workplace.path("run").exists(), "nothing was begun");
+    assert_eq!(honest.wait_with_output().unwrap().status.code(), Some(3));
+}
+
+#[test]
+fn a_port_in_use_is_refused() {
+    let workplace = Workplace::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let listen = format!("placement.listen={address}");
+    let output = workplace.ppo("run", &["--set", "placement.workers=2", "--set", &listen]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains(&address), "{}", said(&output));
+    assert!(!workplace.path("run").exists());
+}
