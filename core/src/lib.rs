@@ -1,8 +1,9 @@
 //! The nouns that all of Echelon shares: what a step's data looks like, what can be asked of a role, how ranks
 //! talk, and how a model's training state is laid out over them.
 //!
-//! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what), [`message`] (as bytes),
-//! [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state).
+//! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what), [`message`] (as
+//! bytes), [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state),
+//! [`store`] (memory that the processes of a host share).
 
 pub mod rollout;
 

@@ -58,6 +58,13 @@ pub struct ModelShape {
 }
 
 impl ModelShape {
+    /// The units that the final norm and the head read: a head without a matrix of its own reads the embedding's.
+    pub fn head_units(&self) -> Vec<usize> {
+        let last = self.units.len() - 1;
+        let own_head = self.units[last].params.iter().any(|param| param.shape.len() > 1);
+        if own_head { vec![last] } else { vec![0, last] }
+    }
+
     /// Parameters of the whole model.
     pub fn num_params(&self) -> i64 {
         self.units.iter().map(UnitShape::numel).sum()

@@ -1,19 +1,16 @@
-//! One layer unit as flat buffers, whole on every rank or a part on each.
+//! One layer unit that learns: flat weights, and gradients whole on every rank or a part on each.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::flat_weights::FlatWeights;
 use super::sharding::Sharding;
 use crate::collective::{allocate_storage, free_storage, unversioned};
 use crate::error::Result;
-use crate::process_group::{Parts, Pending};
+use crate::process_group::Parts;
 use crate::shape::UnitShape;
 use crate::shim;
-
-/// Tensors begin on 64-byte boundaries of f32; the same element grid serves every dtype.
-const ALIGNMENT: i64 = 16;
 
 /// A parameter and where its gradient is accumulated.
 #[derive(Debug)]
@@ -34,23 +31,15 @@ impl ParamWithGrad {
 ///
 /// A buffer that is not whole on every rank all the time has memory only while it is needed; its views stay valid.
 pub struct FlatUnit {
-    pub shape: UnitShape,
-    /// Compute dtype, all of the unit; without memory while a sharded unit is released.
-    pub weights: Tensor,
-    /// Compute dtype, this rank's part: a view of `weights` unless parameters are sharded.
-    pub weights_shard: Tensor,
+    /// Compute dtype.
+    pub weights: FlatWeights,
     /// Accumulation dtype (f32, or f64 when computing in f64), all of the unit; without memory between backward passes
     /// when gradients are sharded.
     grads: Tensor,
     /// Accumulation dtype, this rank's part, when gradients are sharded.
     grads_shard: Option<Tensor>,
     sharding: Sharding,
-    /// Elements that weight decay applies to; they stand first.
-    decayed: i64,
-    offsets: Vec<i64>,
     views: Vec<ParamWithGrad>,
-    resident: bool,
-    gathering: Option<Pending>,
     grads_open: bool,
     reducing: Option<Parts>,
 }
@@ -64,130 +53,39 @@ impl FlatUnit {
         (kind, device): (Kind, Device),
         load: &mut dyn FnMut(&str) -> Result<Tensor>,
     ) -> Result<FlatUnit> {
-        let (offsets, decayed, length) = layout(shape, sharding.group.size() as i64);
+        let mut weights = FlatWeights::new(shape, sharding, (kind, device))?;
+        let (length, part) = (weights.length(), weights.part());
         let accumulate = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-        let weights = Tensor::f_empty([length], (kind, device))?;
-        let part = sharding.part_of(length);
-        let weights_shard = if sharding.parameters() {
-            Tensor::f_zeros([part.end - part.start], (kind, device))?
-        } else {
-            tch::no_grad(|| weights.shallow_clone().f_zero_())?.narrow(0, part.start, part.end - part.start)
-        };
         let (grads, grads_shard) = if sharding.gradients() {
             let grads = Tensor::f_empty([length], (accumulate, device))?;
             (grads, Some(shim::zeros_on_demand(part.end - part.start, accumulate, device)?))
         } else {
             (shim::zeros_on_demand(length, accumulate, device)?, None)
         };
-        let mut unit = FlatUnit {
-            shape: shape.clone(),
+        let views = views_of(&weights, &grads)?;
+        if sharding.gradients() {
+            free_storage(&grads)?;
+        }
+        weights.load(load)?;
+        Ok(FlatUnit {
             weights,
-            weights_shard,
             grads,
             grads_shard,
             sharding: sharding.clone(),
-            decayed,
-            offsets,
-            views: Vec::new(),
-            resident: !sharding.parameters(),
-            gathering: None,
+            views,
             grads_open: !sharding.gradients(),
             reducing: None,
-        };
-        unit.make_views()?;
-        if unit.sharding.parameters() {
-            free_storage(&unit.weights)?;
-        }
-        if unit.sharding.gradients() {
-            free_storage(&unit.grads)?;
-        }
-        if unit.sharding.parameters() {
-            unit.fill(&unit.weights_shard, &part, load)?;
-        } else {
-            unit.fill(&unit.weights, &(0..length), load)?;
-        }
-        Ok(unit)
-    }
-
-    fn make_views(&mut self) -> Result<()> {
-        for (param, &offset) in self.shape.params.iter().zip(&self.offsets) {
-            let view = |flat: &Tensor| flat.narrow(0, offset, param.numel()).view(param.shape.as_slice());
-            let weight = view(&self.weights).detach().set_requires_grad(true);
-            let grad = view(&self.grads);
-            if self.grads.kind() == self.weights.kind() {
-                shim::set_grad(&weight, &grad)?;
-            }
-            self.views.push(ParamWithGrad { weight, grad });
-        }
-        Ok(())
-    }
-
-    /// Copies the parameters into `flat`, which holds the elements `part` of the unit.
-    pub fn fill(&self, flat: &Tensor, part: &Range<i64>, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
-        let _guard = tch::no_grad_guard();
-        for (param, &offset) in self.shape.params.iter().zip(&self.offsets) {
-            let (begin, end) = (offset.max(part.start), (offset + param.numel()).min(part.end));
-            if begin < end {
-                let source = load(&param.name)?.f_reshape([-1])?.f_narrow(0, begin - offset, end - begin)?;
-                flat.narrow(0, begin - part.start, end - begin).f_copy_(&source)?;
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Every parameter by name.
     pub fn params(&self) -> HashMap<String, ParamWithGrad> {
-        self.shape.params.iter().zip(&self.views).map(|(p, view)| (p.name.clone(), view.shallow_clone())).collect()
-    }
-
-    /// The elements of the unit that this rank's optimizer owns.
-    pub fn part(&self) -> Range<i64> {
-        self.sharding.part_of(self.weights.size()[0])
-    }
-
-    pub fn length(&self) -> i64 {
-        self.weights.size()[0]
+        let params = &self.weights.shape.params;
+        params.iter().zip(&self.views).map(|(p, view)| (p.name.clone(), view.shallow_clone())).collect()
     }
 
     pub fn accumulate_kind(&self) -> Kind {
         self.grads.kind()
-    }
-
-    /// How many of the first elements of [`FlatUnit::part`] weight decay applies to.
-    pub fn decayed_in_part(&self) -> i64 {
-        let part = self.part();
-        (self.decayed - part.start).clamp(0, part.end - part.start)
-    }
-
-    /// Begins to bring the whole weights here.
-    pub fn prefetch(&mut self) -> Result<()> {
-        if self.resident || self.gathering.is_some() {
-            return Ok(());
-        }
-        allocate_storage(&self.weights)?;
-        let operation = format!("gather {}", self.shape.name);
-        let whole = unversioned(&self.weights)?;
-        self.gathering = Some(self.sharding.group.start_all_gather(&operation, &whole, &self.weights_shard)?);
-        Ok(())
-    }
-
-    /// The whole weights are here when this returns.
-    pub fn gather(&mut self) -> Result<()> {
-        self.prefetch()?;
-        if let Some(gathering) = self.gathering.take() {
-            gathering.wait()?;
-            self.resident = true;
-        }
-        Ok(())
-    }
-
-    /// Gives the whole weights' memory back.
-    pub fn release(&mut self) -> Result<()> {
-        if self.sharding.parameters() && self.resident {
-            free_storage(&self.weights)?;
-            self.resident = false;
-        }
-        Ok(())
     }
 
     /// Makes room for the gradients of a backward pass.
@@ -204,7 +102,7 @@ impl FlatUnit {
     pub fn reduce(&mut self) -> Result<()> {
         self.absorb()?;
         if self.sharding.gradients() {
-            let operation = format!("reduce {}", self.shape.name);
+            let operation = format!("reduce {}", self.weights.shape.name);
             self.reducing = Some(self.sharding.group.start_reduce_scatter(&operation, &self.grads)?);
         }
         Ok(())
@@ -223,7 +121,7 @@ impl FlatUnit {
 
     /// Adds gradients that a lower-precision backward left on the leaves to the accumulated ones.
     fn absorb(&mut self) -> Result<()> {
-        if self.weights.kind() == self.grads.kind() {
+        if self.weights.whole.kind() == self.grads.kind() {
             return Ok(()); // the backward pass already added in place
         }
         let _guard = tch::no_grad_guard();
@@ -243,22 +141,12 @@ impl FlatUnit {
         if let Some(shard) = &self.grads_shard {
             return Ok(shard.shallow_clone());
         }
-        let operation = format!("reduce {}", self.shape.name);
+        let operation = format!("reduce {}", self.weights.shape.name);
         if self.sharding.optimizer() {
             return group.start_reduce_scatter(&operation, &self.grads)?.sum();
         }
         group.all_reduce_sum(&operation, &self.grads)?;
         Ok(self.grads.shallow_clone())
-    }
-
-    /// After the optimizer moved this rank's part of the weights: brings the others' parts, where weights are whole.
-    pub fn spread_weights(&mut self) -> Result<()> {
-        if self.sharding.optimizer() && !self.sharding.parameters() {
-            let operation = format!("spread {}", self.shape.name);
-            let whole = unversioned(&self.weights)?;
-            self.sharding.group.start_all_gather(&operation, &whole, &self.weights_shard)?.wait()?;
-        }
-        Ok(())
     }
 
     /// Clears what was accumulated. Operations in flight are waited for.
@@ -272,48 +160,33 @@ impl FlatUnit {
         Ok(())
     }
 
-    /// The part of a flat buffer laid out like this unit that belongs to parameter `index`, in its shape.
-    pub fn view_of(&self, flat: &Tensor, index: usize) -> Tensor {
-        let param = &self.shape.params[index];
-        flat.narrow(0, self.offsets[index], param.numel()).view(param.shape.as_slice())
-    }
-
     /// All of a flat buffer of which each rank has its part; every rank calls this.
     pub fn whole(&self, shard: &Tensor) -> Result<Tensor> {
-        if shard.size()[0] == self.length() {
+        if shard.size()[0] == self.weights.length() {
             return Ok(shard.shallow_clone());
         }
-        let whole = Tensor::f_empty([self.length()], (shard.kind(), shard.device()))?;
-        let operation = format!("collect {}", self.shape.name);
+        let whole = Tensor::f_empty([self.weights.length()], (shard.kind(), shard.device()))?;
+        let operation = format!("collect {}", self.weights.shape.name);
         self.sharding.group.start_all_gather(&operation, &whole, &shard.contiguous())?.wait()?;
         Ok(whole)
     }
 
     /// Bytes of weights and gradients that stay between passes.
     pub fn bytes(&self) -> usize {
-        let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        let weights = if self.sharding.parameters() { of(&self.weights_shard) } else { of(&self.weights) };
-        weights + self.grads_shard.as_ref().map_or_else(|| of(&self.grads), of)
+        let grads = self.grads_shard.as_ref().unwrap_or(&self.grads);
+        self.weights.bytes() + grads.numel() * grads.kind().elt_size_in_bytes()
     }
 }
 
-/// Offsets per parameter, elements of the matrices' part, and length, a multiple of the world size. Matrices first: weight
-/// decay spares vectors.
-fn layout(shape: &UnitShape, world_size: i64) -> (Vec<i64>, i64, i64) {
-    let aligned = |length: i64, to: i64| (length + to - 1) / to * to;
-    let mut offsets = vec![0; shape.params.len()];
-    let mut end = 0;
-    let mut decayed = 0;
-    for matrices in [true, false] {
-        for (index, param) in shape.params.iter().enumerate() {
-            if (param.shape.len() > 1) == matrices {
-                offsets[index] = end;
-                end += aligned(param.numel(), ALIGNMENT);
-            }
+/// Every parameter as a leaf over the flat weights, with its place in the flat gradients.
+fn views_of(weights: &FlatWeights, grads: &Tensor) -> Result<Vec<ParamWithGrad>> {
+    let leaf = |(index, weight): (usize, Tensor)| {
+        let weight = weight.detach().set_requires_grad(true);
+        let grad = weights.view_of(grads, index);
+        if grads.kind() == weight.kind() {
+            shim::set_grad(&weight, &grad)?;
         }
-        if matrices {
-            decayed = end;
-        }
-    }
-    (offsets, decayed, aligned(end, ALIGNMENT * world_size))
+        Ok(ParamWithGrad { weight, grad })
+    };
+    weights.views().into_iter().enumerate().map(leaf).collect()
 }

@@ -8,6 +8,8 @@
 //! released behind it; its gradients are handed to their ranks as soon as its backward pass is over.
 
 mod flat;
+mod flat_weights;
+mod frozen;
 mod optimizer;
 mod pass;
 mod sharding;
@@ -15,8 +17,10 @@ mod state_file;
 mod trainable;
 
 pub use flat::{FlatUnit, ParamWithGrad};
+pub use flat_weights::{FlatLayout, FlatWeights};
+pub use frozen::FrozenState;
 pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
 pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
 pub use sharding::{Sharding, ZeroStage};
 pub use state_file::{StateFileError, TensorFile, TensorWriter, write_tensors};
-pub use trainable::{PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, stack_rows};
+pub use trainable::{PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, forward_rows_through, stack_rows};

@@ -89,10 +89,7 @@ impl TrainingState {
             moments.push(Moments::new(&flat, sharding.offload, load)?);
             units.push(flat);
         }
-        let last = units.len() - 1;
-        // A head without a matrix of its own reads the embedding's.
-        let own_head = shape.units[last].params.iter().any(|param| param.shape.len() > 1);
-        let head_units = if own_head { vec![last] } else { vec![0, last] };
+        let head_units = shape.head_units();
         let sharding = sharding.clone();
         Ok(TrainingState { role, units, moments, steps: 0, config, sharding, reducing: None, head_units })
     }
@@ -140,9 +137,9 @@ impl TrainingState {
             }
             adamw(unit, moments, &grads, (self.steps, lr), &self.config)?;
             if let Some(master) = &moments.master {
-                unit.weights_shard.f_copy_(master)?;
+                unit.weights.shard.f_copy_(master)?;
             }
-            unit.spread_weights()?;
+            unit.weights.spread()?;
             unit.zero_grads()?;
         }
         Ok(StepReport { grad_norm })
@@ -170,7 +167,7 @@ impl TrainingState {
     /// Names and shapes of the tensors that [`TrainingState::visit`] gives, in its order.
     pub fn names(&self, parts: &[StatePart]) -> Vec<(String, Vec<i64>)> {
         let of_unit = |unit: &FlatUnit| {
-            let params = unit.shape.params.clone();
+            let params = unit.weights.shape.params.clone();
             parts
                 .iter()
                 .flat_map(move |part| {
@@ -188,12 +185,31 @@ impl TrainingState {
         for (unit, moments) in self.units.iter().zip(&self.moments) {
             for &part in parts {
                 let whole = unit.whole(moments.part(part, unit))?;
-                for (index, param) in unit.shape.params.iter().enumerate() {
-                    each(&format!("{}.{}", part.name(), param.name), &unit.view_of(&whole, index))?;
+                for (index, param) in unit.weights.shape.params.iter().enumerate() {
+                    each(&format!("{}.{}", part.name(), param.name), &unit.weights.view_of(&whole, index))?;
                 }
             }
         }
         Ok(())
+    }
+
+    pub fn num_units(&self) -> usize {
+        self.units.len()
+    }
+
+    /// The weights that this rank hands on to others: of a unit's flat buffer the `rank`-th of as many equal parts as there
+    /// are ranks, whatever the stage. A view of the compute-dtype weights where those are of `kind`, else of those in full
+    /// precision.
+    pub fn weights_part(&self, unit: usize, kind: Kind) -> Tensor {
+        let (unit, moments) = (&self.units[unit], &self.moments[unit]);
+        let computed_in = unit.weights.whole.kind();
+        let kept = if computed_in == kind { &unit.weights.shard } else { moments.part(StatePart::Weights, unit) };
+        let group = &self.sharding.group;
+        let length = unit.weights.length() / group.size() as i64;
+        if kept.size()[0] == length {
+            return kept.shallow_clone();
+        }
+        kept.narrow(0, group.rank() as i64 * length, length)
     }
 
     /// Every tensor of the state at once: views where this rank keeps them whole.
@@ -213,12 +229,12 @@ impl TrainingState {
         for (unit, moments) in self.units.iter_mut().zip(&self.moments) {
             for part in StatePart::ALL {
                 let mut named = |name: &str| load(&format!("{}.{name}", part.name()));
-                unit.fill(moments.part(part, unit), &unit.part(), &mut named)?;
+                unit.weights.fill(moments.part(part, unit), &unit.weights.part(), &mut named)?;
             }
             if let Some(master) = &moments.master {
-                unit.weights_shard.f_copy_(master)?;
+                unit.weights.shard.f_copy_(master)?;
             }
-            unit.spread_weights()?;
+            unit.weights.spread()?;
         }
         self.steps = steps;
         Ok(())
@@ -228,16 +244,16 @@ impl TrainingState {
     pub fn gather_all(&mut self) -> Result<()> {
         for unit in 0..self.units.len() {
             if unit + 1 < self.units.len() {
-                self.units[unit + 1].prefetch()?;
+                self.units[unit + 1].weights.prefetch()?;
             }
-            self.units[unit].gather()?;
+            self.units[unit].weights.gather()?;
         }
         Ok(())
     }
 
     /// Ends [`TrainingState::gather_all`].
     pub fn release_all(&mut self) -> Result<()> {
-        self.units.iter_mut().try_for_each(FlatUnit::release)
+        self.units.iter_mut().try_for_each(|unit| unit.weights.release())
     }
 
     /// Bytes of weights, gradients, master copy and moments that this rank keeps between passes.
@@ -252,16 +268,16 @@ impl Units for TrainingState {
     }
 
     fn prefetch(&mut self, unit: usize) -> Result<()> {
-        self.units[unit].prefetch()
+        self.units[unit].weights.prefetch()
     }
 
     fn gather(&mut self, unit: usize) -> Result<()> {
         self.sharding.group.made_progress();
-        self.units[unit].gather()
+        self.units[unit].weights.gather()
     }
 
     fn release(&mut self, unit: usize) -> Result<()> {
-        self.units[unit].release()
+        self.units[unit].weights.release()
     }
 
     fn open_grads(&mut self, unit: usize) -> Result<()> {
@@ -290,16 +306,16 @@ impl Units for TrainingState {
 
 impl Moments {
     fn new(unit: &FlatUnit, offload: bool, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<Moments> {
-        let (part, kind, device) = (unit.part(), unit.accumulate_kind(), unit.weights.device());
+        let (part, kind, device) = (unit.weights.part(), unit.accumulate_kind(), unit.weights.whole.device());
         let on_host = offload && device != Device::Cpu;
         let length = part.end - part.start;
         let zeros = || -> Result<Tensor> {
             let zeros = shim::zeros_on_demand(length, kind, if on_host { Device::Cpu } else { device })?;
             Ok(if on_host { zeros.f_pin_memory(device)? } else { zeros })
         };
-        let master = if on_host || unit.weights.kind() != kind {
+        let master = if on_host || unit.weights.whole.kind() != kind {
             let master = zeros()?;
-            unit.fill(&master, &part, load)?;
+            unit.weights.fill(&master, &part, load)?;
             Some(master)
         } else {
             None
@@ -309,7 +325,7 @@ impl Moments {
 
     fn part<'a>(&'a self, part: StatePart, unit: &'a FlatUnit) -> &'a Tensor {
         match part {
-            StatePart::Weights => self.master.as_ref().unwrap_or(&unit.weights_shard),
+            StatePart::Weights => self.master.as_ref().unwrap_or(&unit.weights.shard),
             StatePart::ExpAvg => &self.exp_avg,
             StatePart::ExpAvgSq => &self.exp_avg_sq,
         }
@@ -344,7 +360,7 @@ fn adamw(
     let device = weights.device();
     let (grads, step) = (grads.f_to_device(device)?, Tensor::from(step as f32).f_to_device(device)?);
     let length = grads.size()[0];
-    let split = if config.weight_decay == 0.0 { 0 } else { unit.decayed_in_part() };
+    let split = if config.weight_decay == 0.0 { 0 } else { unit.weights.decayed_in_part() };
     for (start, end, weight_decay) in [(0, split, config.weight_decay), (split, length, 0.0)] {
         if end > start {
             let part = |flat: &Tensor| flat.narrow(0, start, end - start);

@@ -39,6 +39,16 @@ impl Sharding {
         Sharding { group: ProcessGroup::solo(), stage: ZeroStage::Zero, offload: false }
     }
 
+    /// Every rank its part of the parameters.
+    pub(super) fn of_parameters(group: &ProcessGroup) -> Sharding {
+        Sharding { group: group.clone(), stage: ZeroStage::Three, offload: false }
+    }
+
+    /// Whether a model that does not learn is divided as well.
+    pub fn divides_frozen(&self) -> bool {
+        self.parameters()
+    }
+
     pub(super) fn optimizer(&self) -> bool {
         self.divides(ZeroStage::One)
     }

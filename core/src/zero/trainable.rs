@@ -57,7 +57,7 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
         interrupt: &Interrupt,
         each: impl FnMut(&[i64], H::Output),
     ) -> Result<()> {
-        rows_through(&mut self.state, (&self.model, &self.head), &self.pass, rows, interrupt, each)
+        forward_rows_through(&mut self.state, (&self.model, &self.head), &self.pass, rows, interrupt, each)
     }
 
     /// Adds the gradients of `loss` on one micro-batch to the accumulated ones; returns the loss. One that is not finite
@@ -107,10 +107,12 @@ pub fn forward_rows<B: Backbone, H: Head>(
     interrupt: &Interrupt,
     each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
-    rows_through(&mut WholeModel, model, pass, rows, interrupt, each)
+    forward_rows_through(&mut WholeModel, model, pass, rows, interrupt, each)
 }
 
-fn rows_through<B: Backbone, H: Head>(
+/// The same of a model that is divided over ranks as `units` know: every rank calls this, with its own rows, and those with
+/// fewer micro-batches pass through the units without work.
+pub fn forward_rows_through<B: Backbone, H: Head>(
     units: &mut dyn Units,
     (model, head): (&B, &H),
     pass: &PassConfig,
