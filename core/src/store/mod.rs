@@ -18,8 +18,8 @@
 //!   fails or dies, the next.
 //! * **OS-8** There is nothing to clean up. Memory has no file and the socket no path: all is gone with the last process that
 //!   uses it, however it ends.
-//! * **OS-9** The server waits for nobody and grows for nobody: one message per client and round, one unanswered request per
-//!   connection, connections and objects counted, strangers dropped after seconds. Only the run's user is let in, and only with its token.
+//! * **OS-9** The server waits for nobody and grows for nobody: one request and some notices per client and round, one unanswered
+//!   request per connection, connections and objects counted, strangers dropped after seconds. Only the run's user is let in, and only with its token.
 //! * **OS-10** Every wait has a deadline, and every error says what to do.
 
 mod client;

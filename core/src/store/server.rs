@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{Error, ErrorKind, Result};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,9 @@ const MAX_STRANGERS: usize = 64;
 
 /// Connections taken in before those that are there are looked at again.
 const ACCEPTED_AT_ONCE: usize = 16;
+
+/// References of one client taken back before the next client's turn.
+const RELEASES_AT_ONCE: usize = 256;
 
 /// After the system had no descriptor for a new connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -167,8 +170,13 @@ impl Server {
                 return;
             }
             // Who is in goes before who wants in: a flood of strangers delays a client by one round at most.
-            for (client, _) in clients.iter().zip(&ready[2..]).filter(|(_, ready)| **ready) {
-                self.serve(*client);
+            let ready_clients = clients.iter().zip(&ready[2..]).filter(|(_, ready)| **ready).map(|(client, _)| *client);
+            // All that is let go comes before all that is asked for: who lets go by one connection and then asks by
+            // another finds the room.
+            let requests: Vec<_> = ready_clients.filter_map(|client| Some((client, self.listen(client)?))).collect();
+            for (client, (request, memory)) in requests {
+                let next = self.answer(client, request, memory.map(Segment::from_fd));
+                self.proceed(client, next);
             }
             if ready[1] {
                 self.accept(listener);
@@ -227,21 +235,33 @@ impl Server {
         }
     }
 
-    /// Takes one message of a client.
-    fn serve(&mut self, client: Client) {
-        let Some(connection) = self.connections.get(&client) else { return };
-        let mut buffer = [0; MAX_MESSAGE];
-        let next = match connection.socket.try_receive(&mut buffer) {
-            Ok(Packet { len, fd }) => match serde_json::from_slice(&buffer[..len]) {
-                Ok(request) => self.answer(client, request, fd.map(Segment::from_fd)),
-                Err(error) => Next::Close(format!("its message cannot be read: {error}")),
-            },
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Next::Keep,
-            Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
-                Next::Close(String::new())
-            }
-            Err(error) => Next::Close(error.to_string()),
-        };
+    /// Takes a client's messages up to the first that wants an answer, which is returned.
+    fn listen(&mut self, client: Client) -> Option<(Request, Option<OwnedFd>)> {
+        for _ in 0..RELEASES_AT_ONCE {
+            let connection = self.connections.get(&client)?;
+            let mut buffer = [0; MAX_MESSAGE];
+            let next = match connection.socket.try_receive(&mut buffer) {
+                Ok(Packet { len, fd }) => match serde_json::from_slice(&buffer[..len]) {
+                    Ok(Request::Release { id }) if connection.welcome => match self.inventory.release(client, &id) {
+                        true => continue,
+                        false => Next::Close(format!("it let go of an object it does not hold: {id}")),
+                    },
+                    Ok(request) => return Some((request, fd)),
+                    Err(error) => Next::Close(format!("its message cannot be read: {error}")),
+                },
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => return None,
+                Err(error) if matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset) => {
+                    Next::Close(String::new())
+                }
+                Err(error) => Next::Close(error.to_string()),
+            };
+            self.proceed(client, next);
+            return None;
+        }
+        None
+    }
+
+    fn proceed(&mut self, client: Client, next: Next) {
         match next {
             Next::Keep => {}
             Next::Wake => self.wake(),
@@ -255,17 +275,12 @@ impl Server {
         request: Request,
         memory: Option<std::result::Result<Segment, super::SegmentError>>,
     ) -> Next {
-        let connection = self.connections.get_mut(&client).expect("looked up by the caller");
+        // One that was let go since it spoke.
+        let Some(connection) = self.connections.get_mut(&client) else { return Next::Keep };
         let request = match (request, connection.welcome) {
             (Request::Hello { version, token, name }, false) => return self.greet(client, version, &token, &name),
             (Request::Hello { .. }, true) => return Next::Close("it said hello twice".into()),
             (_, false) => return Next::Close("it did not begin with a hello".into()),
-            (Request::Release { id }, true) => {
-                return match self.inventory.release(client, &id) {
-                    true => Next::Keep,
-                    false => Next::Close(format!("it let go of an object it does not hold: {id}")),
-                };
-            }
             (request, true) => request,
         };
         if connection.waiting.is_some() {
@@ -293,7 +308,7 @@ impl Server {
                 let wait = Duration::from_millis(wait_ms).min(Duration::from_secs(31_536_000));
                 return self.find(client, Waiting { id, since: now, until: now + wait, claim });
             }
-            Request::Hello { .. } | Request::Release { .. } => unreachable!("answered above"),
+            Request::Hello { .. } | Request::Release { .. } => unreachable!("taken before"),
         };
         let reply = outcome.map_or_else(Reply::Refused, |()| Reply::Done);
         match self.reply(client, &reply, None) {
