@@ -5,7 +5,7 @@
 //! in an error that names the ranks behind.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tch::{Kind, Tensor};
@@ -113,6 +113,10 @@ struct Peers {
     patience: Patience,
     _pulse: Pulse,
 }
+
+/// Operations begin one after another, whatever their groups: c10d notes each in a table of the process (its flight
+/// recorder) that it does not guard.
+static BEGINNING: Mutex<()> = Mutex::new(());
 
 impl ProcessGroup {
     /// A group of one rank: every collective is the identity, and there is no network.
@@ -298,7 +302,10 @@ impl ProcessGroup {
         let sequence = self.inner.journal.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         *self.inner.journal.operation.lock().expect("never poisoned") = operation.into();
         self.inner.journal.bytes_sent.fetch_add((bytes as f64 * share).round() as u64, Ordering::Relaxed);
-        let work = begin(&peers.group).map_err(|error| self.failed(operation, sequence, error))?;
+        let work = {
+            let _turn = BEGINNING.lock().unwrap_or_else(PoisonError::into_inner);
+            begin(&peers.group).map_err(|error| self.failed(operation, sequence, error))?
+        };
         let kept = tensors.iter().map(|tensor| tensor.shallow_clone()).collect();
         Ok(Pending { group: self.clone(), work: Some(work), operation: operation.into(), sequence, _kept: kept })
     }
