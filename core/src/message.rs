@@ -285,11 +285,8 @@ fn with_experience(body: Body, experience: &Experience) -> Body {
 fn experience(body: &mut Body) -> Result<Experience> {
     let tokens = tokens(body)?;
     let shape = tokens.token_ids.size();
-    let ref_logprobs = if body.tensors.contains_key("ref_logprobs") {
-        Some(body.shaped("ref_logprobs", &shape)?)
-    } else {
-        None
-    };
+    let ref_logprobs =
+        if body.tensors.contains_key("ref_logprobs") { Some(body.shaped("ref_logprobs", &shape)?) } else { None };
     Ok(Experience {
         old_logprobs: body.shaped("old_logprobs", &shape)?,
         ref_logprobs,

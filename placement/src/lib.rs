@@ -11,6 +11,7 @@ pub mod rates;
 pub mod remote;
 pub mod task;
 pub mod tier;
+pub mod weight_sync;
 pub mod worker;
 
 pub use worker::{Worker, start_worker};

@@ -23,4 +23,6 @@ pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
 pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
 pub use sharding::{Sharding, ZeroStage};
 pub use state_file::{StateFileError, TensorFile, TensorWriter, write_tensors};
-pub use trainable::{PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, forward_rows_through, stack_rows};
+pub use trainable::{
+    PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, forward_rows_through, stack_rows,
+};

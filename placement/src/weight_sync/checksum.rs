@@ -1,0 +1,116 @@
+//! A sum of bytes that is made while they are copied.
+
+/// Bytes that are summed together: eight words of 64 bits.
+const BLOCK: usize = 64;
+
+/// A 64-bit sum of runs of bytes, sensitive to every bit, to the place of every word, and to where runs begin. It finds
+/// what went wrong by accident; it is no protection against intent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checksum(u64);
+
+/// Per word of a block: the sum of the words at its place, and the sum of these sums, which weighs a word by its place.
+#[derive(Default)]
+struct Words {
+    sums: [u64; 8],
+    weighed: [u64; 8],
+}
+
+impl Checksum {
+    /// Copies a run and adds it to the sum.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
+        assert_eq!(from.len(), to.len(), "a run and the place for it");
+        let mut words = Words::default();
+        let mut blocks = from.chunks_exact(BLOCK);
+        let mut places = to.chunks_exact_mut(BLOCK);
+        for (block, place) in blocks.by_ref().zip(places.by_ref()) {
+            let block: &[u8; BLOCK] = block.try_into().expect("a block's length");
+            words.add(block);
+            place.copy_from_slice(block);
+        }
+        places.into_remainder().copy_from_slice(blocks.remainder());
+        self.end_run(words, blocks.remainder());
+    }
+
+    /// Adds a run that stays where it is.
+    pub fn read(&mut self, run: &[u8]) {
+        let mut words = Words::default();
+        let mut blocks = run.chunks_exact(BLOCK);
+        for block in blocks.by_ref() {
+            words.add(block.try_into().expect("a block's length"));
+        }
+        self.end_run(words, blocks.remainder());
+    }
+
+    /// The sum of all runs so far.
+    pub fn value(self) -> u64 {
+        self.0
+    }
+
+    fn end_run(&mut self, mut words: Words, rest: &[u8]) {
+        let mut last = [0; BLOCK];
+        last[..rest.len()].copy_from_slice(rest);
+        words.add(&last);
+        self.mix(rest.len() as u64);
+        for word in words.sums.into_iter().chain(words.weighed) {
+            self.mix(word);
+        }
+    }
+
+    fn mix(&mut self, word: u64) {
+        self.0 = (self.0.rotate_left(29) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+impl Words {
+    #[inline(always)]
+    fn add(&mut self, block: &[u8; BLOCK]) {
+        for lane in 0..8 {
+            let word = u64::from_le_bytes(block[8 * lane..8 * lane + 8].try_into().expect("eight bytes"));
+            self.sums[lane] = self.sums[lane].wrapping_add(word);
+            self.weighed[lane] = self.weighed[lane].wrapping_add(self.sums[lane]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum(runs: &[&[u8]]) -> u64 {
+        let mut sum = Checksum::default();
+        runs.iter().for_each(|run| sum.read(run));
+        sum.value()
+    }
+
+    #[test]
+    fn copying_sums_what_reading_sums() {
+        for length in [0, 1, 63, 64, 65, 1000] {
+            let from: Vec<u8> = (0..length).map(|i| (i * 37 % 251) as u8).collect();
+            let mut to = vec![0; length];
+            let mut copied = Checksum::default();
+            copied.copy(&from, &mut to);
+            assert_eq!((to.as_slice(), copied.value()), (from.as_slice(), sum(&[&from])));
+        }
+    }
+
+    #[test]
+    fn every_bit_and_every_place_counts() {
+        let run: Vec<u8> = (0..200).map(|i| (i * 91 % 256) as u8).collect();
+        let whole = sum(&[&run]);
+        for bit in 0..8 * run.len() {
+            let mut other = run.clone();
+            other[bit / 8] ^= 1 << (bit % 8);
+            assert_ne!(sum(&[&other]), whole, "bit {bit}");
+        }
+        for (from, to) in [(0, 8), (0, 64), (64, 128), (8, 136)] {
+            let mut other = run.clone();
+            (0..8).for_each(|byte| other.swap(from + byte, to + byte));
+            assert_ne!(sum(&[&other]), whole, "words at {from} and {to} exchanged");
+        }
+        assert_ne!(sum(&[&run[..100], &run[100..]]), whole);
+        assert_ne!(sum(&[&run, &[0]]), sum(&[&run, &[]]));
+    }
+}
