@@ -198,7 +198,7 @@ impl Checkpoint {
     }
 
     /// The named tensor's bytes in its file's map, once it is known to have this shape.
-    fn find(&self, name: &str, shape: &[i64]) -> Result<(&[u8], Kind, &Arc<Mmap>)> {
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&[u8], Kind, &Arc<Map>)> {
         let Some(entry) = self.index.get(name) else { return Err(self.missing(name)) };
         let shard = &self.shards[entry.shard];
         if entry.shape != shape {

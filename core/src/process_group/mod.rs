@@ -13,7 +13,7 @@ mod pending;
 mod standing;
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tch::{Device, Kind, Tensor};
 
@@ -56,6 +56,10 @@ struct Peers {
     journal: Arc<Journal>,
     pulse: Mutex<Option<Pulse>>,
 }
+
+/// Operations begin one after another, whatever their groups: c10d notes each in a table of the process (its flight
+/// recorder) that it does not guard.
+static BEGINNING: Mutex<()> = Mutex::new(());
 
 /// What ranks do together, on which tensors.
 enum Operation<'a> {
@@ -329,6 +333,7 @@ impl ProcessGroup {
             return Ok(Work::Nccl(peers.nccl(self, index)?.begin(operation)?));
         }
         let gloo = &peers.gloo;
+        let _turn = BEGINNING.lock().unwrap_or_else(PoisonError::into_inner);
         let begun = match *operation {
             Operation::AllReduce(tensor) => gloo.all_reduce(raw(tensor)),
             Operation::AllGather { gathered, shard } => gloo.all_gather(raw(gathered), raw(shard)),

@@ -174,7 +174,8 @@ fn assert_slices(case: &Case, tp_rank: usize, held: &Tensors, exported: &Tensors
     }
 }
 
-const PATIENCE: Patience = Patience { join: Duration::from_secs(30), progress: Duration::from_secs(10) };
+const PATIENCE: Patience =
+    Patience { join: Duration::from_secs(30), progress: Duration::from_secs(10), remind: Duration::from_secs(30) };
 
 /// Runs `each` on the threads of `size` ranks that meet, and gives what each returns, in order.
 fn ranks<T: Send>(size: usize, each: impl Fn(usize, &MeetingPoint) -> T + Sync) -> Vec<T> {
@@ -211,7 +212,8 @@ fn run<A: Send, B: Send>(
             let sender = BroadcastSender::new(case.plan(), lanes(SyncPlace::Trainer(rank))).unwrap();
             return (Some(trainer(case, state, sender)), None);
         }
-        let Some((replica, tp_rank)) = rank.checked_sub(num_trainers).and_then(|rank| case.generators().get(rank).copied())
+        let Some((replica, tp_rank)) =
+            rank.checked_sub(num_trainers).and_then(|rank| case.generators().get(rank).copied())
         else {
             return (None, None);
         };
