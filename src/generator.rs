@@ -23,9 +23,17 @@ pub enum Generator {
     /// The actor's own tensors: publishing copies nothing.
     OnActor,
     /// Slices beside the actor, on the same workers.
-    Beside(OwnWeights),
+    Beside(Box<OwnWeights>),
     /// On workers of its own; the actor's ranks send.
-    Apart { weights: OwnWeights, receiver: BroadcastReceiver, attempted: bool },
+    Apart(Box<Apart>),
+}
+
+/// What receives the weights that it holds.
+pub struct Apart {
+    pub weights: OwnWeights,
+    receiver: BroadcastReceiver,
+    /// Whether weights were ever sent here: until then they are those that the actor began with.
+    attempted: bool,
 }
 
 /// A generator's own weights, its slice of every parameter.
@@ -52,7 +60,7 @@ impl Generator {
         let together = &group.workers[replica * size..(replica + 1) * size];
         let weights = OwnWeights::load(folder, held, &TensorParallel::new(seat.group(together)))?;
         if layout.of_worker(seat.worker, Role::Actor).is_some() {
-            return Ok(Some(Generator::Beside(weights)));
+            return Ok(Some(Generator::Beside(Box::new(weights))));
         }
         let plan = sync_plan(seat, &weights.shape, held.kind)?;
         let tp_rank = rank % size;
@@ -60,7 +68,7 @@ impl Generator {
             join_lanes(point, "weights", &plan, SyncPlace::Generator { replica, tp_rank }, address, patience)
         })?;
         let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, &weights.tensors)?;
-        Ok(Some(Generator::Apart { weights, receiver, attempted: false }))
+        Ok(Some(Generator::Apart(Box::new(Apart { weights, receiver, attempted: false }))))
     }
 
     /// Takes up the actor's weights as they are now; the actor's ranks publish at the same time.
@@ -71,9 +79,9 @@ impl Generator {
         match self {
             Generator::OnActor => Ok(()),
             Generator::Beside(weights) => weights.fill(actor.expect("beside an actor")),
-            Generator::Apart { receiver, attempted, .. } => {
-                *attempted = true;
-                receiver.receive(version).map(|_| ())
+            Generator::Apart(apart) => {
+                apart.attempted = true;
+                apart.receiver.receive(version).map(|_| ())
             }
         }
     }
@@ -82,7 +90,7 @@ impl Generator {
     /// The weights of `version` are not here, or not all of them.
     pub fn check(&self, version: u64) -> Result<()> {
         match self {
-            Generator::Apart { receiver, attempted: true, .. } => receiver.check(version),
+            Generator::Apart(apart) if apart.attempted => apart.receiver.check(version),
             _ => Ok(()), // as loaded, or on this worker: there is no way to be behind
         }
     }

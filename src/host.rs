@@ -193,7 +193,8 @@ impl Serve<Generate> for DeviceRoles {
         generator.check(self.policy_version)?;
         let own = match generator {
             Generator::OnActor => None,
-            Generator::Beside(weights) | Generator::Apart { weights, .. } => Some((&weights.model, &weights.head)),
+            Generator::Beside(weights) => Some((&weights.model, &weights.head)),
+            Generator::Apart(apart) => Some((&apart.weights.model, &apart.weights.head)),
         };
         let mut actor = if own.is_none() { self.actor.as_mut() } else { None };
         if let Some(actor) = &mut actor {

@@ -242,7 +242,7 @@ fn logits_that_are_not_finite_on_one_rank_end_all() {
         for message in ranks(2, Patience::default(), |tensor_parallel| {
             let mut model = Model::open(&folder, Kind::Double, tensor_parallel);
             if tensor_parallel.rank() == 1 {
-                model.head = model.head * f64::NAN;
+                model.head *= f64::NAN;
             }
             model.generate(slots(2), &prompts(&[5], 1), &sampling(temperature, 5)).unwrap_err().to_string()
         }) {
