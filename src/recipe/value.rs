@@ -195,11 +195,7 @@ impl Scalar for String {
 
 impl Scalar for SocketAddr {
     fn kind() -> String {
-        "address".into()
-    }
-
-    fn explain() -> String {
-        "an IP address and a port".into()
+        "IP address with port".into()
     }
 
     fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self> {
