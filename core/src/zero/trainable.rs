@@ -110,6 +110,7 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
     mut each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
     let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
+    let passes = units.agree(batches.len())?; // before the first pass: ranks are in step
     for batch in &batches {
         if model.any_stops(interrupt.check().is_err())? {
             return Err(Error::Interrupted);
@@ -117,7 +118,7 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
         let packed = PackedRows::new(&rows.select(batch), pass.device);
         each(batch, forward_units(units, (model, head), &packed)?);
     }
-    for _ in batches.len()..units.agree(batches.len())? {
+    for _ in batches.len()..passes {
         idle_pass(units, model.num_layers(), false)?;
     }
     Ok(())

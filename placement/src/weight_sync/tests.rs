@@ -211,7 +211,8 @@ fn run<A: Send, B: Send>(
             let sender = BroadcastSender::new(case.plan(), lanes(SyncPlace::Trainer(rank))).unwrap();
             return (Some(trainer(case, state, sender)), None);
         }
-        let Some((replica, tp_rank)) = rank.checked_sub(num_trainers).and_then(|rank| case.generators().get(rank).copied())
+        let Some((replica, tp_rank)) =
+            rank.checked_sub(num_trainers).and_then(|rank| case.generators().get(rank).copied())
         else {
             return (None, None);
         };
