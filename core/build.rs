@@ -18,6 +18,7 @@ fn main() {
         .file("csrc/allocator.cc")
         .file("csrc/fused.cc")
         .file("csrc/process_group.cc")
+        .file("csrc/device_stream.cc")
         .std("c++17")
         .opt_level(2)
         .flag("-Wno-unused-parameter")

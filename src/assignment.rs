@@ -10,10 +10,12 @@ use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::zero::OptimizerConfig;
 use echelon_generation::{Engine, EngineConfig};
+use echelon_models::config::DecoderConfig;
 use echelon_models::head::ScalarRows;
 use echelon_models::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
 
+use crate::generator::{Generator, sender};
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
 use crate::layout::Layout;
 use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
@@ -95,6 +97,11 @@ impl HostPlan {
                 Some(LearningActor { policy, config: self.actor, folder: folders.actor.clone() })
             }
         };
+        let sender = match &actor {
+            Some(_) => sender(&seat, &DecoderConfig::read(&folders.actor)?.shape(), held.kind)?,
+            None => None,
+        };
+        let generator = Generator::of(&seat, &folders.actor, held)?;
         let critic = here(Role::Critic).map(|group| {
             let (sharding, folder) = (seat.sharding(group), folders.critic.clone());
             Deferred::new(move || {
@@ -104,14 +111,17 @@ impl HostPlan {
                 Ok(LearningCritic { model, config: self.critic, folder })
             })
         });
-        let reference = here(Role::Reference).and(folders.reference);
-        let reference = reference.map(|folder| Deferred::new(move || frozen_policy(&folder, held, temperature)));
+        let reference = here(Role::Reference).zip(folders.reference).map(|(group, folder)| {
+            let sharding = seat.sharding(group);
+            Deferred::new(move || frozen_policy(&folder, held, temperature, &sharding))
+        });
         let actor_tokenizer = tokenizer.clone();
-        let reward = here(Role::Reward).and(folders.reward).map(|folder| {
+        let reward = here(Role::Reward).zip(folders.reward).map(|(group, folder)| {
+            let sharding = seat.sharding(group);
             Deferred::new(move || {
                 let own = Tokenizer::load(&folder).map_err(|error| Error::other("reward model", error))?;
                 let same = own.fingerprint() == actor_tokenizer.fingerprint();
-                Ok(RewardModel { model: frozen_scorer(&folder, held)?, tokenizer: (!same).then_some(own) })
+                Ok(RewardModel { model: frozen_scorer(&folder, held, &sharding)?, tokenizer: (!same).then_some(own) })
             })
         });
         Ok(DeviceRoles {
@@ -119,6 +129,8 @@ impl HostPlan {
             critic,
             reference,
             reward,
+            generator,
+            sender,
             engine: Engine::new(self.engine),
             tokenizer,
             held,

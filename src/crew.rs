@@ -40,7 +40,7 @@ pub enum Crew {
     /// One device thread.
     Here { worker: Worker<DeviceRoles>, ended: JoinHandle<()> },
     /// A process per device.
-    Processes(Processes),
+    Processes(Box<Processes>),
 }
 
 /// The control plane's own runtime, which may be dropped anywhere.
@@ -58,7 +58,9 @@ impl ControlRuntime {
 
 impl Drop for ControlRuntime {
     fn drop(&mut self) {
-        self.0.take().map(Runtime::shutdown_background);
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
@@ -139,7 +141,7 @@ impl Crew {
         let relaying = tokio::spawn(relay(ranks[0].0.clone(), progress));
         let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, secret };
         match crew.assign(assignment).await {
-            Ok(()) => Ok(Crew::Processes(crew)),
+            Ok(()) => Ok(Crew::Processes(Box::new(crew))),
             Err(error) => {
                 let failure = match error.root() {
                     Error::WorkerGone(_) => error.into(),

@@ -9,15 +9,19 @@ use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Rollout, Tokens};
 use echelon_core::verb::*;
-use echelon_core::zero::{Head, PolicyOutput, ScalarValues, Trainable, forward_rows, stack_rows, write_tensors};
+use echelon_core::zero::{
+    Head, PolicyOutput, ScalarValues, Trainable, Units, forward_rows_through, stack_rows, write_tensors,
+};
 use echelon_core::{Error, Result};
 use echelon_generation::Engine;
 use echelon_models::config::HeadKind;
 use echelon_models::decoder::Decoder;
 use echelon_models::head::{LogprobOutput, ScalarOutput};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::weight_sync::broadcast::BroadcastSender;
 use tch::{Device, Tensor};
 
+use crate::generator::Generator;
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
 use crate::seat::Seat;
 
@@ -27,7 +31,9 @@ pub struct DeviceRoles {
     pub critic: Option<Deferred<LearningCritic>>,
     pub reference: Option<Deferred<FrozenPolicy>>,
     pub reward: Option<Deferred<RewardModel>>,
-    /// Samples with the actor's own weights.
+    pub generator: Option<Generator>,
+    /// Sends the actor's weights to generators on other workers.
+    pub sender: Option<BroadcastSender>,
     pub engine: Engine,
     pub tokenizer: Arc<Tokenizer>,
     pub held: Held,
@@ -135,13 +141,13 @@ impl Asking {
     /// Outputs of a model that does not learn, one per micro-batch, in the order of the rows.
     fn ask<H: Head>(
         &self,
-        model: (&Decoder, &H),
+        (units, model): (&mut dyn Units, (&Decoder, &H)),
         tokens: &Tokens,
         read: impl Fn(&H::Output) -> Tensor,
     ) -> Result<Vec<Tensor>> {
         let mut parts = Vec::new();
         let each = self.collect(tokens, &mut parts, read);
-        forward_rows(model, &self.held.pass, tokens, &self.interrupt, each)?;
+        forward_rows_through(units, model, &self.held.pass, tokens, &self.interrupt, each)?;
         Ok(parts)
     }
 
@@ -183,16 +189,28 @@ fn size(tokens: &Tokens) -> [i64; 2] {
 
 impl Serve<Generate> for DeviceRoles {
     fn serve(&mut self, request: Generate) -> Result<Rollout> {
-        let actor = self.actor.as_mut().ok_or_else(|| not_here(Role::Actor))?;
-        actor.policy.state.gather_all()?;
-        let policy = echelon_generation::Policy {
-            model: &actor.policy.model,
-            head: actor.policy.head.weight(),
-            tokenizer: Some(&self.tokenizer),
+        let generator = self.generator.as_ref().ok_or_else(|| not_here(Role::Generator))?;
+        generator.check(self.policy_version)?;
+        let own = match generator {
+            Generator::OnActor => None,
+            Generator::Beside(weights) => Some((&weights.model, &weights.head)),
+            Generator::Apart(apart) => Some((&apart.weights.model, &apart.weights.head)),
         };
+        let mut actor = if own.is_none() { self.actor.as_mut() } else { None };
+        if let Some(actor) = &mut actor {
+            actor.policy.state.gather_all()?;
+        }
+        let (model, head) = match (own, &actor) {
+            (Some(own), _) => own,
+            (None, Some(actor)) => (&actor.policy.model, actor.policy.head.weight()),
+            (None, None) => return Err(not_here(Role::Actor)),
+        };
+        let policy = echelon_generation::Policy { model, head, tokenizer: Some(&self.tokenizer) };
         let (prompts, sampling) = (&request.prompts, &request.sampling);
         let generated = self.engine.generate(policy, prompts, sampling, self.progress.as_ref(), &self.interrupt);
-        actor.policy.state.release_all()?;
+        if let Some(actor) = actor {
+            actor.policy.state.release_all()?;
+        }
         let (sequences, report) = generated?;
         Ok(Rollout::from_sequences(prompts, &sequences, self.policy_version, report))
     }
@@ -206,7 +224,8 @@ impl Serve<Logprobs> for DeviceRoles {
             Role::Reference => {
                 let asking = self.asking("reference");
                 let reference = self.reference.as_mut().ok_or_else(|| not_here(Role::Reference))?.get()?;
-                asking.ask((&reference.model, &reference.head), tokens, read)?
+                let FrozenPolicy { model, head, units } = reference;
+                asking.ask((&mut **units, (model, head)), tokens, read)?
             }
             _ => {
                 let asking = self.asking("logprobs");
@@ -235,7 +254,10 @@ impl Serve<Scores> for DeviceRoles {
             Some(tokenizer) => encode_texts(tokenizer, &request.prompts, &request.responses)?,
         };
         let read = |output: &ScalarOutput| output.values().to_device(Device::Cpu);
-        Ok(Tensor::cat(&asking.ask((&reward.model.model, &reward.model.head), &tokens, read)?, 0))
+        let FrozenScorer { model, head, units } = &mut reward.model;
+        let parts = asking.ask((&mut **units, (model, head)), &tokens, read)?;
+        // A rank without rows has no part.
+        Ok(if parts.is_empty() { Tensor::zeros([0], tch::kind::FLOAT_CPU) } else { Tensor::cat(&parts, 0) })
     }
 }
 
@@ -272,10 +294,16 @@ impl Serve<UpdateCritic> for DeviceRoles {
     }
 }
 
-/// The generator computes on the actor's own tensors: publishing copies nothing.
 impl Serve<Publish> for DeviceRoles {
-    fn serve(&mut self, request: Publish) -> Result<()> {
-        self.policy_version = request.policy_version;
+    fn serve(&mut self, Publish { policy_version }: Publish) -> Result<()> {
+        let mut actor = self.actor.as_mut();
+        if let (Some(sender), Some(actor)) = (&mut self.sender, &actor) {
+            sender.publish(&actor.policy.state, policy_version)?;
+        }
+        if let Some(generator) = &mut self.generator {
+            generator.take_up(actor.as_mut().map(|actor| &mut actor.policy.state), policy_version)?;
+        }
+        self.policy_version = policy_version;
         Ok(())
     }
 }

@@ -32,8 +32,7 @@ impl Layout {
     /// Every role on every one of `num_workers`.
     pub fn together(num_workers: usize, zero_stage: u8, adam_offload: bool) -> Layout {
         let workers: Vec<usize> = (0..num_workers).collect();
-        let group =
-            |role| RoleGroup { role, workers: workers.clone(), zero_stage, adam_offload, tensor_parallel: 1 };
+        let group = |role| RoleGroup { role, workers: workers.clone(), zero_stage, adam_offload, tensor_parallel: 1 };
         Layout { num_workers, groups: ROLES.map(group).to_vec() }
     }
 
@@ -112,7 +111,13 @@ impl fmt::Display for RoleGroup {
         write!(f, "{}", self.role)?;
         if self.tensor_parallel > 1 {
             write!(f, " (tensor-parallel {})", self.tensor_parallel)?;
-        } else if self.role != Role::Generator && self.workers.len() > 1 {
+        }
+        let divides = match self.role {
+            Role::Actor | Role::Critic => true,
+            Role::Reference | Role::Reward => self.zero_stage == 3,
+            Role::Generator => false,
+        };
+        if divides && self.workers.len() > 1 {
             write!(f, " (ZeRO {})", self.zero_stage)?;
         }
         Ok(())
@@ -159,8 +164,7 @@ mod tests {
     fn companies_are_the_groups_of_several_workers() {
         assert!(Layout::together(1, 0, false).companies().is_empty());
         assert_eq!(Layout::together(2, 0, false).companies(), BTreeSet::from([vec![0, 1]]));
-        let expected: [&[usize]; 6] =
-            [&[0, 1], &[0, 1, 4, 5, 6, 7], &[2, 3], &[4, 5], &[4, 5, 6, 7], &[6, 7]];
+        let expected: [&[usize]; 6] = [&[0, 1], &[0, 1, 4, 5, 6, 7], &[2, 3], &[4, 5], &[4, 5, 6, 7], &[6, 7]];
         assert_eq!(apart().companies(), expected.map(<[usize]>::to_vec).into());
     }
 

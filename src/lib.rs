@@ -15,6 +15,7 @@ pub mod program;
 
 pub mod assignment;
 pub mod crew;
+pub mod generator;
 pub mod seat;
 pub mod worker;
 

@@ -5,9 +5,11 @@ use std::path::Path;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::zero::{
-    OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile, TensorWriter, Trainable, TrainingState,
+    FrozenState, OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile, TensorWriter, Trainable,
+    TrainingState, Units, WholeModel, ZeroStage,
 };
 use echelon_core::{Error, Result};
+use echelon_models::ModelError;
 use echelon_models::checkpoint::{Checkpoint, WeightsWriter, random_parameter, save_pretrained};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::decoder::Decoder;
@@ -137,35 +139,67 @@ fn decoder_of(config: &DecoderConfig, params: &Params) -> Result<Decoder> {
 pub struct FrozenPolicy {
     pub model: Decoder,
     pub head: LogprobHead,
+    pub units: Box<dyn Units>,
 }
 
-/// Wraps the mapped file where dtype and device allow.
-pub fn frozen_policy(folder: &Path, held: Held, temperature: f64) -> Result<FrozenPolicy> {
+/// Wraps the mapped file where dtype and device allow, or keeps this rank's part of it where `sharding` divides parameters.
+pub fn frozen_policy(folder: &Path, held: Held, temperature: f64, sharding: &Sharding) -> Result<FrozenPolicy> {
     let config = DecoderConfig { head: HeadKind::Logits, ..DecoderConfig::read(folder)? };
-    let checkpoint = Checkpoint::open(folder)?;
-    let mut load = checkpoint.loader(&config, held.kind, held.pass.device);
-    let model = Decoder::new(&config, &mut load)?;
+    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, sharding)?;
+    let model = Decoder::new(&config, &mut *load)?;
     let weight = if config.tied_embeddings { model.embedding().shallow_clone() } else { load("lm_head.weight")? };
-    Ok(FrozenPolicy { model, head: LogprobHead::frozen(weight, temperature) })
+    Ok(FrozenPolicy { model, head: LogprobHead::frozen(weight, temperature), units })
 }
 
 /// A reward model that does not learn.
 pub struct FrozenScorer {
     pub model: Decoder,
     pub head: ScalarHead,
+    pub units: Box<dyn Units>,
 }
 
-pub fn frozen_scorer(folder: &Path, held: Held) -> Result<FrozenScorer> {
+/// As [`frozen_policy`].
+pub fn frozen_scorer(folder: &Path, held: Held, sharding: &Sharding) -> Result<FrozenScorer> {
     let config = DecoderConfig::read(folder)?;
     if config.head != HeadKind::Score {
         let what = "a reward model needs a ForSequenceClassification architecture with one label (score.weight)";
         return Err(Error::Refused(format!("{}: {what}", folder.display())));
     }
-    let checkpoint = Checkpoint::open(folder)?;
-    let mut load = checkpoint.loader(&config, held.kind, held.pass.device);
-    let model = Decoder::new(&config, &mut load)?;
+    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, sharding)?;
+    let model = Decoder::new(&config, &mut *load)?;
     let head = ScalarHead::frozen(load("score.weight")?, ScalarRows::LastTokens);
-    Ok(FrozenScorer { model, head })
+    Ok(FrozenScorer { model, head, units })
+}
+
+type LoadParam = dyn FnMut(&str) -> std::result::Result<Tensor, ModelError>;
+
+/// Where a frozen model's parameters come from, and what a pass does to their units.
+struct FrozenParams {
+    load: Box<LoadParam>,
+    units: Box<dyn Units>,
+}
+
+impl FrozenParams {
+    fn open(folder: &Path, config: &DecoderConfig, held: Held, sharding: &Sharding) -> Result<FrozenParams> {
+        let checkpoint = Checkpoint::open(folder)?;
+        let (kind, device) = (held.kind, held.pass.device);
+        if sharding.stage < ZeroStage::Three || sharding.group.size() == 1 {
+            let config = config.clone();
+            // The mapping lives in the tensors.
+            let load = move |name: &str| checkpoint.loader(&config, kind, device)(name);
+            return Ok(FrozenParams { load: Box::new(load), units: Box::new(WholeModel) });
+        }
+        let shape = config.shape();
+        let params = shape.units.iter().flat_map(|unit| &unit.params);
+        let shapes: std::collections::HashMap<&str, &[i64]> =
+            params.map(|param| (param.name.as_str(), param.shape.as_slice())).collect();
+        let state = FrozenState::new(&shape, (kind, device), &sharding.group, &mut |name| {
+            Ok(checkpoint.tensor(name, shapes[name])?)
+        })?;
+        let params = state.params();
+        let load = move |name: &str| Ok(params[name].shallow_clone());
+        Ok(FrozenParams { load: Box::new(load), units: Box::new(state) })
+    }
 }
 
 /// Mean and standard deviation of a reward model's scores on its held-out data: `mean` and `std` of its `config.json`, as

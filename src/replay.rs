@@ -24,6 +24,7 @@ pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
 
 /// The generator that answers with the rollouts recorded in `folder`. Evaluations are sampled by `engine` as ever.
 pub fn replaying(folder: &Path, engine: GeneratorGroup, apart: bool) -> GeneratorGroup {
+    #[allow(clippy::arc_with_non_send_sync)] // a group holds its ranks so, and the driver stays on one thread
     let replay: Arc<dyn GeneratorRank> = Arc::new(Replay { folder: folder.into(), engine });
     let group = WorkerGroup::new(Role::Generator, vec![replay]);
     if apart { group.apart_from_actor() } else { group }

@@ -13,6 +13,7 @@ use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::plan;
@@ -22,7 +23,6 @@ use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
 use crate::replay::record;
 use crate::resume::resume;
 use crate::watch::Watch;
-use crate::layout::Layout;
 use crate::wire::{self, ModelFolders, RunInputs, Wired};
 use crate::worker;
 
@@ -337,7 +337,7 @@ impl Inputs {
         let folders = wire::model_folders(recipe)?;
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
         wire::check_limits(recipe, &folders, held)?;
-        let layout = wire::layout(recipe)?;
+        let layout = wire::layout(recipe, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;

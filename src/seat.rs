@@ -23,6 +23,8 @@ pub struct Seat {
     pub layout: Arc<Layout>,
     /// By their workers.
     groups: Arc<BTreeMap<Vec<usize>, ProcessGroup>>,
+    /// Where they met, and this worker's address; none where it is alone.
+    met: Option<Arc<(MeetingPoint, String)>>,
 }
 
 /// Process groups whose standing a heartbeat tells; filled when the seat is taken.
@@ -40,7 +42,7 @@ impl Seat {
         meeting: Option<&Meeting>,
         watched: &Watched,
     ) -> echelon_core::Result<Seat> {
-        let mut groups = BTreeMap::new();
+        let (mut groups, mut met) = (BTreeMap::new(), None);
         let mine = layout.companies().into_iter().filter(|workers| workers.contains(&worker));
         if let Some(meeting) = meeting {
             let patience = Patience::default();
@@ -53,8 +55,21 @@ impl Seat {
                 watched.lock().expect("never held over a panic").push(group.clone());
                 groups.insert(workers, group);
             }
+            met = Some(Arc::new((point, meeting.own_address.clone())));
         }
-        Ok(Seat { worker, layout: Arc::new(layout), groups: Arc::new(groups) })
+        Ok(Seat { worker, layout: Arc::new(layout), groups: Arc::new(groups), met })
+    }
+
+    /// Joins further groups where the workers met.
+    ///
+    /// # Panics
+    /// This worker is alone.
+    pub fn join_at<T>(
+        &self,
+        join: impl FnOnce(&MeetingPoint, &str, Patience) -> echelon_core::Result<T>,
+    ) -> echelon_core::Result<T> {
+        let (point, address) = &**self.met.as_ref().expect("a worker among several");
+        join(point, address, Patience::default())
     }
 
     /// The group of these workers, one of which this is.

@@ -37,7 +37,8 @@ impl Progress for Watch {
             current.as_ref().is_some_and(|shown| shown.name == phase && shown.total == total && shown.done < done);
         if !same {
             *current = None; // ends the former bar before the next begins
-            *current = Some(Shown { name: phase.into(), done: 0, total, bar: self.terminal.phase(phase, total as u64) });
+            *current =
+                Some(Shown { name: phase.into(), done: 0, total, bar: self.terminal.phase(phase, total as u64) });
         }
         let shown = current.as_mut().expect("set above");
         shown.bar.advance((done - shown.done) as u64);

@@ -118,11 +118,7 @@ pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
 
 /// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests. A worker
 /// among several of its host has its `place`, which names its device.
-pub fn held(
-    compute: &Compute,
-    devices: &Devices,
-    place: Option<&Place>,
-) -> Result<(Held, Option<String>), Failure> {
+pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Result<(Held, Option<String>), Failure> {
     let choice = match devices.device {
         recipe::Device::Auto => DeviceChoice::Auto,
         recipe::Device::Cpu => DeviceChoice::Cpu,
@@ -155,10 +151,10 @@ pub fn held(
 /// that does not hold one sequence.
 pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held) -> Result<(), Failure> {
     let tensor_parallel_size = recipe.generation.tensor_parallel_size;
-    if tensor_parallel_size > 1 {
+    if tensor_parallel_size > 1 && recipe.placement.devices.count().unwrap_or(1) == 1 {
         return Err(Failure::Input(format!(
-            "generation.tensor_parallel_size = {tensor_parallel_size}, but this run has one device: delete the key; --plan \
-             resolves recipes for more devices"
+            "generation.tensor_parallel_size = {tensor_parallel_size}, but this run has one device: delete the key, or set \
+             placement.workers"
         )));
     }
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
@@ -265,9 +261,8 @@ pub async fn wire(
     let weights = recipe.reward.sources.iter().map(|source| source.weight);
     let sources = distinct_names(&names).into_iter().zip(weights).zip(sources);
     let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
-    let reference = has_reference.then(|| {
-        crew.group::<dyn Endpoint<Logprobs>>(&layout, Role::Reference, |w| Arc::new(w), |w| Arc::new(w))
-    });
+    let reference = has_reference
+        .then(|| crew.group::<dyn Endpoint<Logprobs>>(&layout, Role::Reference, |w| Arc::new(w), |w| Arc::new(w)));
     let actor = crew.group::<dyn ActorRank>(&layout, Role::Actor, |w| Arc::new(w), |w| Arc::new(w));
     let critic = crew.group::<dyn CriticRank>(&layout, Role::Critic, |w| Arc::new(w), |w| Arc::new(w));
     let generator = crew.group::<dyn GeneratorRank>(&layout, Role::Generator, |w| Arc::new(w), |w| Arc::new(w));
@@ -294,17 +289,48 @@ pub struct RunInputs {
 /// Where a run's roles go: on one worker, or as the planner says.
 ///
 /// # Errors
-/// [`Failure::Input`]: a plan that does not fit, with the numbers.
-pub fn layout(recipe: &ResolvedRecipe) -> Result<Layout, Failure> {
-    let workers = recipe.placement.devices.workers.fixed().unwrap_or(1);
+/// [`Failure::Input`]: a plan that does not fit, with the numbers; hardware that is not here.
+pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
+    let devices = &recipe.placement.devices;
+    let on_cpu = held.pass.device == Device::Cpu;
+    let workers = if on_cpu { devices.workers.fixed() } else { devices.count() }.unwrap_or(1);
+    let gpus = devices.gpus_per_node.fixed().unwrap_or(0) * devices.nodes;
+    if on_cpu && devices.workers.fixed().is_none() && gpus > 0 {
+        return Err(Failure::Input(format!(
+            "placement.gpus_per_node: the recipe is for {gpus} GPUs, and this machine has none that work: --plan resolves it, \
+             and placement.workers = N with device = \"cpu\" runs it on N worker processes"
+        )));
+    }
+    if devices.nodes > 1 && devices.listen.is_none() {
+        return Err(Failure::Input(format!(
+            "placement.nodes = {}: workers of other machines are started there: say where they join, such as \
+             placement.listen = \"0.0.0.0:7401\"",
+            devices.nodes
+        )));
+    }
     if workers == 1 {
         return Ok(Layout::together(1, 0, recipe.train.compute.adam_offload));
     }
     match plan::of(recipe)? {
         Some(plan) => Ok(Layout::of(&plan)),
-        // A model from a hub, whose shape is not known to the plan.
+        // A model from a hub, whose shape the plan does not know.
         None => Ok(Layout::together(workers, recipe.train.compute.zero_stage.fixed().unwrap_or(1) as u8, false)),
     }
+}
+
+/// Refuses several devices to a program that uses one.
+///
+/// # Errors
+/// [`Failure::Input`], with the key.
+pub fn check_one_device(program: &str, devices: &Devices) -> Result<(), Failure> {
+    let several = devices.nodes > 1 || devices.count().is_some_and(|count| count > 1) || devices.listen.is_some();
+    if !several {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "[placement]: `{program}` trains on one device so far, and the recipe asks for several: delete `workers`, `nodes`, \
+         `gpus_per_node` and `listen`"
+    )))
 }
 
 fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> PpoConfig {

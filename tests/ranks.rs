@@ -67,6 +67,54 @@ fn metrics_do_not_depend_on_the_ranks_nor_on_what_is_divided() {
     }
 }
 
+/// Where roles are: all together, each on its own workers, the generator apart and tensor-parallel.
+const PLACES: [(&str, &[&str]); 5] = [
+    ("tier medium", &["placement.workers=4", "placement.tier=medium"]),
+    ("tier large, the generator on the actor's workers", &["placement.workers=4", "placement.tier=large"]),
+    ("tensor-parallel on the actor's workers", &["placement.workers=2", "generation.tensor_parallel_size=2"]),
+    (
+        "two generators apart from two actors",
+        &[
+            "placement.workers=5",
+            "placement.actor.devices=[0, 1]",
+            "placement.generator.devices=[3, 4]",
+            "train.zero_stage=3",
+        ],
+    ),
+    (
+        "one tensor-parallel generator apart from two actors",
+        &[
+            "placement.workers=5",
+            "placement.actor.devices=[0, 1]",
+            "placement.generator.devices=[3, 4]",
+            "generation.tensor_parallel_size=2",
+            "train.zero_stage=2",
+            "train.activation_checkpointing=true",
+        ],
+    ),
+];
+
+#[test]
+fn metrics_do_not_depend_on_where_roles_are() {
+    let workplace = Workplace::new();
+    let flags = |keys: &[&str]| keys.iter().flat_map(|key| ["--set".to_string(), key.to_string()]).collect::<Vec<_>>();
+    let always = ["train.dtype=float64", "checkpoint.every_steps=off", "train.steps=3"];
+    run(&workplace, "one", &flags(&always));
+    for (name, keys) in PLACES {
+        let mut keys: Vec<&str> = [&always[..], keys].concat();
+        if keys.iter().any(|key| key.starts_with("placement.actor.devices")) {
+            keys.extend([
+                "placement.critic.devices=[2]",
+                "placement.reference.colocate_with=critic",
+                "placement.reward.colocate_with=critic",
+            ]);
+        }
+        run(&workplace, name, &flags(&keys));
+        let (difference, place) = worst(&workplace.path(name), &workplace.path("one"));
+        assert!(difference <= 1e-9, "{name}: {place}");
+    }
+}
+
 #[test]
 fn a_checkpoint_of_some_ranks_goes_on_with_others() {
     let workplace = Workplace::new();
@@ -83,6 +131,27 @@ fn a_checkpoint_of_some_ranks_goes_on_with_others() {
     run(&workplace, "some", &more);
     let (difference, place) = worst(&workplace.path("some"), &workplace.path("one"));
     assert!(difference <= 1e-9, "{place}");
+}
+
+/// Learning alone, from equal rollouts: in f32 sampling would magnify rounding.
+#[test]
+fn recorded_rollouts_are_learned_from_alike_on_any_layout() {
+    let workplace = Workplace::new();
+    let folder = workplace.path("rollouts").display().to_string();
+    let (record, replay) = (format!("rollout.record={folder}"), format!("rollout.replay={folder}"));
+    let short = ["checkpoint.every_steps=off", "eval.prompts=off", "eval.every_steps=off"];
+    run(&workplace, "one", &settings(1, 0, false, &[&short[..], &[&record]].concat()));
+    for (ranks, stage) in [(1, 0), (2, 3)] {
+        let name = format!("{ranks} ranks");
+        run(&workplace, &name, &settings(ranks, stage, true, &[&short[..], &[&replay]].concat()));
+        let (difference, place) = worst(&workplace.path(&name), &workplace.path("one"));
+        assert!(difference <= 1e-4, "{name}: {place}");
+    }
+    let other = settings(1, 0, false, &[&short[..], &[&replay, "seed=8"]].concat());
+    let arguments: Vec<&str> = other.iter().map(String::as_str).collect();
+    let output = workplace.ppo("other", &arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("step-1.safetensors"), "{}", said(&output));
 }
 
 #[test]

@@ -5,6 +5,8 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <thread>
+
 #include "echelon-core/src/collective.rs.h"
 
 namespace echelon {
@@ -42,13 +44,25 @@ rust::Vec<uint8_t> MeetingStore::get(rust::Str key, int64_t timeout_ms) const {
 
 bool MeetingStore::has(rust::Str key) const { return store_->check({text(key)}); }
 
+int64_t MeetingStore::add(rust::Str key, int64_t amount) const { return store_->add(text(key), amount); }
+
+bool MeetingStore::advance(rust::Str key, int64_t from) const {
+  auto to = std::to_string(from + 1);
+  return store_->add(text(key), 0) == from && store_->compareSet(text(key), std::to_string(from), to) == to;
+}
+
+void MeetingStore::remove(rust::Str key) const { store_->deleteKey(text(key)); }
+
 PendingWork::PendingWork(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors)
     : work_(std::move(work)), tensors_(std::move(tensors)) {}
 PendingWork::~PendingWork() = default;
 
-bool PendingWork::is_done() const { return work_->isCompleted(); }
-
 bool PendingWork::wait(int64_t timeout_ms) const {
+  if (handed_over_.valid()) {
+    if (handed_over_.wait_for(milliseconds(timeout_ms)) == std::future_status::timeout) return false;
+    handed_over_.get();
+    return true;
+  }
   try {
     return work_->wait(milliseconds(timeout_ms));
   } catch (const std::exception& error) {
@@ -57,7 +71,23 @@ bool PendingWork::wait(int64_t timeout_ms) const {
   }
 }
 
-RankGroup::RankGroup(c10::intrusive_ptr<c10d::Backend> backend) : backend_(std::move(backend)) {}
+// Gloo runs a collective on threads of its own, but waits for a single message on the caller's, and closes every
+// connection when that wait times out. A thread of our own waits instead: who waits for it may look up and wait on.
+void PendingWork::wait_aside() {
+  std::promise<void> promise;
+  handed_over_ = promise.get_future().share();
+  std::thread([work = work_, tensors = tensors_, promise = std::move(promise)]() mutable {
+    try {
+      work->wait();
+      promise.set_value();
+    } catch (...) {
+      promise.set_exception(std::current_exception());
+    }
+  }).detach();
+}
+
+RankGroup::RankGroup(c10::intrusive_ptr<c10d::Backend> backend, int32_t rank, int32_t size)
+    : backend_(std::move(backend)), rank_(rank), size_(size) {}
 RankGroup::~RankGroup() = default;
 
 std::unique_ptr<PendingWork> RankGroup::all_reduce(const at::Tensor& tensor) const {
@@ -85,15 +115,34 @@ std::unique_ptr<PendingWork> RankGroup::broadcast(const at::Tensor& tensor, int6
 
 std::unique_ptr<PendingWork> RankGroup::send(const at::Tensor& tensor, int32_t to, int32_t tag) const {
   std::vector<at::Tensor> tensors{bytes_of(tensor)};
-  return pending(backend_->send(tensors, to, tag), tensors);
+  auto work = pending(backend_->send(tensors, to, tag), tensors);
+  work->wait_aside();
+  return work;
 }
 
 std::unique_ptr<PendingWork> RankGroup::recv(const at::Tensor& tensor, int32_t from, int32_t tag) const {
   std::vector<at::Tensor> tensors{bytes_of(tensor)};
-  return pending(backend_->recv(tensors, from, tag), tensors);
+  auto work = pending(backend_->recv(tensors, from, tag), tensors);
+  work->wait_aside();
+  return work;
 }
 
 std::unique_ptr<PendingWork> RankGroup::barrier() const { return pending(backend_->barrier(), {}); }
+
+// Gloo closes all connections, and ends what waits on them, when one wait runs out of time: so this waits a millisecond
+// for what nobody sends. A rank whose connection is gone already refuses, and the next one is tried.
+void RankGroup::abort() const {
+  constexpr int32_t kNobodySends = 0x7ffffff0;
+  for (int32_t from = 0; from < size_; ++from) {
+    if (from == rank_) continue;
+    try {
+      std::vector<at::Tensor> nothing{at::zeros({1}, at::kByte)};
+      backend_->recv(nothing, from, kNobodySends)->wait(milliseconds(1));
+    } catch (const std::exception&) {
+      // That it fails is the purpose.
+    }
+  }
+}
 
 std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, bool serve, int64_t timeout_ms) {
   c10d::TCPStoreOptions options;
@@ -106,14 +155,16 @@ std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, bool serve,
   return std::make_unique<MeetingStore>(std::move(store), bound);
 }
 
-std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str name, int32_t rank, int32_t size,
-                                     rust::Str address, int64_t timeout_ms) {
-  auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
+std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str prefix, int32_t rank, int32_t size,
+                                     rust::Str address, int64_t connect_ms) {
+  auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(connect_ms));
   options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(text(address)));
-  auto named = c10::make_intrusive<c10d::PrefixStore>(text(name), store.store());
-  named->setTimeout(milliseconds(timeout_ms));
+  auto named = c10::make_intrusive<c10d::PrefixStore>(text(prefix), store.store());
+  named->setTimeout(milliseconds(connect_ms));
   auto backend = c10::make_intrusive<c10d::ProcessGroupGloo>(named, rank, size, options);
-  return std::make_unique<RankGroup>(std::move(backend));
+  // Operations end by the ranks' own judgement of progress, long before this.
+  backend->setTimeout(std::chrono::hours(24));
+  return std::make_unique<RankGroup>(std::move(backend), rank, size);
 }
 
 void allocate_storage(const at::Tensor& tensor) {

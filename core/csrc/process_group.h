@@ -1,6 +1,7 @@
 // c10d, as far as Echelon uses it: a TCP store to meet at, and groups of ranks with asynchronous collectives.
 #pragma once
 #include <ATen/ATen.h>
+#include <future>
 #include <memory>
 #include "rust/cxx.h"
 
@@ -22,6 +23,11 @@ class MeetingStore {
   // Waits until the key is there.
   rust::Vec<uint8_t> get(rust::Str key, int64_t timeout_ms) const;
   bool has(rust::Str key) const;
+  // Adds to a counter, which begins at 0, and returns what it is then.
+  int64_t add(rust::Str key, int64_t amount) const;
+  // Moves a counter from `from` to the next number, where it still stands there.
+  bool advance(rust::Str key, int64_t from) const;
+  void remove(rust::Str key) const;
   const c10::intrusive_ptr<c10d::Store>& store() const { return store_; }
 
  private:
@@ -34,19 +40,21 @@ class PendingWork {
  public:
   PendingWork(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors);
   ~PendingWork();
-  bool is_done() const;
   // False when the time is up; throws what the operation failed with.
   bool wait(int64_t timeout_ms) const;
+  // Waits on a thread of its own from now on.
+  void wait_aside();
 
  private:
   c10::intrusive_ptr<c10d::Work> work_;
   std::vector<at::Tensor> tensors_;
+  std::shared_future<void> handed_over_;
 };
 
 // The ranks of one group. Every rank calls the same operations in the same order.
 class RankGroup {
  public:
-  explicit RankGroup(c10::intrusive_ptr<c10d::Backend> backend);
+  RankGroup(c10::intrusive_ptr<c10d::Backend> backend, int32_t rank, int32_t size);
   ~RankGroup();
   std::unique_ptr<PendingWork> all_reduce(const at::Tensor& tensor) const;
   std::unique_ptr<PendingWork> all_gather(const at::Tensor& gathered, const at::Tensor& shard) const;
@@ -55,15 +63,18 @@ class RankGroup {
   std::unique_ptr<PendingWork> send(const at::Tensor& tensor, int32_t to, int32_t tag) const;
   std::unique_ptr<PendingWork> recv(const at::Tensor& tensor, int32_t from, int32_t tag) const;
   std::unique_ptr<PendingWork> barrier() const;
+  // Ends every operation in flight with an error, here and at the peers. The group is of no use afterwards.
+  void abort() const;
 
  private:
   c10::intrusive_ptr<c10d::Backend> backend_;
+  int32_t rank_, size_;
 };
 
 std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, bool serve, int64_t timeout_ms);
-// Joins the group called `name`; `address` is the interface that other ranks reach this one at.
-std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str name, int32_t rank, int32_t size,
-                                     rust::Str address, int64_t timeout_ms);
+// Joins the group whose ranks meet under `prefix`; `address` is the interface that other ranks reach this one at.
+std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str prefix, int32_t rank, int32_t size,
+                                     rust::Str address, int64_t connect_ms);
 
 // Takes or gives back the memory of a tensor's storage; views of it stay valid. Contents are not kept.
 void allocate_storage(const at::Tensor& tensor);

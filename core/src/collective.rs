@@ -16,15 +16,18 @@ pub(crate) mod ffi {
         fn set(self: &MeetingStore, key: &str, value: &[u8]) -> Result<()>;
         fn get(self: &MeetingStore, key: &str, timeout_ms: i64) -> Result<Vec<u8>>;
         fn has(self: &MeetingStore, key: &str) -> Result<bool>;
+        fn add(self: &MeetingStore, key: &str, amount: i64) -> Result<i64>;
+        fn advance(self: &MeetingStore, key: &str, from: i64) -> Result<bool>;
+        fn remove(self: &MeetingStore, key: &str) -> Result<()>;
 
         type RankGroup;
         fn join_gloo(
             store: &MeetingStore,
-            name: &str,
+            prefix: &str,
             rank: i32,
             size: i32,
             address: &str,
-            timeout_ms: i64,
+            connect_ms: i64,
         ) -> Result<UniquePtr<RankGroup>>;
         fn all_reduce(self: &RankGroup, tensor: &Tensor) -> Result<UniquePtr<PendingWork>>;
         fn all_gather(self: &RankGroup, gathered: &Tensor, shard: &Tensor) -> Result<UniquePtr<PendingWork>>;
@@ -33,9 +36,19 @@ pub(crate) mod ffi {
         fn send(self: &RankGroup, tensor: &Tensor, to: i32, tag: i32) -> Result<UniquePtr<PendingWork>>;
         fn recv(self: &RankGroup, tensor: &Tensor, from: i32, tag: i32) -> Result<UniquePtr<PendingWork>>;
         fn barrier(self: &RankGroup) -> Result<UniquePtr<PendingWork>>;
+        fn abort(self: &RankGroup) -> Result<()>;
 
         type PendingWork;
         fn wait(self: &PendingWork, timeout_ms: i64) -> Result<bool>;
+
+        include!("device_stream.h");
+        type DeviceStream;
+        fn side_stream(cuda_index: i32) -> Result<UniquePtr<DeviceStream>>;
+        fn handle(self: &DeviceStream) -> Result<usize>;
+        fn follow_current(self: &DeviceStream) -> Result<()>;
+        fn mark(self: &DeviceStream) -> Result<UniquePtr<StreamMark>>;
+        type StreamMark;
+        fn is_reached(self: &StreamMark) -> Result<bool>;
 
         fn allocate_storage(tensor: &Tensor) -> Result<()>;
         fn free_storage(tensor: &Tensor) -> Result<()>;
@@ -49,6 +62,10 @@ unsafe impl Sync for ffi::MeetingStore {}
 unsafe impl Send for ffi::RankGroup {}
 unsafe impl Sync for ffi::RankGroup {}
 unsafe impl Send for ffi::PendingWork {}
+// SAFETY: plain handles of the device's runtime, which may be used from any thread; each is used by one at a time.
+unsafe impl Send for ffi::DeviceStream {}
+unsafe impl Sync for ffi::DeviceStream {}
+unsafe impl Send for ffi::StreamMark {}
 
 /// Takes memory for a tensor whose storage was freed; views see it at once. What it holds is undefined.
 ///

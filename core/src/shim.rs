@@ -61,14 +61,20 @@ pub(crate) fn raw(tensor: &Tensor) -> &ffi::Tensor {
     unsafe { &*tensor.as_ptr().cast::<ffi::Tensor>() }
 }
 
-/// libtorch's `ScalarType` of the kinds that weights come in.
+/// libtorch's `ScalarType` of the kinds that weights and batches come in.
 fn scalar_type(kind: Kind) -> Result<i32, TchError> {
     match kind {
+        Kind::Uint8 => Ok(0),
+        Kind::Int8 => Ok(1),
+        Kind::Int16 => Ok(2),
+        Kind::Int => Ok(3),
+        Kind::Int64 => Ok(4),
+        Kind::Bool => Ok(11),
         Kind::Half => Ok(5),
         Kind::Float => Ok(6),
         Kind::Double => Ok(7),
         Kind::BFloat16 => Ok(15),
-        other => Err(TchError::Kind(format!("{other:?} weights cannot be mapped"))),
+        other => Err(TchError::Kind(format!("{other:?} tensors cannot be mapped"))),
     }
 }
 

@@ -15,6 +15,8 @@ pub enum ModelError {
     Architecture { path: PathBuf, found: String, supported: String },
     #[error("{}: no model.safetensors and no model.safetensors.index.json here", folder.display())]
     NoWeights { folder: PathBuf },
+    #[error("{}: {source}", path.display())]
+    Shared { path: PathBuf, source: Box<echelon_core::store::StoreError> },
     #[error("{}: tensor `{tensor}` is missing{hint}", file.display())]
     MissingTensor { file: PathBuf, tensor: String, hint: String },
     #[error("{}: tensor `{tensor}`: expected shape {expected:?}, found {found:?}", file.display())]

@@ -260,3 +260,28 @@ fn one_ranks_bad_loss_is_everyones() {
         }
     });
 }
+
+/// Peers and heartbeats learn which micro-batch a rank is in, and that it is in none between mini-batches.
+#[test]
+fn a_pass_tells_its_micro_batch() {
+    let folder = Path::new(GOLDEN).join("llama_tied_f32");
+    let case = Case { ranks: 1, stage: ZeroStage::Zero, checkpointing: false, tokens_per_micro_batch: 12 };
+    let group = ProcessGroup::solo();
+    let sharding = Sharding { group: group.clone(), stage: case.stage, offload: false };
+    let mut policy = policy(&folder, Kind::Float, &sharding, case);
+    let mine = Tokens::from_rows(&rows(1));
+    let batches = policy.micro_batches(&mine.lengths).unwrap();
+    assert!(batches.len() > 1);
+    for (index, batch) in batches.iter().enumerate() {
+        let loss_of = |output: &LogprobOutput| {
+            assert_eq!(group.standing().micro_batch, index as u64 + 1);
+            Ok(output.logprobs.sum(Kind::Double))
+        };
+        policy.forward_backward(&mine.select(batch), loss_of).unwrap();
+    }
+    policy.optimizer_step(1e-2).unwrap();
+    assert_eq!(group.standing().micro_batch, 0);
+    let mut seen = Vec::new();
+    policy.forward_rows(&mine, &Interrupt::default(), |_, _| seen.push(group.standing().micro_batch)).unwrap();
+    assert_eq!(seen, (1..=batches.len() as u64).collect::<Vec<_>>());
+}

@@ -1,10 +1,14 @@
 //! The machines that a plan is made for: nodes, their devices, and the links between them.
 //!
-//! A cluster is found by probing the hosts, or declared so that a plan can be made with no device present. Devices are
+//! A cluster is found by probing this node ([`Cluster::discover`]), or declared so that a plan can be made with no device present. Devices are
 //! numbered through all nodes from 0, in order.
+
+mod discover;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use discover::{DeviceFacts, DiscoverError, Discovery, NodeFacts};
 
 const GIB: f64 = (1u64 << 30) as f64;
 

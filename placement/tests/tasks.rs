@@ -442,7 +442,8 @@ async fn a_call_runs_here_when_there_is_room_and_else_where_the_wait_is_shortest
     let [first, second] = [(); 2].map(|()| tasks.try_call(&LONG_NAP, Demand::CPU, &300).unwrap());
     let mut ran = [first.within(SOON).await.unwrap(), second.within(SOON).await.unwrap()];
     let mut expected = [cluster.pid(0), cluster.pid(1)];
-    (ran.sort_unstable(), expected.sort_unstable());
+    ran.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(ran, expected, "each on a node of its own");
     go_on.send(()).unwrap();
     held.within(SOON).await.unwrap();

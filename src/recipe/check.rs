@@ -366,9 +366,15 @@ impl Devices {
     }
 }
 
-/// A rank without a row has nothing to do.
+/// A rank without a row has nothing to do. Where roles have workers of their own, the planner sees to it.
 fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
-    let Some(workers) = recipe.placement.devices.workers.fixed().filter(|workers| *workers > 1) else { return };
+    let Placement { devices, actor, critic, reward, reference, generator } = &recipe.placement;
+    let hands = [actor, critic, reward, reference, generator];
+    let apart = hands.iter().any(|hand| hand.devices.is_some()) || matches!(devices.tier, Tier::Medium | Tier::Large);
+    if apart {
+        return;
+    }
+    let Some(workers) = devices.workers.fixed().filter(|workers| *workers > 1) else { return };
     for (key, rows) in
         [("rollout.batch_size", recipe.rollout.batch_size), ("ppo.mini_batch_size", recipe.ppo.mini_batch_size)]
     {
@@ -381,8 +387,10 @@ fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
 
 fn check_parallelism(recipe: &Recipe, rules: &mut Rules) {
     let size = recipe.generation.tensor_parallel_size;
-    let devices = &recipe.placement.devices;
-    if let Some(count) = devices.count().filter(|count| !count.is_multiple_of(size)) {
+    let Placement { devices, generator, .. } = &recipe.placement;
+    let own = generator.devices.as_ref().map(Vec::len);
+    let count = own.or_else(|| devices.count().filter(|_| devices.tier != Tier::Large && devices.tier != Tier::Medium));
+    if let Some(count) = count.filter(|count| !count.is_multiple_of(size)) {
         let message = format!("`generation.tensor_parallel_size` = {size} does not divide the {count} devices");
         rules.broken(
             &["generation.tensor_parallel_size"],

@@ -36,6 +36,7 @@ impl LanguageModel {
         total: usize,
     ) -> Result<(LanguageModel, Speed), Failure> {
         let folder = wire::model_folder(&recipe.model.model)?;
+        wire::check_one_device("sft", &recipe.placement)?;
         let (held, _) = wire::held(&recipe.train.compute, &recipe.placement, None)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);

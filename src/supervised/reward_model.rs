@@ -37,6 +37,7 @@ impl RewardModel {
         total: usize,
     ) -> Result<(RewardModel, Speed), Failure> {
         let folder = wire::model_folder(&recipe.model.model)?;
+        wire::check_one_device("reward", &recipe.placement)?;
         let (held, _) = wire::held(&recipe.train.compute, &recipe.placement, None)?;
         let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
         let random = (recipe.model.init == Init::Random).then_some(recipe.seed);

@@ -88,6 +88,10 @@ impl Units for FrozenState {
         panic!("a backward pass through a frozen model")
     }
 
+    fn at_micro_batch(&self, number: usize) {
+        self.group.at_micro_batch(number as u64);
+    }
+
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(self.group.max("micro-batches", passes as i64)? as usize)
     }

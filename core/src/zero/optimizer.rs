@@ -298,6 +298,10 @@ impl Units for TrainingState {
         let together = self.sharding.gradients();
         Ok(if together { self.sharding.group.max("micro-batches", passes as i64)? as usize } else { passes })
     }
+
+    fn at_micro_batch(&self, number: usize) {
+        self.sharding.group.at_micro_batch(number as u64);
+    }
 }
 
 impl Moments {

@@ -54,6 +54,8 @@ pub trait Units {
     fn reduce(&mut self, unit: usize) -> Result<()>;
     /// How many passes all ranks make when this one has `passes`.
     fn agree(&self, passes: usize) -> Result<usize>;
+    /// A pass over this micro-batch begins, numbered from 1; 0 when the last one is over. Those who wait are told.
+    fn at_micro_batch(&self, number: usize);
 }
 
 /// A model that is whole on this rank and does not learn.
@@ -82,6 +84,7 @@ impl Units for WholeModel {
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(passes)
     }
+    fn at_micro_batch(&self, _number: usize) {}
 }
 
 /// The head's output without a graph, of a model that is whole on this rank.

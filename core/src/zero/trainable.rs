@@ -24,6 +24,8 @@ pub struct Trainable<B, H> {
     pub model: B,
     pub head: H,
     pub pass: PassConfig,
+    /// Passes of this mini-batch so far.
+    passes: usize,
     /// Passes that the other ranks make beyond this one's.
     idle: usize,
     /// A loss of this mini-batch that was not finite.
@@ -32,7 +34,7 @@ pub struct Trainable<B, H> {
 
 impl<B: Backbone, H: Head> Trainable<B, H> {
     pub fn new(state: TrainingState, model: B, head: H, pass: PassConfig) -> Trainable<B, H> {
-        Trainable { state, model, head, pass, idle: 0, bad_loss: None }
+        Trainable { state, model, head, pass, passes: 0, idle: 0, bad_loss: None }
     }
 
     /// The micro-batches of this rank's rows, as row indices, and agrees with the other ranks on their number: call
@@ -61,6 +63,7 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
     /// Adds the gradients of `loss` on one micro-batch to the accumulated ones; returns the loss. One that is not finite
     /// makes [`Trainable::optimizer_step`] refuse.
     pub fn forward_backward(&mut self, rows: &Tokens, loss: impl FnOnce(&H::Output) -> Result<Tensor>) -> Result<f64> {
+        self.begin_pass();
         let packed = PackedRows::new(rows, self.pass.device);
         let (model, recompute) = ((&self.model, &self.head), self.pass.activation_checkpointing);
         let loss = forward_backward(&mut self.state, model, &packed, recompute, loss)?;
@@ -76,14 +79,22 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
     /// [`Error::NonFinite`] on every rank when a loss of any rank or the gradient norm is not finite: nothing has moved.
     pub fn optimizer_step(&mut self, lr: f64) -> Result<StepReport> {
         for _ in 0..std::mem::take(&mut self.idle) {
+            self.begin_pass();
             idle_pass(&mut self.state, self.model.num_layers(), true)?;
         }
+        self.passes = 0;
+        self.state.at_micro_batch(0);
         let bad = self.bad_loss.take();
         let group = self.state.sharding().group.clone();
         if group.sum("finite losses", f64::from(u8::from(bad.is_some())))? > 0.0 {
             return Err(self.state.refuse("the loss", bad.unwrap_or(f64::NAN)));
         }
         self.state.step(lr)
+    }
+
+    fn begin_pass(&mut self) {
+        self.passes += 1;
+        self.state.at_micro_batch(self.passes);
     }
 }
 
@@ -111,16 +122,19 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
 ) -> Result<()> {
     let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
     let passes = units.agree(batches.len())?; // before the first pass: ranks are in step
-    for batch in &batches {
+    for (index, batch) in batches.iter().enumerate() {
         if model.any_stops(interrupt.check().is_err())? {
             return Err(Error::Interrupted);
         }
+        units.at_micro_batch(index + 1);
         let packed = PackedRows::new(&rows.select(batch), pass.device);
         each(batch, forward_units(units, (model, head), &packed)?);
     }
-    for _ in batches.len()..passes {
+    for index in batches.len()..passes {
+        units.at_micro_batch(index + 1);
         idle_pass(units, model.num_layers(), false)?;
     }
+    units.at_micro_batch(0);
     Ok(())
 }
 

@@ -81,7 +81,7 @@ pub struct NodeConfig {
 
 impl NodeConfig {
     pub fn new(name: impl Into<String>, num_cpus: f64, num_gpus: usize) -> NodeConfig {
-        let slots = 64 + num_cpus.max(0.0).min(MOST).ceil() as usize;
+        let slots = 64 + num_cpus.clamp(0.0, MOST).ceil() as usize;
         NodeConfig { name: name.into(), num_cpus, num_gpus, slots }
     }
 

@@ -174,7 +174,8 @@ fn assert_slices(case: &Case, tp_rank: usize, held: &Tensors, exported: &Tensors
     }
 }
 
-const PATIENCE: Patience = Patience { join: Duration::from_secs(30), progress: Duration::from_secs(10) };
+const PATIENCE: Patience =
+    Patience { join: Duration::from_secs(30), progress: Duration::from_secs(10), remind: Duration::from_secs(30) };
 
 /// Runs `each` on the threads of `size` ranks that meet, and gives what each returns, in order.
 fn ranks<T: Send>(size: usize, each: impl Fn(usize, &MeetingPoint) -> T + Sync) -> Vec<T> {

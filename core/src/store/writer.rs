@@ -1,0 +1,146 @@
+//! Objects on their way into the store: written once, where they stay.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+
+use safetensors::tensor::{Metadata, TensorInfo};
+use tch::Tensor;
+
+use super::client::{Claim, Store};
+use super::error::StoreError;
+use super::id::ObjectId;
+use super::object::{Object, dtype_of};
+use super::segment::SegmentWriter;
+use crate::shim;
+
+/// Where an object's first tensor begins, as a multiple.
+const ALIGNMENT: usize = 64;
+
+/// An object's memory, seen by this process alone until [`ObjectWriter::finish`]. Dropped before, it was never there.
+#[derive(Debug)]
+pub struct ObjectWriter {
+    id: ObjectId,
+    segment: SegmentWriter,
+    claim: Claim,
+}
+
+impl ObjectWriter {
+    pub(super) fn new(id: ObjectId, len: usize, claim: Claim) -> Result<ObjectWriter, StoreError> {
+        match SegmentWriter::create(&id.to_string(), len) {
+            Ok(segment) => Ok(ObjectWriter { id, segment, claim }),
+            Err(source) => Err(StoreError::Segment { id, source }),
+        }
+    }
+
+    /// All bytes of the object, which are to be a whole safetensors file.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        self.segment.bytes()
+    }
+
+    /// Seals the object and puts it into the store. It is held by what this returns.
+    ///
+    /// # Errors
+    /// The bytes are no whole safetensors: then the store never had them.
+    pub fn finish(self) -> Result<Object, StoreError> {
+        let ObjectWriter { id, segment, claim } = self;
+        let failed = |source| StoreError::Segment { id: id.clone(), source };
+        let segment = segment.seal().map_err(failed)?;
+        let map = segment.map().map_err(failed)?;
+        Object::check(&id, &map)?;
+        let reference = claim.commit(&segment)?;
+        Object::new(id.clone(), map, reference)
+    }
+}
+
+impl Store {
+    /// Puts tensors into the store under one id, copied once (from whatever device) into the memory that readers map.
+    ///
+    /// # Errors
+    /// The id is used, a dtype has no name in safetensors, or the store is full of what others hold.
+    pub fn put(
+        &self,
+        id: &ObjectId,
+        tensors: &[(&str, &Tensor)],
+        metadata: &[(&str, &str)],
+    ) -> Result<Object, StoreError> {
+        let layout = Layout::new(id, tensors, metadata)?;
+        let mut writer = self.create(id, layout.len)?;
+        writer.bytes()[..layout.header.len()].copy_from_slice(&layout.header);
+        for (tensor, begin, end) in layout.places {
+            let place = &mut writer.bytes()[begin..end];
+            if place.is_empty() {
+                continue;
+            }
+            let torch = |source| StoreError::Torch { id: id.clone(), source };
+            // SAFETY: the memory is this writer's, of the tensor's size and aligned; the wrapper is gone before it is sealed.
+            let mut to =
+                unsafe { shim::from_mapping(place.as_mut_ptr() as usize, &tensor.size(), tensor.kind(), Box::new(())) }
+                    .map_err(torch)?;
+            tch::no_grad(|| to.f_copy_(tensor)).map_err(torch)?;
+        }
+        writer.finish()
+    }
+
+    /// The file at `path`, a whole safetensors file, as an object: copied in once per host, whoever asks.
+    ///
+    /// # Errors
+    /// The file cannot be read, is no safetensors, or was not there after `timeout`.
+    pub fn put_file(&self, path: &Path, timeout: Duration) -> Result<Object, StoreError> {
+        let unreadable = |source: std::io::Error| StoreError::Fetch {
+            id: ObjectId::ModelFile { file: path.display().to_string(), state: String::new() },
+            source: source.into(),
+        };
+        let id = ObjectId::model_file(path).map_err(unreadable)?;
+        self.get_or_fetch(&id, timeout, |claim| {
+            let mut file = File::open(path)?;
+            let len = usize::try_from(file.metadata()?.len())?;
+            let mut writer = claim.allocate(len)?;
+            file.read_exact(writer.bytes())?;
+            Ok(writer)
+        })
+    }
+}
+
+/// Where tensors go in an object.
+struct Layout<'a> {
+    header: Vec<u8>,
+    places: Vec<(&'a Tensor, usize, usize)>,
+    len: usize,
+}
+
+impl<'a> Layout<'a> {
+    fn new(id: &ObjectId, tensors: &[(&str, &'a Tensor)], metadata: &[(&str, &str)]) -> Result<Layout<'a>, StoreError> {
+        let mut order: Vec<(&str, &Tensor)> = tensors.to_vec();
+        // Wide elements first: each tensor then begins at a multiple of its element's size.
+        order.sort_by_key(|(name, tensor)| (std::cmp::Reverse(tensor.kind().elt_size_in_bytes()), *name));
+        let (mut infos, mut places, mut end) = (Vec::new(), Vec::new(), 0);
+        for (name, tensor) in order {
+            let wrong = |reason: &str| StoreError::Tensor { id: id.clone(), name: name.into(), reason: reason.into() };
+            let dtype =
+                dtype_of(tensor.kind()).ok_or_else(|| wrong(&format!("dtype {:?} cannot be stored", tensor.kind())))?;
+            if places.last().is_some() && infos.iter().any(|(other, _): &(String, TensorInfo)| other == name) {
+                return Err(wrong("two tensors have this name"));
+            }
+            let begin = end;
+            end += tensor.numel() * tensor.kind().elt_size_in_bytes();
+            let shape = tensor.size().iter().map(|dim| *dim as usize).collect();
+            infos.push((name.to_string(), TensorInfo { dtype, shape, data_offsets: (begin, end) }));
+            places.push((tensor, begin, end));
+        }
+        let damaged = |reason: String| StoreError::Damaged { id: id.clone(), reason };
+        let metadata: HashMap<String, String> =
+            metadata.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let metadata = Metadata::new((!metadata.is_empty()).then_some(metadata), infos)
+            .map_err(|error| damaged(error.to_string()))?;
+        let mut json = serde_json::to_vec(&metadata).map_err(|error| damaged(error.to_string()))?;
+        json.resize((8 + json.len()).next_multiple_of(ALIGNMENT) - 8, b' ');
+        let mut header = (json.len() as u64).to_le_bytes().to_vec();
+        header.extend(json);
+        let data = header.len();
+        let places = places.into_iter().map(|(tensor, begin, end)| (tensor, data + begin, data + end)).collect();
+        Ok(Layout { header, places, len: data + end })
+    }
+}
