@@ -2,7 +2,7 @@
 //! is in it.
 //!
 //! * **FZ-1** Between passes a rank keeps its shard and nothing else; in a pass two gathered units at most are here
-//!   beside it. Test: `models/tests/frozen.rs`.
+//!   beside it (and, while a gather is on its way, Gloo's own copy of it). Test: `models/tests/frozen.rs`.
 //! * **FZ-2** Loading reads the rank's own slices. Test: `models/tests/frozen.rs`.
 //! * **FZ-3** Ranks run the same number of passes, whatever their rows. Test: `models/tests/frozen.rs`.
 
@@ -20,6 +20,8 @@ use crate::shape::ModelShape;
 /// The weights of a model that does not learn on one rank: its shard, and the units that a pass has gathered.
 pub struct FrozenState {
     units: Vec<FlatWeights>,
+    /// By unit and parameter.
+    views: Vec<Vec<Tensor>>,
     group: ProcessGroup,
     head_units: Vec<usize>,
 }
@@ -36,20 +38,18 @@ impl FrozenState {
         let sharding = Sharding::of_parameters(group);
         let unit = |unit| {
             let mut weights = FlatWeights::new(unit, &sharding, (kind, device))?;
+            let views = weights.views();
             weights.load(load)?;
-            Ok(weights)
+            Ok((weights, views))
         };
-        let units = shape.units.iter().map(unit).collect::<Result<_>>()?;
-        Ok(FrozenState { units, group: group.clone(), head_units: shape.head_units() })
+        let (units, views) = shape.units.iter().map(unit).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        Ok(FrozenState { units, views, group: group.clone(), head_units: shape.head_units() })
     }
 
     /// Every parameter by name: what the model is built from. They have memory while their unit is gathered.
     pub fn params(&self) -> HashMap<String, Tensor> {
-        let named = |unit: &FlatWeights| {
-            let names: Vec<String> = unit.shape.params.iter().map(|param| param.name.clone()).collect();
-            names.into_iter().zip(unit.views())
-        };
-        self.units.iter().flat_map(named).collect()
+        let params = self.units.iter().flat_map(|unit| &unit.shape.params);
+        params.zip(self.views.iter().flatten()).map(|(p, view)| (p.name.clone(), view.shallow_clone())).collect()
     }
 
     /// Bytes that this rank keeps between passes.

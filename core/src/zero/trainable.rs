@@ -121,6 +121,7 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
     mut each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
     let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
+    let passes = units.agree(batches.len())?; // before the first pass: ranks are in step
     for (index, batch) in batches.iter().enumerate() {
         if model.any_stops(interrupt.check().is_err())? {
             return Err(Error::Interrupted);
@@ -129,7 +130,7 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
         let packed = PackedRows::new(&rows.select(batch), pass.device);
         each(batch, forward_units(units, (model, head), &packed)?);
     }
-    for index in batches.len()..units.agree(batches.len())? {
+    for index in batches.len()..passes {
         units.at_micro_batch(index + 1);
         idle_pass(units, model.num_layers(), false)?;
     }
