@@ -199,7 +199,7 @@ impl Run {
         let report = ppo::step(&self.wired.ppo, &self.wired.roles, prompts, now).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done
         if let (Some(folder), Some(rollout)) = (&recipe.rollout.record, &report.rollout) {
-            record(folder, step, rollout)?;
+            record(&folder.0, step, rollout)?;
         }
         self.watch.clear();
         let mut metrics = step_metrics(&report, self.kl.coef());

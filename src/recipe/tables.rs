@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::Origins;
 use super::schema::{above, above_to, at_least, between, choice, from_below, table};
-use super::value::{Auto, ModelSource};
+use super::value::{Auto, ModelSource, NewFolder};
 
 table! {
     /// A PPO run.
@@ -246,7 +246,7 @@ table! {
         /// Strings that end a response, beside the model's own end tokens.
         pub stop: Vec<String> = Vec::new();
         /// Keep every step's rollout in this folder, for `replay`.
-        pub record: Option<PathBuf> = None;
+        pub record: Option<NewFolder> = None;
         /// Take the rollouts from this folder instead of sampling: what is learned from equal rollouts can be compared.
         pub replay: Option<PathBuf> = None;
     }

@@ -17,6 +17,10 @@ pub enum ModelSource {
     Hub(String),
 }
 
+/// A folder that the program makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewFolder(pub PathBuf);
+
 /// A number the program works out unless the recipe gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Auto<T> {
@@ -230,6 +234,25 @@ impl Scalar for PathBuf {
 
     fn show(&self) -> String {
         self.display().to_string().show()
+    }
+}
+
+impl Scalar for NewFolder {
+    fn kind() -> String {
+        "path".into()
+    }
+
+    fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self> {
+        let written = String::parse(field, node, reader)?;
+        if written.is_empty() {
+            reader.wrong_type(field.name, node, "a folder's name");
+            return None;
+        }
+        Some(NewFolder(reader.documents.resolve_path(&node.origin, &written)))
+    }
+
+    fn show(&self) -> String {
+        self.0.show()
     }
 }
 
