@@ -112,13 +112,13 @@ fn worst_logprob(found: &[Sequence], expected: &[Sequence]) -> f64 {
     found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// Three slots for ten sequences: prompts are kept for later samples, slots are refilled, moved, and packed anew.
+/// Two slots for six sequences: prompts are kept for later samples, slots are refilled, moved, and packed anew.
 fn agrees(folder: &Path, kind: Kind, size: usize, sampling: &SamplingConfig) {
-    let prompts = prompts(&[3, 11, 1, 20, 5], 2);
+    let prompts = prompts(&[3, 11, 1], 2);
     let (expected, report) =
-        Model::open(folder, kind, &TensorParallel::solo()).generate(slots(3), &prompts, sampling).unwrap();
+        Model::open(folder, kind, &TensorParallel::solo()).generate(slots(2), &prompts, sampling).unwrap();
     let found = ranks(size, Patience::default(), |tensor_parallel| {
-        Model::open(folder, kind, tensor_parallel).generate(slots(3), &prompts, sampling).unwrap()
+        Model::open(folder, kind, tensor_parallel).generate(slots(2), &prompts, sampling).unwrap()
     });
     for (sequences, of_rank) in &found {
         let what = || format!("{} {kind:?} over {size}, {sampling:?}", folder.display());
@@ -135,9 +135,12 @@ fn agrees(folder: &Path, kind: Kind, size: usize, sampling: &SamplingConfig) {
 #[test]
 fn ranks_sample_what_one_process_samples() {
     for folder in folders() {
-        for (kind, size) in [(Kind::Double, 2), (Kind::Double, 4), (Kind::Float, 2)] {
-            agrees(&folder, kind, size, &sampling(0.7, 14));
+        for kind in [Kind::Double, Kind::Float] {
+            agrees(&folder, kind, 2, &sampling(0.7, 13));
         }
+    }
+    for name in ["llama_biases", "qwen3_head_dim"] {
+        agrees(&folder(name), Kind::Double, 4, &sampling(0.7, 13));
     }
 }
 
@@ -147,7 +150,7 @@ fn cuts_and_greedy_choices_go_over_all_parts_of_the_vocabulary() {
     let cuts = [(0.0, 0, 1.0, 0.0), (1.5, 40, 1.0, 0.0), (1.5, 0, 0.8, 0.0), (1.5, 0, 1.0, 0.2), (1.5, 60, 0.9, 0.02)];
     for (temperature, top_k, top_p, min_p) in cuts {
         for size in [2, 4] {
-            let sampling = SamplingConfig { top_k, top_p, min_p, ..sampling(temperature, 12) };
+            let sampling = SamplingConfig { top_k, top_p, min_p, ..sampling(temperature, 6) };
             agrees(&folder, Kind::Double, size, &sampling);
         }
     }

@@ -36,9 +36,9 @@ fn a_rank_holds_its_slices_and_no_more() {
                     let grown = shim::live_bytes(Device::Cpu) - before;
                     let copied = numel(&shape, |axis| kind != stored || axis == TensorParallelAxis::Columns);
                     let exact = copied * kind.elt_size_in_bytes();
-                    // The allocator hands out whole blocks of 64 bytes.
+                    // A block has a header and is rounded up: 128 bytes at most for tensors of these sizes.
                     assert!(
-                        (exact..exact + 64 * slices.len()).contains(&grown),
+                        (exact..=exact + 128 * slices.len()).contains(&grown),
                         "{name} {part:?} {kind:?}: {grown}, {exact}"
                     );
                     for (param, slice) in params().zip(&slices) {
