@@ -91,6 +91,7 @@ fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
             Dtype::Auto => ComputeDtype::Bfloat16,
         },
         activation_checkpointing: recipe.train.compute.activation_checkpointing,
+        entropy_in_loss: recipe.ppo.entropy_coef != 0.0,
         reference_offload: recipe.reference_offload,
         max_sequences: recipe.generation.max_sequences,
         max_batched_tokens: recipe.generation.max_batched_tokens,

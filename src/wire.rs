@@ -10,6 +10,7 @@ use echelon_algorithms::schedule::{Decay, LrSchedule};
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_algorithms::{kl, ppo};
 use echelon_core::device::{self, DeviceChoice};
+use echelon_core::memory::Meter;
 use echelon_core::progress::{Interrupt, Progress, Unwatched};
 use echelon_core::role::{ActorRank, CriticRank, Endpoint, Role, Roles, WorkerGroup};
 use echelon_core::rollout::SamplingConfig;
@@ -332,6 +333,7 @@ fn build_host(
         interrupt,
         progress,
         run_folder,
+        meter: Meter::new(held.pass.device),
     })
 }
 

@@ -20,6 +20,8 @@ pub mod pack;
 
 pub mod zero;
 
+pub mod memory;
+
 pub mod process_group;
 
 pub mod progress;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::divide::Divide;
@@ -18,7 +19,8 @@ use crate::rollout::{Prompts, Rollout, SamplingConfig};
 use crate::verb::*;
 
 /// Who is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Role {
     Actor,
     Critic,

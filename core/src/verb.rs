@@ -6,6 +6,7 @@ use tch::Tensor;
 
 use crate::error::Result;
 use crate::experience::Experience;
+use crate::memory::MemoryReport;
 use crate::role::Role;
 use crate::rollout::{Prompts, Rollout, SamplingConfig, Tokens};
 
@@ -87,6 +88,10 @@ pub struct Export {
     pub folder: PathBuf,
 }
 
+/// Say what the rank's device was metered at since it was last asked.
+#[derive(Clone, Debug)]
+pub struct Memory;
+
 /// What one optimizer step of the actor did. Means are over response tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorReport {
@@ -139,4 +144,5 @@ verbs! {
     Save => (), "save";
     Restore => (), "restore";
     Export => (), "export";
+    Memory => MemoryReport, "memory";
 }

@@ -245,7 +245,12 @@ impl FlatUnit {
         }
         let operation = format!("reduce {}", self.shape.name);
         if self.sharding.optimizer() {
-            return group.start_reduce_scatter(&operation, &self.grads)?.sum();
+            let sum = group.start_reduce_scatter(&operation, &self.grads)?.sum()?;
+            // Where this rank's own part stood: the sum is a view of all that was received, which can go now.
+            let part = self.part();
+            let mut own = self.grads.narrow(0, part.start, part.end - part.start);
+            tch::no_grad(|| own.f_copy_(&sum))?;
+            return Ok(own);
         }
         group.all_reduce_sum(&operation, &self.grads)?;
         Ok(self.grads.shallow_clone())
@@ -289,11 +294,11 @@ impl FlatUnit {
         Ok(whole)
     }
 
-    /// Bytes of weights and gradients that stay between passes.
-    pub fn bytes(&self) -> usize {
+    /// Bytes of weights and of gradients that stay between passes.
+    pub fn bytes(&self) -> (usize, usize) {
         let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
         let weights = if self.sharding.parameters() { of(&self.weights_shard) } else { of(&self.weights) };
-        weights + self.grads_shard.as_ref().map_or_else(|| of(&self.grads), of)
+        (weights, self.grads_shard.as_ref().map_or_else(|| of(&self.grads), of))
     }
 }
 
