@@ -14,6 +14,7 @@ use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::Worker;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::forecast::Forecast;
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::plan;
@@ -25,9 +26,11 @@ use crate::watch::Watch;
 use crate::wire::{self, ModelFolders, Wired};
 
 mod evaluate;
+pub mod memory;
 mod metrics;
 
 use evaluate::{Evaluator, eval_metrics};
+use memory::MemoryLedger;
 use metrics::{Work, samples_of, step_metrics};
 
 /// `ppo RECIPE`: everything from the arguments to the report.
@@ -84,6 +87,8 @@ struct Run {
     watch: Arc<Watch>,
     interrupt: Interrupt,
     work: Work,
+    memory: MemoryLedger,
+    forecast: Forecast,
     begun: Instant,
     /// The last finished step.
     step: u64,
@@ -108,6 +113,8 @@ impl Run {
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         let shape = wire::shape(&inputs.folders.actor)?;
+        let memory = MemoryLedger::new(&recipe, &inputs.folders, inputs.held)?;
+        let forecast = Forecast::new(&recipe, &inputs.folders, inputs.held)?;
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().for_each(|note| terminal.note(note));
         let Inputs { folders, held, tokenizer, mut prompts, evaluator, .. } = inputs;
@@ -134,6 +141,8 @@ impl Run {
             watch,
             interrupt,
             work: Work::new(&shape, held, &recipe),
+            memory,
+            forecast,
             begun,
             step,
             policy_version: 0,
@@ -199,6 +208,11 @@ impl Run {
         self.step = step;
         self.policy_version = report.policy_version;
         self.work.record(&mut metrics, &report, begun.elapsed().as_secs_f64());
+        let memory = memory::reports(&self.wired.workers).await?;
+        for warning in self.memory.record(&mut metrics, &memory) {
+            self.terminal.note(&warning);
+        }
+        self.forecast.record(&mut metrics, &report);
         let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
             (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => {
                 Some(evaluator.run(&self.wired).await?)

@@ -57,9 +57,9 @@ impl PassLoad {
         for batch in &batches {
             let tokens: i64 = batch.iter().map(|&row| rows.lengths[row as usize]).sum();
             let wanted = |&row: &i64| {
-                let first = row as usize * width;
-                let row = &mask[first + 1..first + rows.lengths[row as usize] as usize];
-                row.iter().map(|&wanted| u64::from(wanted)).sum::<u64>()
+                let (first, length) = (row as usize * width, rows.lengths[row as usize] as usize);
+                let after_the_first = mask.get(first + 1..first + length).unwrap_or_default();
+                after_the_first.iter().map(|&wanted| u64::from(wanted)).sum::<u64>()
             };
             load.tokens = load.tokens.max(tokens as u64);
             load.predicted = load.predicted.max(batch.iter().map(wanted).sum());

@@ -298,7 +298,9 @@ impl Problem<'_> {
         let reading = (matrices * workload.dtype.bytes() as f64 + cached) / bandwidth;
         let multiplying = 2.0 * matrices * slots as f64 / (flops * rates.decode_flops_fraction);
         let step = reading.max(multiplying) + self.tensor_parallel_s(job, slots, slice) + rates.decode_step_s;
-        let steps = workload.mean_response_tokens * (sequences as f64 / slots as f64);
+        // Slots are refilled until nothing waits; then the longest response decides when the last one ends.
+        let tail = (workload.max_response_tokens as f64 - workload.mean_response_tokens).max(0.0);
+        let steps = workload.mean_response_tokens * (sequences as f64 / slots as f64) + tail;
         prefill + steps * step
     }
 
