@@ -103,7 +103,7 @@ fn an_interrupted_run_of_workers_goes_on_as_if_nothing_had_been() {
 /// Starts a worker as a person or a scheduler would.
 fn worker(rank: usize, address: &str, credentials: &str) -> Child {
     Command::new(env!("CARGO_BIN_EXE_worker"))
-        .args(["--join", address, "--credentials", credentials])
+        .args(["--join", address, "--credentials", credentials, "--join-timeout-s", "30"])
         .env("RANK", rank.to_string())
         .env("LOCAL_RANK", rank.to_string())
         .env("WORLD_SIZE", "2")
@@ -149,7 +149,7 @@ fn workers_started_by_hand_do_what_those_started_here_do() {
 #[test]
 fn missing_and_surplus_workers_are_named() {
     let workplace = Workplace::new();
-    let (driver, address, credentials) = waiting(&workplace, "run", &["--set", "placement.join_timeout_s=3"]);
+    let (driver, address, credentials) = waiting(&workplace, "run", &["--set", "placement.join_timeout_s=10"]);
     let honest = worker(0, &address, &credentials);
     std::thread::sleep(Duration::from_millis(800));
     // Another one claims the same rank, and one has a rank that is not in the run.
