@@ -18,7 +18,7 @@
 //! * **WS-8** Through shared memory each trainer writes its part once, for all generators of the host. A parameter whose
 //!   slice lies in one trainer's part is computed on where it was written; others are copied together.
 //!
-//! Tests: `tests.rs` here, and `tests/weight_sync.rs` with processes.
+//! Tests: `tests.rs` here.
 
 pub mod broadcast;
 mod checksum;
