@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_core::Error;
+use echelon_core::memory::Meter;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
@@ -139,6 +140,7 @@ impl HostPlan {
             interrupt,
             progress,
             run_folder: self.run_folder,
+            meter: Meter::new(held.pass.device),
         })
     }
 }

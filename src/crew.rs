@@ -6,9 +6,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use echelon_core::Error;
+use echelon_core::memory::MemoryReport;
 use echelon_core::process_group::MeetingPoint;
 use echelon_core::progress::{Interrupt, Progress};
-use echelon_core::role::{Role, WorkerGroup};
+use echelon_core::role::{Endpoint, Role, WorkerGroup};
+use echelon_core::verb::Memory;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
@@ -168,6 +170,17 @@ impl Crew {
             Crew::Processes(crew) => there(crew.ranks[number].clone()),
         };
         WorkerGroup::new(role, group.workers.iter().map(endpoint).collect()).tensor_parallel(group.tensor_parallel)
+    }
+
+    /// What every worker was metered at since it was last asked.
+    ///
+    /// # Errors
+    /// A worker that is gone.
+    pub async fn memory(&self) -> echelon_core::Result<Vec<MemoryReport>> {
+        match self {
+            Crew::Here { worker, .. } => Ok(vec![worker.call(Memory).await?]),
+            Crew::Processes(crew) => try_join_all(crew.ranks.iter().map(|rank| rank.call(Memory))).await,
+        }
     }
 
     /// The failure, or the loss of a worker that caused it: its peers' calls fail too, and often sooner.

@@ -86,6 +86,16 @@ impl Generator {
         }
     }
 
+    /// Bytes of weights of its own.
+    pub fn bytes(&self) -> usize {
+        let own = match self {
+            Generator::OnActor => return 0,
+            Generator::Beside(weights) => weights,
+            Generator::Apart(apart) => &apart.weights,
+        };
+        own.tensors.values().map(|tensor| tensor.numel() * tensor.kind().elt_size_in_bytes()).sum()
+    }
+
     /// # Errors
     /// The weights of `version` are not here, or not all of them.
     pub fn check(&self, version: u64) -> Result<()> {

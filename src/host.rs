@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig, update_actor, update_critic};
 use echelon_core::experience::Experience;
+use echelon_core::memory::{Load, MemoryReport, Meter, PassLoad, Phase, StateBytes};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Rollout, Tokens};
+use echelon_core::shim;
 use echelon_core::verb::*;
 use echelon_core::zero::{
     Head, PolicyOutput, ScalarValues, Trainable, Units, forward_rows_through, stack_rows, write_tensors,
@@ -43,6 +45,7 @@ pub struct DeviceRoles {
     pub progress: Arc<dyn Progress>,
     /// Where a batch that made a loss non-finite is written for inspection.
     pub run_folder: PathBuf,
+    pub meter: Meter,
 }
 
 pub struct LearningActor {
@@ -69,7 +72,7 @@ pub struct Deferred<T>(DeferredState<T>);
 
 enum DeferredState<T> {
     Waiting(Option<Build<T>>),
-    Loaded(T),
+    Loaded(T, u64),
 }
 
 type Build<T> = Box<dyn FnOnce() -> Result<T>>;
@@ -84,13 +87,28 @@ impl<T> Deferred<T> {
     pub fn get(&mut self) -> Result<&mut T> {
         if let DeferredState::Waiting(build) = &mut self.0 {
             let build = build.take().ok_or_else(|| Error::Refused("this model could not be loaded before".into()))?;
-            self.0 = DeferredState::Loaded(build()?);
+            let before = held_bytes();
+            let value = build()?;
+            self.0 = DeferredState::Loaded(value, held_bytes().saturating_sub(before));
         }
         match &mut self.0 {
-            DeferredState::Loaded(value) => Ok(value),
+            DeferredState::Loaded(value, _) => Ok(value),
             DeferredState::Waiting(_) => unreachable!("loaded above"),
         }
     }
+
+    /// Bytes that loading left in tensors, mapped ones among them: a frozen model's weights.
+    fn weights(&self) -> StateBytes {
+        let weights = if let DeferredState::Loaded(_, bytes) = &self.0 { *bytes } else { 0 };
+        StateBytes { weights, ..StateBytes::default() }
+    }
+}
+
+/// Bytes live in tensors of every device that this process uses, and mapped ones.
+fn held_bytes() -> u64 {
+    let devices = [Device::Cpu, Device::cuda_if_available()];
+    let used = if devices[1] == Device::Cpu { &devices[..1] } else { &devices[..] };
+    (used.iter().map(|device| shim::live_bytes(*device)).sum::<usize>() + shim::mapped_bytes()) as u64
 }
 
 impl DeviceRoles {
@@ -105,6 +123,11 @@ impl DeviceRoles {
     /// What a forward pass without learning needs beside a model.
     fn asking(&self, phase: &'static str) -> Asking {
         Asking { phase, held: self.held, interrupt: self.interrupt.clone(), progress: self.progress.clone() }
+    }
+
+    /// What of `tokens` goes through a model at once.
+    fn pass_load(&self, tokens: &Tokens) -> Load {
+        Load::Pass(PassLoad::of(tokens, self.held.pass.tokens_per_micro_batch))
     }
 
     /// Writes the batch of a refused optimizer step beside the run's other files and says where.
@@ -196,6 +219,7 @@ impl Serve<Generate> for DeviceRoles {
             Generator::Beside(weights) => Some((&weights.model, &weights.head)),
             Generator::Apart(apart) => Some((&apart.weights.model, &apart.weights.head)),
         };
+        let metering = self.meter.begin(Role::Generator, Phase::Generate);
         let mut actor = if own.is_none() { self.actor.as_mut() } else { None };
         if let Some(actor) = &mut actor {
             actor.policy.state.gather_all()?;
@@ -208,10 +232,13 @@ impl Serve<Generate> for DeviceRoles {
         let policy = echelon_generation::Policy { model, head, tokenizer: Some(&self.tokenizer) };
         let (prompts, sampling) = (&request.prompts, &request.sampling);
         let generated = self.engine.generate(policy, prompts, sampling, self.progress.as_ref(), &self.interrupt);
+        let load = generated.as_ref().ok().map(|(sequences, _)| self.engine.load(model, prompts, sampling, sequences));
         if let Some(actor) = actor {
             actor.policy.state.release_all()?;
         }
         let (sequences, report) = generated?;
+        let resident = StateBytes { weights: generator.bytes() as u64, ..StateBytes::default() };
+        self.meter.end(metering, resident, Load::Decode(load.expect("it generated")));
         Ok(Rollout::from_sequences(prompts, &sequences, self.policy_version, report))
     }
 }
@@ -220,16 +247,25 @@ impl Serve<Logprobs> for DeviceRoles {
     fn serve(&mut self, request: Logprobs) -> Result<Tensor> {
         let tokens = &request.tokens;
         let read = |output: &LogprobOutput| output.logprobs().shallow_clone();
+        let load = self.pass_load(tokens);
         let parts = match request.role {
             Role::Reference => {
                 let asking = self.asking("reference");
-                let reference = self.reference.as_mut().ok_or_else(|| not_here(Role::Reference))?.get()?;
-                let FrozenPolicy { model, head, units } = reference;
-                asking.ask((&mut **units, (model, head)), tokens, read)?
+                let deferred = self.reference.as_mut().ok_or_else(|| not_here(Role::Reference))?;
+                let FrozenPolicy { model, head, units } = deferred.get()?;
+                let metering = self.meter.begin(Role::Reference, Phase::Score);
+                let parts = asking.ask((&mut **units, (model, head)), tokens, read)?;
+                self.meter.end(metering, deferred.weights(), load);
+                parts
             }
             _ => {
                 let asking = self.asking("logprobs");
-                asking.ask_learner(&mut self.actor()?.policy, tokens, read)?
+                let metering = self.meter.begin(Role::Actor, Phase::Score);
+                let policy = &mut self.actor()?.policy;
+                let parts = asking.ask_learner(policy, tokens, read)?;
+                let resident = policy.state.bytes_by_part();
+                self.meter.end(metering, resident, load);
+                parts
             }
         };
         Ok(stack_rows(&parts, size(tokens)))
@@ -240,7 +276,12 @@ impl Serve<Values> for DeviceRoles {
     fn serve(&mut self, request: Values) -> Result<Tensor> {
         let asking = self.asking("values");
         let read = |output: &ScalarOutput| output.values().shallow_clone();
-        let parts = asking.ask_learner(&mut self.critic()?.model, &request.tokens, read)?;
+        self.critic()?; // loaded before it is metered
+        let metering = self.meter.begin(Role::Critic, Phase::Score);
+        let model = &mut self.critic()?.model;
+        let parts = asking.ask_learner(model, &request.tokens, read)?;
+        let resident = model.state.bytes_by_part();
+        self.meter.end(metering, resident, self.pass_load(&request.tokens));
         Ok(stack_rows(&parts, size(&request.tokens)))
     }
 }
@@ -248,14 +289,18 @@ impl Serve<Values> for DeviceRoles {
 impl Serve<Scores> for DeviceRoles {
     fn serve(&mut self, request: Scores) -> Result<Tensor> {
         let asking = self.asking("scores");
-        let reward = self.reward.as_mut().ok_or_else(|| not_here(Role::Reward))?.get()?;
+        let deferred = self.reward.as_mut().ok_or_else(|| not_here(Role::Reward))?;
+        let reward = deferred.get()?;
         let tokens = match &reward.tokenizer {
             None => request.tokens,
             Some(tokenizer) => encode_texts(tokenizer, &request.prompts, &request.responses)?,
         };
         let read = |output: &ScalarOutput| output.values().to_device(Device::Cpu);
         let FrozenScorer { model, head, units } = &mut reward.model;
+        let metering = self.meter.begin(Role::Reward, Phase::Score);
         let parts = asking.ask((&mut **units, (model, head)), &tokens, read)?;
+        let resident = deferred.weights();
+        self.meter.end(metering, resident, self.pass_load(&tokens));
         // A rank without rows has no part.
         Ok(if parts.is_empty() { Tensor::zeros([0], tch::kind::FLOAT_CPU) } else { Tensor::cat(&parts, 0) })
     }
@@ -277,8 +322,11 @@ fn encode_texts(tokenizer: &Tokenizer, prompts: &[String], responses: &[String])
 impl Serve<UpdateActor> for DeviceRoles {
     fn serve(&mut self, request: UpdateActor) -> Result<ActorReport> {
         let UpdateActor { experience, num_tokens, kl_coef } = request;
+        let metering = self.meter.begin(Role::Actor, Phase::TrainActor);
         let actor = self.actor()?;
         let updated = update_actor(&mut actor.policy, &experience, num_tokens, kl_coef, &actor.config);
+        let resident = actor.policy.state.bytes_by_part();
+        self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train actor", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_evidence(error, &experience))
     }
@@ -287,8 +335,12 @@ impl Serve<UpdateActor> for DeviceRoles {
 impl Serve<UpdateCritic> for DeviceRoles {
     fn serve(&mut self, request: UpdateCritic) -> Result<CriticReport> {
         let UpdateCritic { experience, num_tokens } = request;
+        self.critic()?; // loaded before it is metered
+        let metering = self.meter.begin(Role::Critic, Phase::TrainCritic);
         let critic = self.critic()?;
         let updated = update_critic(&mut critic.model, &experience, num_tokens, &critic.config);
+        let resident = critic.model.state.bytes_by_part();
+        self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train critic", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_evidence(error, &experience))
     }
@@ -305,6 +357,12 @@ impl Serve<Publish> for DeviceRoles {
         }
         self.policy_version = policy_version;
         Ok(())
+    }
+}
+
+impl Serve<Memory> for DeviceRoles {
+    fn serve(&mut self, _request: Memory) -> Result<MemoryReport> {
+        Ok(self.meter.report())
     }
 }
 

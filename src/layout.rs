@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use echelon_core::role::Role;
-use echelon_placement::planner::Plan;
+use echelon_placement::planner::{ByHand, Plan};
 use serde::{Deserialize, Serialize};
 
 /// The places of a run's roles. Workers are numbered from 0, one per device.
@@ -64,6 +64,13 @@ impl Layout {
     /// The group of a role, if this worker is in it.
     pub fn of_worker(&self, worker: usize, role: Role) -> Option<&RoleGroup> {
         self.groups.iter().find(|group| group.role == role && group.workers.contains(&worker))
+    }
+
+    /// The places of the roles as a recipe would give them by hand, device by worker.
+    pub fn by_hand(&self) -> Vec<ByHand> {
+        let place =
+            |group: &RoleGroup| ByHand { role: group.role, devices: Some(group.workers.clone()), colocate_with: None };
+        self.groups.iter().map(place).collect()
     }
 
     /// Whether the generator computes on the actor's own tensors.

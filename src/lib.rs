@@ -9,6 +9,8 @@ pub mod run;
 
 pub mod supervised;
 
+pub mod calibration;
+pub mod forecast;
 pub mod layout;
 pub mod plan;
 pub mod program;

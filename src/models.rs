@@ -17,6 +17,8 @@ use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+use crate::calibration::probe_parameter;
+
 /// How a model is held: dtype, device and passes.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
@@ -73,8 +75,23 @@ pub fn trainable_policy(
             state(role, &config, held, (optimizer, sharding), &mut load)?
         }
     };
+    policy_of(&config, state, held, temperature)
+}
+
+/// A policy of `config` whose weights mean nothing: to measure how fast it is.
+pub fn probe_policy(
+    config: &DecoderConfig,
+    held: Held,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
+) -> Result<Policy> {
+    let state =
+        state(Role::Actor, config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))?;
+    policy_of(config, state, held, 1.0)
+}
+
+fn policy_of(config: &DecoderConfig, state: TrainingState, held: Held, temperature: f64) -> Result<Policy> {
     let params = state.params();
-    let model = decoder_of(&config, &params)?;
+    let model = decoder_of(config, &params)?;
     let head = if config.tied_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
     let head = LogprobHead::trained(params[head].shallow_clone(), temperature);
     Ok(Trainable::new(state, model, head, held.pass))

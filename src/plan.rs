@@ -17,7 +17,7 @@ use crate::recipe::{self, Device, Devices, Dtype, ModelSource, ResolvedRecipe, S
 const USUAL_GPU: &str = "H100-80GB";
 const USUAL_GPUS_PER_NODE: usize = 8;
 /// Host memory of a machine that a recipe is planned for on its CPU.
-const USUAL_HOST_BYTES: u64 = 32 << 30;
+pub(crate) const USUAL_HOST_BYTES: u64 = 32 << 30;
 
 /// The plan of a recipe; None where a model's shape is not at hand (a hub id without `shape`).
 ///
@@ -67,12 +67,25 @@ fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
         Some(start) => shape(start, Some(HeadKind::Score))?,
         None => None,
     };
+    Ok(Some(workload_of(recipe, Shapes { actor, critic, reference, reward })))
+}
+
+/// The shapes of a recipe's models.
+pub(crate) struct Shapes {
+    pub actor: ModelShape,
+    pub critic: ModelShape,
+    pub reference: Option<ModelShape>,
+    pub reward: Option<ModelShape>,
+}
+
+/// What a step of a recipe works on.
+pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
-    Ok(Some(Workload {
-        actor,
-        critic: Some(critic),
-        reference,
-        reward,
+    Workload {
+        actor: shapes.actor,
+        critic: Some(shapes.critic),
+        reference: shapes.reference,
+        reward: shapes.reward,
         prompts: recipe.rollout.batch_size,
         samples_per_prompt: recipe.rollout.samples_per_prompt,
         max_prompt_tokens: prompt,
@@ -91,11 +104,12 @@ fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
             Dtype::Auto => ComputeDtype::Bfloat16,
         },
         activation_checkpointing: recipe.train.compute.activation_checkpointing,
+        entropy_in_loss: recipe.ppo.entropy_coef != 0.0,
         reference_offload: recipe.reference_offload,
         max_sequences: recipe.generation.max_sequences,
         max_batched_tokens: recipe.generation.max_batched_tokens,
         kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
-    }))
+    }
 }
 
 /// A model's shape from its `config.json`, or the one named for planning.
@@ -112,7 +126,7 @@ fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape
     }
 }
 
-fn constraints(recipe: &ResolvedRecipe) -> Constraints {
+pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
     let placement = &recipe.placement;
     use echelon_core::role::Role;
     let by_hand = [

@@ -13,6 +13,7 @@ use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::forecast::Forecast;
 use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
@@ -27,9 +28,11 @@ use crate::wire::{self, ModelFolders, RunInputs, Wired};
 use crate::worker;
 
 mod evaluate;
+pub mod memory;
 mod metrics;
 
 use evaluate::{Evaluator, eval_metrics};
+use memory::MemoryLedger;
 use metrics::{Work, samples_of, step_metrics};
 
 /// `ppo RECIPE`: everything from the arguments to the report.
@@ -86,6 +89,8 @@ struct Run {
     watch: Arc<Watch>,
     interrupt: Interrupt,
     work: Work,
+    memory: MemoryLedger,
+    forecast: Forecast,
     begun: Instant,
     /// The last finished step.
     step: u64,
@@ -110,6 +115,8 @@ impl Run {
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         let shape = wire::shape(&inputs.folders.actor)?;
+        let memory = MemoryLedger::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?;
+        let forecast = Forecast::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?;
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().for_each(|note| terminal.note(note));
         let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, .. } = inputs;
@@ -139,6 +146,8 @@ impl Run {
             watch,
             interrupt,
             work: Work::new(&shape, held, &recipe),
+            memory,
+            forecast,
             begun,
             step,
             policy_version: 0,
@@ -207,6 +216,11 @@ impl Run {
         self.step = step;
         self.policy_version = report.policy_version;
         self.work.record(&mut metrics, &report, begun.elapsed().as_secs_f64());
+        let memory = self.wired.crew.memory().await?;
+        for warning in self.memory.record(&mut metrics, &memory) {
+            self.terminal.note(&warning);
+        }
+        self.forecast.record(&mut metrics, &report);
         let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
             (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => {
                 Some(evaluator.run(&self.wired).await?)

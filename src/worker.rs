@@ -184,7 +184,7 @@ fn answer(worker: &Worker<DeviceRoles>, call: Call) {
             }
         };
     }
-    verbs!(Generate, Logprobs, Values, Scores, UpdateActor, UpdateCritic, Publish, Save, Restore, Export);
+    verbs!(Generate, Logprobs, Values, Scores, UpdateActor, UpdateCritic, Publish, Save, Restore, Export, Memory);
 }
 
 /// Keeps the heartbeat's operation that of the group that has done most lately.

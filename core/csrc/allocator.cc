@@ -18,7 +18,20 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kKeepFrom = size_t{1} << 16;   // smaller blocks are malloc's business
 constexpr size_t kKeepAtLeast = size_t{1} << 28;
 
-std::atomic<size_t> live{0}, peak{0};
+// What tensors hold, the most of it at once since the last reset and ever, and what the blocks that they are in and
+// those kept for later take.
+std::atomic<size_t> live{0}, peak{0}, most{0}, taken{0};
+
+void raise_to(std::atomic<size_t>& highest, size_t now) {
+  for (size_t seen = highest.load(); now > seen && !highest.compare_exchange_weak(seen, now);) {
+  }
+}
+
+void count(size_t bytes) {
+  size_t now = live += bytes;
+  raise_to(peak, now);
+  raise_to(most, now);
+}
 
 // Sizes are rounded up to eighths of a power of two, so that blocks of nearly equal size replace each other.
 size_t size_class(size_t bytes) {
@@ -38,10 +51,10 @@ class FreeBlocks {
     kept_ -= size;
     return block;
   }
-  // Keeps at most a quarter of the peak: what a phase needed is there for the next, and no more.
+  // Keeps at most a quarter of what was ever live: what a phase needed is there for the next, and no more.
   bool keep(void* block, size_t size) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_ + size > std::max(kKeepAtLeast, peak.load() / 4)) return false;
+    if (kept_ + size > std::max(kKeepAtLeast, most.load() / 4)) return false;
     blocks_[size].push_back(block);
     kept_ += size;
     return true;
@@ -50,6 +63,7 @@ class FreeBlocks {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& entry : blocks_)
       for (void* block : entry.second) std::free(block);
+    taken -= kept_;
     blocks_.clear();
     kept_ = 0;
   }
@@ -65,14 +79,20 @@ FreeBlocks& free_blocks() {
   return *blocks;
 }
 
-// A block begins with its size; the data follows on the next alignment boundary. Data and context are one pointer, which
-// is what libtorch's raw_allocate asks for.
+// A block begins with its size and the bytes that were asked for; the data follows on the next alignment boundary. Data
+// and context are one pointer, which is what libtorch's raw_allocate asks for.
+struct Header {
+  size_t size, bytes;
+};
+
 void release(void* data) {
   if (data == nullptr) return;
   void* block = static_cast<char*>(data) - kAlignment;
-  size_t size = *static_cast<size_t*>(block);
-  live -= size;
-  if (size < kKeepFrom || !free_blocks().keep(block, size)) std::free(block);
+  auto [size, bytes] = *static_cast<Header*>(block);
+  live -= bytes;
+  if (size >= kKeepFrom && free_blocks().keep(block, size)) return;
+  std::free(block);
+  taken -= size;
 }
 
 struct CountingAllocator final : c10::Allocator {
@@ -81,10 +101,8 @@ struct CountingAllocator final : c10::Allocator {
     size_t size = size_class(bytes + kAlignment);
     void* block = size >= kKeepFrom ? free_blocks().take(size) : nullptr;
     if (block == nullptr) block = fresh(size);
-    *static_cast<size_t*>(block) = size;
-    size_t now = live += size;
-    for (size_t seen = peak.load(); now > seen && !peak.compare_exchange_weak(seen, now);) {
-    }
+    *static_cast<Header*>(block) = {size, bytes};
+    count(bytes);
     void* data = static_cast<char*>(block) + kAlignment;
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -99,6 +117,7 @@ struct CountingAllocator final : c10::Allocator {
       TORCH_CHECK(posix_memalign(&data, kAlignment, size) == 0, "out of memory: ", size, " bytes wanted, ", live.load(),
                   " bytes live in tensors");
     }
+    taken += size;
     return data;
   }
 };
@@ -112,6 +131,7 @@ void install_cpu_allocator() {
 size_t live_bytes() { return live.load(); }
 size_t peak_bytes() { return peak.load(); }
 void reset_peak_bytes() { peak = live.load(); }
+size_t taken_bytes() { return taken.load(); }
 
 }  // namespace echelon
 
@@ -126,12 +146,12 @@ std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype) {
   size_t bytes = std::max<size_t>(numel * options.dtype().itemsize(), 1);
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK(data != MAP_FAILED, "out of memory: ", bytes, " bytes wanted");
-  size_t now = live += bytes;
-  for (size_t seen = peak.load(); now > seen && !peak.compare_exchange_weak(seen, now);) {
-  }
+  count(bytes);
+  taken += bytes;
   auto unmap = [bytes](void* data) {
     munmap(data, bytes);
     live -= bytes;
+    taken -= bytes;
   };
   return std::make_unique<at::Tensor>(at::from_blob(data, {numel}, unmap, options));
 }

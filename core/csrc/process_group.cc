@@ -22,7 +22,7 @@ at::Tensor bytes_of(const at::Tensor& tensor) {
 }
 
 std::unique_ptr<PendingWork> pending(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors) {
-  return std::make_unique<PendingWork>(std::move(work), std::move(tensors));
+  return std::make_unique<PendingWork>(std::vector{std::move(work)}, std::move(tensors));
 }
 
 }  // namespace
@@ -53,8 +53,8 @@ bool MeetingStore::advance(rust::Str key, int64_t from) const {
 
 void MeetingStore::remove(rust::Str key) const { store_->deleteKey(text(key)); }
 
-PendingWork::PendingWork(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors)
-    : work_(std::move(work)), tensors_(std::move(tensors)) {}
+PendingWork::PendingWork(std::vector<c10::intrusive_ptr<c10d::Work>> works, std::vector<at::Tensor> tensors)
+    : works_(std::move(works)), tensors_(std::move(tensors)) {}
 PendingWork::~PendingWork() = default;
 
 bool PendingWork::wait(int64_t timeout_ms) const {
@@ -63,12 +63,18 @@ bool PendingWork::wait(int64_t timeout_ms) const {
     handed_over_.get();
     return true;
   }
-  try {
-    return work_->wait(milliseconds(timeout_ms));
-  } catch (const std::exception& error) {
-    if (!work_->isCompleted()) return false;
-    throw;
+  const auto end = std::chrono::steady_clock::now() + milliseconds(timeout_ms);
+  for (const auto& work : works_) {
+    // Gloo takes no time at all for "as long as it takes".
+    auto left = std::chrono::ceil<std::chrono::milliseconds>(end - std::chrono::steady_clock::now());
+    try {
+      if (!work->wait(std::max(left, milliseconds(1)))) return false;
+    } catch (const std::exception& error) {
+      if (!work->isCompleted()) return false;
+      throw;
+    }
   }
+  return true;
 }
 
 // Gloo runs a collective on threads of its own, but waits for a single message on the caller's, and closes every
@@ -76,9 +82,9 @@ bool PendingWork::wait(int64_t timeout_ms) const {
 void PendingWork::wait_aside() {
   std::promise<void> promise;
   handed_over_ = promise.get_future().share();
-  std::thread([work = work_, tensors = tensors_, promise = std::move(promise)]() mutable {
+  std::thread([works = works_, tensors = tensors_, promise = std::move(promise)]() mutable {
     try {
-      work->wait();
+      for (const auto& work : works) work->wait();
       promise.set_value();
     } catch (...) {
       promise.set_exception(std::current_exception());
@@ -98,6 +104,21 @@ std::unique_ptr<PendingWork> RankGroup::all_reduce(const at::Tensor& tensor) con
 std::unique_ptr<PendingWork> RankGroup::all_gather(const at::Tensor& gathered, const at::Tensor& shard) const {
   auto out = bytes_of(gathered), in = bytes_of(shard);
   return pending(backend_->_allgather_base(out, in), {out, in});
+}
+
+// Gloo's own all-gather works on a copy of everything; here every rank's part is broadcast to where it belongs.
+std::unique_ptr<PendingWork> RankGroup::all_gather_in_place(const at::Tensor& gathered, const at::Tensor& shard) const {
+  auto out = bytes_of(gathered), in = bytes_of(shard);
+  auto parts = out.view({size_, -1}).unbind();
+  if (!parts[rank_].is_alias_of(in)) parts[rank_].copy_(in);
+  std::vector<c10::intrusive_ptr<c10d::Work>> works;
+  for (int32_t root = 0; root < size_ && out.numel() > 0; ++root) {
+    std::vector<at::Tensor> tensors{parts[root]};
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    works.push_back(backend_->broadcast(tensors, options));
+  }
+  return std::make_unique<PendingWork>(std::move(works), std::vector<at::Tensor>{out, in});
 }
 
 std::unique_ptr<PendingWork> RankGroup::all_to_all(const at::Tensor& received, const at::Tensor& sent) const {

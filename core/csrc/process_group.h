@@ -38,7 +38,7 @@ class MeetingStore {
 // An operation in flight. It keeps the tensors that it reads and writes.
 class PendingWork {
  public:
-  PendingWork(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors);
+  PendingWork(std::vector<c10::intrusive_ptr<c10d::Work>> works, std::vector<at::Tensor> tensors);
   ~PendingWork();
   // False when the time is up; throws what the operation failed with.
   bool wait(int64_t timeout_ms) const;
@@ -46,7 +46,7 @@ class PendingWork {
   void wait_aside();
 
  private:
-  c10::intrusive_ptr<c10d::Work> work_;
+  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
   std::vector<at::Tensor> tensors_;
   std::shared_future<void> handed_over_;
 };
@@ -58,6 +58,8 @@ class RankGroup {
   ~RankGroup();
   std::unique_ptr<PendingWork> all_reduce(const at::Tensor& tensor) const;
   std::unique_ptr<PendingWork> all_gather(const at::Tensor& gathered, const at::Tensor& shard) const;
+  // The same without a copy of it all on the way; `shard` may be this rank's part of `gathered`.
+  std::unique_ptr<PendingWork> all_gather_in_place(const at::Tensor& gathered, const at::Tensor& shard) const;
   std::unique_ptr<PendingWork> all_to_all(const at::Tensor& received, const at::Tensor& sent) const;
   std::unique_ptr<PendingWork> broadcast(const at::Tensor& tensor, int64_t root) const;
   std::unique_ptr<PendingWork> send(const at::Tensor& tensor, int32_t to, int32_t tag) const;

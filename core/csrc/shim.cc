@@ -7,16 +7,30 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <atomic>
+
 #include "echelon-core/src/shim.rs.h"
 
 namespace echelon {
+
+namespace {
+std::atomic<size_t> mapped{0};
+}
+
+size_t mapped_bytes() { return mapped.load(); }
 
 std::unique_ptr<at::Tensor> from_mapping(size_t address, rust::Slice<const int64_t> shape, int32_t dtype,
                                          rust::Box<Mapping> owner) {
   auto guard = std::make_shared<rust::Box<Mapping>>(std::move(owner));
   auto options = at::TensorOptions().dtype(static_cast<at::ScalarType>(dtype)).device(at::kCPU);
-  auto tensor = at::from_blob(reinterpret_cast<void*>(address), at::IntArrayRef(shape.data(), shape.size()),
-                              [guard](void*) mutable { guard.reset(); }, options);
+  at::IntArrayRef sizes(shape.data(), shape.size());
+  size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  auto release = [guard, bytes](void*) mutable {
+    guard.reset();
+    mapped -= bytes;
+  };
+  mapped += bytes;
+  auto tensor = at::from_blob(reinterpret_cast<void*>(address), sizes, release, options);
   return std::make_unique<at::Tensor>(std::move(tensor));
 }
 

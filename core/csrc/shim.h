@@ -33,7 +33,11 @@ void install_cpu_allocator();
 size_t live_bytes();
 size_t peak_bytes();
 void reset_peak_bytes();
-// The same of a device whose caching allocator keeps count (CUDA).
+// Bytes of the blocks that tensors are in, rounding included, and of the freed ones kept for later.
+size_t taken_bytes();
+// Bytes of mapped memory that tensors are wrapped around.
+size_t mapped_bytes();
+// Live and peak of a device whose caching allocator keeps count (CUDA).
 size_t device_live_bytes(int32_t cuda_index);
 size_t device_peak_bytes(int32_t cuda_index);
 void device_reset_peak_bytes(int32_t cuda_index);

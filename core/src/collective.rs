@@ -31,6 +31,7 @@ pub(crate) mod ffi {
         ) -> Result<UniquePtr<RankGroup>>;
         fn all_reduce(self: &RankGroup, tensor: &Tensor) -> Result<UniquePtr<PendingWork>>;
         fn all_gather(self: &RankGroup, gathered: &Tensor, shard: &Tensor) -> Result<UniquePtr<PendingWork>>;
+        fn all_gather_in_place(self: &RankGroup, gathered: &Tensor, shard: &Tensor) -> Result<UniquePtr<PendingWork>>;
         fn all_to_all(self: &RankGroup, received: &Tensor, sent: &Tensor) -> Result<UniquePtr<PendingWork>>;
         fn broadcast(self: &RankGroup, tensor: &Tensor, root: i64) -> Result<UniquePtr<PendingWork>>;
         fn send(self: &RankGroup, tensor: &Tensor, to: i32, tag: i32) -> Result<UniquePtr<PendingWork>>;

@@ -23,6 +23,7 @@ pub mod pack;
 
 pub mod zero;
 
+pub mod memory;
 pub mod store;
 
 pub mod process_group;

@@ -15,6 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::experience::Experience;
+use crate::memory::MemoryReport;
 use crate::role::Role;
 use crate::rollout::{FinishReason, GenerationReport, Prompts, Rollout, SamplingConfig, Tokens};
 use crate::verb::*;
@@ -338,6 +339,8 @@ plain! {
     Save = "save";
     Restore = "restore";
     Export = "export";
+    Memory = "memory";
+    MemoryReport = "memory_report";
     () = "done";
     u64 = "number";
 }

@@ -50,6 +50,8 @@ pub(crate) mod ffi {
         fn live_bytes() -> usize;
         fn peak_bytes() -> usize;
         fn reset_peak_bytes();
+        fn taken_bytes() -> usize;
+        fn mapped_bytes() -> usize;
         fn device_live_bytes(cuda_index: i32) -> Result<usize>;
         fn device_peak_bytes(cuda_index: i32) -> Result<usize>;
         fn device_reset_peak_bytes(cuda_index: i32) -> Result<()>;
@@ -230,6 +232,16 @@ impl PackedLinear {
 /// Makes libtorch use the counting, block-keeping CPU allocator. Call once, before the first tensor.
 pub fn install_cpu_allocator() {
     ffi::install_cpu_allocator();
+}
+
+/// Bytes of the blocks that the CPU allocator holds beyond what tensors hold: rounding, and freed blocks kept for later.
+pub fn kept_bytes() -> usize {
+    ffi::taken_bytes().saturating_sub(ffi::live_bytes())
+}
+
+/// Bytes of mapped memory that tensors are wrapped around: no allocation, but a model's weights all the same.
+pub fn mapped_bytes() -> usize {
+    ffi::mapped_bytes()
 }
 
 /// Bytes now live in tensors on `device` (on the CPU, of tensors made since [`install_cpu_allocator`]). 0 where the

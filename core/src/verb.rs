@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use crate::error::Result;
 use crate::experience::Experience;
+use crate::memory::MemoryReport;
 use crate::role::Role;
 use crate::rollout::{Prompts, Rollout, SamplingConfig, Tokens};
 
@@ -90,6 +91,10 @@ pub struct Export {
     pub folder: PathBuf,
 }
 
+/// Say what the rank's device was metered at since it was last asked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Memory;
+
 /// What one optimizer step of the actor did. Means are over response tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorReport {
@@ -142,4 +147,5 @@ verbs! {
     Save => (), "save";
     Restore => (), "restore";
     Export => (), "export";
+    Memory => MemoryReport, "memory";
 }

@@ -51,6 +51,12 @@ fn collectives_do_what_they_say_for_every_size_and_dtype() {
                 let part = group.start_reduce_scatter("scatter", &full.copy()).unwrap().sum().unwrap();
                 let gathered = summed.zeros_like();
                 group.start_all_gather("gather", &gathered, &part).unwrap().wait().unwrap();
+                let in_place = summed.zeros_like();
+                group.start_all_gather_in_place("gather", &in_place, &part).unwrap().wait().unwrap();
+                assert_eq!(in_place, gathered);
+                let mine = in_place.chunk(size as i64, 0).swap_remove(group.rank());
+                group.start_all_gather_in_place("gather", &in_place, &mine).unwrap().wait().unwrap();
+                assert_eq!(in_place, gathered, "of parts that are where they belong");
                 let exchanged = group.all_to_all("exchange", &full).unwrap();
                 let sent = full.copy();
                 group.broadcast("broadcast", &sent, size - 1).unwrap();

@@ -6,6 +6,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Instant;
 
+use echelon_core::memory::DecodeLoad;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::rollout::{GenerationReport, Prompts, SamplingConfig, Sequence};
 use echelon_core::zero::Backbone;
@@ -14,8 +15,8 @@ use echelon_models::decoder::Decoder;
 use echelon_models::tokenizer::Tokenizer;
 use tch::Tensor;
 
-use crate::kv_cache::KvCache;
-use crate::model_runner::ModelRunner;
+use crate::kv_cache::{self, KvCache};
+use crate::model_runner::{self, ModelRunner};
 use crate::sampler::{DrawKey, Sampler};
 use crate::scheduler::{Group, Scheduler};
 use crate::sequence::{EndConditions, Running};
@@ -98,6 +99,31 @@ impl Engine {
         let sequences =
             generation.finished.into_iter().map(|done| done.expect("every sequence had its turn")).collect();
         Ok((sequences, generation.report))
+    }
+}
+
+impl Engine {
+    /// What [`Engine::generate`] did at once to make `sequences`.
+    pub fn load(&self, model: &Decoder, prompts: &Prompts, sampling: &SamplingConfig, made: &[Sequence]) -> DecodeLoad {
+        let groups = Group::of(prompts);
+        let Ok(cache) = KvCache::plan(&self.config, model, &groups, sampling.max_new_tokens) else {
+            return DecodeLoad::default();
+        };
+        let prompt = groups.iter().map(Group::num_tokens).max().unwrap_or(0);
+        let length = |sequence: &Sequence| sequence.prompt_token_ids.len() + sequence.response_token_ids.len();
+        let longest = made.iter().map(length).max().unwrap_or(0);
+        let (prompt_room, room) = kv_cache::room(prompt, longest, prompt + sampling.max_new_tokens - 1);
+        let slots = cache.num_slots();
+        let (tokens, count) = Scheduler::new(groups, slots, self.config.max_batched_tokens).first_pass();
+        DecodeLoad {
+            slots: slots as u64,
+            slot_tokens: room as u64,
+            prompt_slot_tokens: prompt_room as u64,
+            prefill_tokens: tokens as u64,
+            prefill_prompts: count as u64,
+            refills: slots < made.len(),
+            packs: model_runner::packs(model, sampling.max_new_tokens.saturating_sub(1)),
+        }
     }
 }
 

@@ -82,7 +82,7 @@ impl KvCache {
             return Ok(());
         }
         assert!(length <= self.max_length, "{length} tokens in slots planned for {}", self.max_length);
-        let length = length.max(self.length * 3 / 2).next_multiple_of(STEP).min(self.max_length);
+        let length = grown(self.length, length, self.max_length);
         let size = [self.num_slots as i64, self.num_kv_heads, length as i64, self.head_dim];
         for layer in &mut self.layers {
             for cached in [&mut layer.keys, &mut layer.values] {
@@ -140,6 +140,18 @@ impl KvCache {
             }
         }
     }
+}
+
+/// Tokens with room in a slot when one that holds `length` must hold `wanted`, and `most` at the end.
+fn grown(length: usize, wanted: usize, most: usize) -> usize {
+    if wanted <= length { length } else { wanted.max(length * 3 / 2).next_multiple_of(STEP).min(most) }
+}
+
+/// Room per slot after prompts of up to `prompt` tokens, and when the longest sequence is there, of `longest` tokens.
+pub(crate) fn room(prompt: usize, longest: usize, most: usize) -> (usize, usize) {
+    let first = grown(0, prompt, most);
+    // Token by token, as decoding asks for it; the last one is never read.
+    (first, (prompt..longest).fold(first, |length, wanted| grown(length, wanted, most)))
 }
 
 impl Layer {

@@ -32,6 +32,11 @@ struct PackedModel {
 /// Decoding steps that pay for laying the weights out.
 const STEPS_THAT_PAY: usize = 12;
 
+/// Whether `model` is laid out anew for `steps` decoding steps.
+pub(crate) fn packs(model: &Decoder, steps: usize) -> bool {
+    model.embedding().device() == Device::Cpu && model.kind() != Kind::Double && steps >= STEPS_THAT_PAY
+}
+
 /// Slots up to which a product with fewer rows takes about as long.
 const SLOTS_AT_ONE_PRICE: i64 = 32;
 

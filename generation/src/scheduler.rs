@@ -98,6 +98,12 @@ impl Scheduler {
         admissions
     }
 
+    /// Tokens and prompts of the first pass over prompts.
+    pub fn first_pass(mut self) -> (usize, usize) {
+        let prompts: Vec<usize> = self.admit().iter().filter_map(|a| a.prefill.as_ref().map(Vec::len)).collect();
+        (prompts.iter().sum(), prompts.len())
+    }
+
     /// Sequences wait for a slot.
     pub fn some_wait(&self) -> bool {
         !self.waiting.is_empty()

@@ -76,6 +76,7 @@ fn on_cpu() -> Workload {
         tokens_per_micro_batch: 1280,
         dtype: ComputeDtype::Float32,
         activation_checkpointing: false,
+        entropy_in_loss: false,
         reward: None,
         ..workload(SMOLLM2)
     }
@@ -99,6 +100,7 @@ fn workload(size: [i64; 6]) -> Workload {
         tokens_per_micro_batch: 8192,
         dtype: ComputeDtype::Bfloat16,
         activation_checkpointing: true,
+        entropy_in_loss: false,
         reference_offload: false,
         max_sequences: 256,
         max_batched_tokens: 8192,

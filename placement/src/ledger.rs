@@ -10,19 +10,30 @@
 //! | 2 | + gradients | 2Ψ + (2 + K) Ψ/N |
 //! | 3 | + parameters | (2 + 2 + K) Ψ/N |
 //!
-//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. When a mini-batch has several micro-batches,
-//! bf16 gradients are accumulated in f32: 4 bytes instead of 2.
+//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic
+//! ([`ModelStates::of_the_paper`]). What a rank holds here differs in one entry ([`ModelStates::new`]): gradients are always
+//! accumulated in f32, so that a mini-batch may have any number of micro-batches, and take 4 bytes instead of 2 in bf16.
 //!
 //! Everything else is activations and buffers of a pass. Those entries are *transient*: roles on one device take turns,
-//! so a phase needs all resident entries and the transient ones of one role, the largest.
+//! so a phase needs all resident entries and the transient ones of one role, the largest. A pass has several *instants*
+//! at which it may be largest (the head's logits, a layer's backward, the embedding's gradient …); the entries are those of
+//! the largest one.
+//!
+//! The formulas depend on what goes through a model at once ([`Loads`]): what the limits of a recipe allow, when a run is
+//! planned, or what a step really had, when the ledger is compared with an allocator ([`compare`]).
 
+pub mod compare;
+mod generation;
+mod pass;
 mod workload;
 
 use std::borrow::Cow;
 
+use echelon_core::memory::{DecodeLoad, PassLoad};
 use echelon_core::role::Role;
 use serde::{Deserialize, Serialize};
 
+pub use echelon_core::memory::Phase;
 pub use workload::{ComputeDtype, ModelSizes, Workload};
 
 use crate::tier::role_name;
@@ -30,34 +41,11 @@ use crate::tier::role_name;
 /// Logits made at once by a log-prob head, whatever vocabulary and sequence length.
 const CHUNK_LOGITS: u64 = 1 << 24;
 
+/// Decoding steps from which on a second layout of the weights pays.
+const STEPS_THAT_PAY: usize = 12;
+
 /// Bytes of one of the two buffers through which weights go to a generator elsewhere.
 const SYNC_BUCKET_BYTES: u64 = 256 << 20;
-
-/// A part of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    Generate,
-    Score,
-    TrainActor,
-    TrainCritic,
-    /// The generator gets the new weights.
-    Sync,
-}
-
-impl Phase {
-    pub const ALL: [Phase; 5] = [Phase::Generate, Phase::Score, Phase::TrainActor, Phase::TrainCritic, Phase::Sync];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Generate => "generate",
-            Phase::Score => "score",
-            Phase::TrainActor => "train actor",
-            Phase::TrainCritic => "train critic",
-            Phase::Sync => "sync",
-        }
-    }
-}
 
 /// Whose memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +71,20 @@ pub struct Entry {
     pub phases: Vec<Phase>,
 }
 
+impl Entry {
+    fn new(role: Role, item: Item) -> Entry {
+        Entry {
+            role,
+            name: item.name.into(),
+            bytes: item.bytes,
+            formula: item.formula.into(),
+            place: item.place,
+            transient: item.transient,
+            phases: Phase::ALL.into_iter().filter(|phase| item.phases.contains(*phase)).collect(),
+        }
+    }
+}
+
 /// How one role is held on its devices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RoleJob<'a> {
@@ -103,8 +105,17 @@ pub struct RoleJob<'a> {
     pub shares_weights: bool,
     /// What is not needed for generation moves to host memory meanwhile.
     pub moves_to_host: bool,
-    /// The device is a share of a host: the engine lays out a second copy of its matrices for decoding.
-    pub packs_weights: bool,
+    /// The device is a share of a host: norms, rotations and gates are fused in f32, and the engine lays out a second copy
+    /// of its matrices for decoding.
+    pub on_cpu: bool,
+}
+
+/// What goes through a role's model at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loads {
+    pub score: PassLoad,
+    pub train: PassLoad,
+    pub decode: DecodeLoad,
 }
 
 /// Bytes of a model's training state on one rank.
@@ -118,14 +129,19 @@ pub struct ModelStates {
 }
 
 impl ModelStates {
-    /// Of `params` parameters over `ranks` ranks at a ZeRO stage; `accumulates` keeps gradients in f32.
-    pub fn new(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype, accumulates: bool) -> ModelStates {
+    /// Of `params` parameters over `ranks` ranks at a ZeRO stage, by the ZeRO paper: gradients in the compute dtype.
+    pub fn of_the_paper(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
+        let gradients = dtype.bytes() * if stage >= 2 { params.div_ceil(ranks as u64) } else { params };
+        ModelStates { gradients, ..ModelStates::new(params, ranks, stage, dtype) }
+    }
+
+    /// What a rank holds: gradients in the accumulators' dtype, f32 at least.
+    pub fn new(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
         let part = |from_stage: u8| if stage >= from_stage { params.div_ceil(ranks as u64) } else { params };
-        let gradient_bytes = if accumulates { dtype.wide_bytes() } else { dtype.bytes() };
         let master_bytes = if dtype == ComputeDtype::Bfloat16 { 4 } else { 0 };
         ModelStates {
             weights: dtype.bytes() * part(3),
-            gradients: gradient_bytes * part(2),
+            gradients: dtype.wide_bytes() * part(2),
             master: master_bytes * part(1),
             moments: 2 * dtype.wide_bytes() * part(1),
         }
@@ -177,23 +193,16 @@ const AWAY_WHEN_MOVED: Phases = Phases::of(Phase::Generate).and(Phase::Sync);
 impl RoleJob<'_> {
     /// The ledger of this role as lines to show.
     pub fn entries(&self) -> Vec<Entry> {
-        let mut entries = Vec::new();
-        self.items(&mut |item| {
-            entries.push(Entry {
-                role: self.role,
-                name: item.name.into(),
-                bytes: item.bytes,
-                formula: item.formula.into(),
-                place: item.place,
-                transient: item.transient,
-                phases: Phase::ALL.into_iter().filter(|phase| item.phases.contains(*phase)).collect(),
-            })
-        });
-        entries
+        self.entries_at(&self.most())
     }
 
-    /// Every line of the ledger of this role on one device; empty lines are left out.
+    /// Every line of the ledger of this role on one device, at most; empty lines are left out.
     pub fn items(&self, each: &mut impl FnMut(Item)) {
+        self.items_at(&self.most(), each);
+    }
+
+    /// [`RoleJob::items`] for what goes through the model at once.
+    pub fn items_at(&self, loads: &Loads, each: &mut impl FnMut(Item)) {
         let mut each = |item: Item| {
             if item.bytes > 0 {
                 each(item)
@@ -202,14 +211,14 @@ impl RoleJob<'_> {
         match self.role {
             Role::Actor | Role::Critic => {
                 self.training_state(&mut each);
-                self.scoring(&mut each);
-                self.training(&mut each);
+                self.scoring(&loads.score, &mut each);
+                self.training(&loads.train, &mut each);
             }
             Role::Reference | Role::Reward => {
                 self.frozen_weights(&mut each);
-                self.scoring(&mut each);
+                self.scoring(&loads.score, &mut each);
             }
-            Role::Generator => self.generation(&mut each),
+            Role::Generator => self.generation(&loads.decode, &mut each),
         }
     }
 
@@ -223,15 +232,31 @@ impl RoleJob<'_> {
         self.workload.responses().div_ceil(self.ranks)
     }
 
-    /// Whether gradients of several micro-batches are added up.
-    pub fn accumulates(&self) -> bool {
-        let most_rows = self.workload.tokens_per_micro_batch / self.workload.max_tokens();
-        self.train_rows() > most_rows.max(1)
+    /// The largest loads that the limits allow: every token of a micro-batch may have its prediction wanted.
+    pub fn most(&self) -> Loads {
+        let work = self.workload;
+        let pass = |rows: usize| {
+            let tokens = work.tokens_at_once(rows) as u64;
+            PassLoad { tokens, predicted: tokens, passes: work.micro_batches(rows) as u64 }
+        };
+        let engines = (self.ranks / self.tensor_parallel).max(1);
+        let prompts = work.prompts.div_ceil(engines).min(work.max_sequences);
+        let prefill = work.max_batched_tokens.min(prompts * work.max_prompt_tokens).max(work.max_prompt_tokens);
+        let decode = DecodeLoad {
+            slots: self.slots as u64,
+            slot_tokens: work.max_tokens() as u64,
+            prompt_slot_tokens: work.max_prompt_tokens as u64,
+            prefill_tokens: prefill as u64,
+            prefill_prompts: prefill.div_ceil(work.max_prompt_tokens).min(prompts) as u64,
+            refills: self.slots < work.sequences(engines),
+            packs: self.on_cpu && work.max_response_tokens > STEPS_THAT_PAY && work.dtype != ComputeDtype::Float64,
+        };
+        Loads { score: pass(self.score_rows()), train: pass(self.train_rows()), decode }
     }
 
-    /// Model states of a trained role, by the ZeRO paper.
+    /// Model states of a trained role.
     pub fn states(&self) -> ModelStates {
-        ModelStates::new(self.model.params, self.ranks, self.zero_stage, self.workload.dtype, self.accumulates())
+        ModelStates::new(self.model.params, self.ranks, self.zero_stage, self.workload.dtype)
     }
 
     fn training_state(&self, each: &mut impl FnMut(Item)) {
@@ -268,15 +293,11 @@ impl RoleJob<'_> {
             true => part,
             false => whole,
         };
-        let wide = self.accumulates() || self.workload.dtype != ComputeDtype::Bfloat16;
-        let gradients = match wide {
-            true => split(
-                2,
-                "accumulator bytes (f32: 4) x parameters",
-                "accumulator bytes (f32: 4) x parameters / ranks (ZeRO 2 and 3)",
-            ),
-            false => split(2, "2 bytes x parameters", "2 bytes x parameters / ranks (ZeRO 2 and 3)"),
-        };
+        let gradients = split(
+            2,
+            "accumulator bytes (f32: 4) x parameters",
+            "accumulator bytes (f32: 4) x parameters / ranks (ZeRO 2 and 3)",
+        );
         [
             split(3, "compute bytes x parameters", "compute bytes x parameters / ranks (ZeRO 3)"),
             gradients,
@@ -321,136 +342,6 @@ impl RoleJob<'_> {
     pub fn offloaded(&self) -> bool {
         self.role == Role::Reference && self.workload.reference_offload
     }
-
-    /// A forward pass without a graph. One layer's widest moment: input, residual, norm and the three gated widths, or
-    /// input, norm and attention's query, repeated keys and values, output and its packed copy.
-    fn scoring(&self, each: &mut impl FnMut(Item)) {
-        let score = Phases::of(Phase::Score);
-        let tokens = self.workload.tokens_at_once(self.score_rows()) as u64;
-        self.gathered(each, score);
-        let formula = "compute bytes x tokens of a micro-batch x the wider of 3 hidden + 3 intermediate and 2 hidden + 5 query widths";
-        each(transient("activations", self.forward_bytes(tokens), formula, score));
-        let logits = 2 * self.chunk_logits(tokens) * self.workload.dtype.wide_bytes();
-        each(transient("logits", logits, "2 x f32 bytes x logits of a chunk (2^24 at most)", score));
-    }
-
-    fn training(&self, each: &mut impl FnMut(Item)) {
-        let phase = Phases::of(if self.role == Role::Actor { Phase::TrainActor } else { Phase::TrainCritic });
-        let dtype = self.workload.dtype;
-        let tokens = self.workload.tokens_at_once(self.train_rows()) as u64;
-        self.gathered(each, phase);
-        self.activations(each, tokens, phase);
-        let logits = 4 * self.chunk_logits(tokens) * dtype.wide_bytes();
-        let formula = "4 x f32 bytes x logits of a chunk (2^24 at most): logits, probabilities, slope, product";
-        each(transient("logits", logits, formula, phase));
-        let several = self.ranks > 1;
-        if (dtype == ComputeDtype::Bfloat16 && self.accumulates()) || (several && self.zero_stage >= 2) {
-            let formula = "compute bytes x largest layer unit: its gradient before it is accumulated or reduced";
-            each(transient("unit gradient", dtype.bytes() * self.model.largest_unit, formula, phase));
-        }
-        if several {
-            let formula = "accumulator bytes x largest layer unit: what a reduction receives";
-            each(transient("communication", dtype.wide_bytes() * self.model.largest_unit, formula, phase));
-        }
-    }
-
-    /// Stage 3 holds two gathered units at most: the one at work and the next in flight.
-    fn gathered(&self, each: &mut impl FnMut(Item), phases: Phases) {
-        if self.zero_stage == 3 && self.ranks > 1 && !self.offloaded() {
-            let bytes = self.workload.dtype.bytes() * self.model.two_largest_units;
-            each(transient("gathered units", bytes, "compute bytes x the two largest layer units (ZeRO 3)", phases));
-        }
-    }
-
-    /// What backward needs. Per token a layer keeps, in the compute dtype: input, both norms and the residual between
-    /// (4 hidden), rotated queries, repeated keys and values, attention's output and its packed copy (5 query widths),
-    /// gate, up and their product (3 intermediate), and an f32 log-sum-exp per head. With checkpointing only the
-    /// input of every layer stays, and one layer at a time is run again. The gradients in flight are those of one
-    /// layer's gated widths and two hidden states.
-    fn activations(&self, each: &mut impl FnMut(Item), tokens: u64, phase: Phases) {
-        let (model, dtype) = (self.model, self.workload.dtype);
-        let layer = tokens * self.layer_bytes();
-        if self.workload.activation_checkpointing {
-            let inputs = dtype.bytes() * tokens * model.hidden * model.num_layers;
-            let formula = "compute bytes x tokens of a micro-batch x hidden x layers: the input of every layer";
-            each(transient("activations", inputs, formula, phase));
-            each(transient("recomputed layer", layer, "what one layer keeps for its backward pass", phase));
-        } else {
-            let formula = "tokens of a micro-batch x layers x (compute bytes x (4 hidden + 5 query widths + 3 intermediate) + 4 bytes x heads)";
-            each(transient("activations", layer * model.num_layers, formula, phase));
-        }
-        let gradients = dtype.bytes() * tokens * (3 * model.intermediate + 2 * model.hidden);
-        let formula = "compute bytes x tokens of a micro-batch x (3 intermediate + 2 hidden)";
-        each(transient("activation gradients", gradients, formula, phase));
-    }
-
-    /// Bytes that one layer keeps per token for its backward pass.
-    fn layer_bytes(&self) -> u64 {
-        let model = self.model;
-        let kept = 4 * model.hidden + 5 * model.query_width + 3 * model.intermediate;
-        self.workload.dtype.bytes() * kept + 4 * model.num_heads
-    }
-
-    fn forward_bytes(&self, tokens: u64) -> u64 {
-        let model = self.model;
-        let mlp = 3 * model.hidden + 3 * model.intermediate;
-        let attention = 2 * model.hidden + 5 * model.query_width;
-        self.workload.dtype.bytes() * tokens * mlp.max(attention)
-    }
-
-    /// Logits of one chunk; none for a head that gives one number.
-    fn chunk_logits(&self, tokens: u64) -> u64 {
-        match self.role {
-            Role::Actor | Role::Reference => (tokens * self.model.vocab).min(CHUNK_LOGITS.max(self.model.vocab)),
-            _ => 0,
-        }
-    }
-
-    /// Bytes that one more slot of the generator takes.
-    pub fn slot_bytes(&self) -> u64 {
-        let per_token = self.model.kv_bytes_per_token(self.workload.dtype, self.tensor_parallel);
-        let cached = per_token * self.workload.max_tokens() as u64;
-        (cached + 3 * self.workload.dtype.wide_bytes() * self.model.vocab).max(1)
-    }
-
-    fn generation(&self, each: &mut impl FnMut(Item)) {
-        let (model, dtype, size) = (self.model, self.workload.dtype, self.tensor_parallel);
-        let generate = Phases::of(Phase::Generate);
-        if !self.shares_weights {
-            let weights = dtype.bytes() * model.tensor_parallel_params(size);
-            let formula = "compute bytes x (split parameters / tensor-parallel size + replicated ones)";
-            each(resident("weights", weights, formula, generate.and(Phase::Sync)));
-            let bucket = 2 * SYNC_BUCKET_BYTES.min(weights);
-            each(transient(
-                "sync buckets",
-                bucket,
-                "2 x the smaller of 256 MiB and the weights",
-                Phases::of(Phase::Sync),
-            ));
-        }
-        if self.packs_weights {
-            let matrices = (model.layer_params + model.vocab * model.hidden) / size as u64;
-            let formula = "compute bytes x matrices of layers and head: their layout for decoding";
-            each(transient("packed weights", dtype.bytes() * matrices, formula, generate));
-        }
-        let per_token = model.kv_bytes_per_token(dtype, size);
-        let slots = self.slots;
-        let cached = slots as u64 * self.workload.max_tokens() as u64 * per_token;
-        let formula = "slots x longest sequence x 2 x layers x key-value width x compute bytes / tensor-parallel size";
-        each(transient("KV cache", cached, formula, generate));
-        let prompts = self.workload.prompts.div_ceil(self.ranks / size).min(self.workload.max_sequences);
-        let prefill = self.workload.max_batched_tokens.min(prompts * self.workload.max_prompt_tokens);
-        let prefill = prefill.max(self.workload.max_prompt_tokens) as u64;
-        let formula = "compute bytes x tokens of a prefill pass x the wider of 3 hidden + 3 intermediate and 2 hidden + 5 query widths / tensor-parallel size";
-        each(transient("prefill activations", self.forward_bytes(prefill) / size as u64, formula, generate));
-        let logits = 3 * dtype.wide_bytes() * slots as u64 * model.vocab;
-        each(transient(
-            "sampling",
-            logits,
-            "3 x f32 bytes x slots x vocabulary: logits, probabilities, their sums",
-            generate,
-        ));
-    }
 }
 
 fn resident(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -> Item {
@@ -463,6 +354,12 @@ fn host(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -
 
 fn transient(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -> Item {
     Item { transient: true, ..resident(name, bytes, formula, phases) }
+}
+
+/// The instant with the most bytes.
+fn largest<'a>(instants: &[&'a [Item]]) -> &'a [Item] {
+    let bytes = |items: &&&[Item]| items.iter().map(|item| item.bytes).sum::<u64>();
+    instants.iter().max_by_key(bytes).copied().unwrap_or_default()
 }
 
 /// Bytes of one device and its host share in every phase, added up over the roles that live there.

@@ -165,8 +165,7 @@ impl Work {
             .set("perf/weight_sync_s", timing.publish_s)
             .set("perf/prefill_tokens", rollout.generation.prefill_tokens as f64)
             .set("perf/decode_steps", rollout.generation.decode_steps as f64)
-            .set("perf/memory_live_bytes", shim::live_bytes(self.device) as f64)
-            .set("perf/memory_peak_bytes", shim::peak_bytes(self.device) as f64);
+            .set("perf/memory_live_bytes", shim::live_bytes(self.device) as f64);
         let generation = &rollout.generation;
         let waited = timing.generation_s - generation.seconds + generation.first_token_s;
         metrics.set("perf/first_token_s", waited);

@@ -64,8 +64,19 @@ static BEGINNING: Mutex<()> = Mutex::new(());
 /// What ranks do together, on which tensors.
 enum Operation<'a> {
     AllReduce(&'a Tensor),
-    AllGather { gathered: &'a Tensor, shard: &'a Tensor },
-    AllToAll { received: &'a Tensor, sent: &'a Tensor },
+    AllGather {
+        gathered: &'a Tensor,
+        shard: &'a Tensor,
+    },
+    /// With as little memory as there can be.
+    AllGatherInPlace {
+        gathered: &'a Tensor,
+        shard: &'a Tensor,
+    },
+    AllToAll {
+        received: &'a Tensor,
+        sent: &'a Tensor,
+    },
     Broadcast(&'a Tensor, usize),
     Send(&'a Tensor, usize, i32),
     Recv(&'a Tensor, usize, i32),
@@ -77,7 +88,9 @@ impl Operation<'_> {
         let tensors: &[&Tensor] = match self {
             Operation::AllReduce(tensor) | Operation::Broadcast(tensor, _) => &[tensor],
             Operation::Send(tensor, ..) | Operation::Recv(tensor, ..) => &[tensor],
-            Operation::AllGather { gathered, shard } => &[gathered, shard],
+            Operation::AllGather { gathered, shard } | Operation::AllGatherInPlace { gathered, shard } => {
+                &[gathered, shard]
+            }
             Operation::AllToAll { received, sent } => &[sent, received],
             Operation::Barrier => &[],
         };
@@ -233,6 +246,15 @@ impl ProcessGroup {
         self.start(operation, &Operation::AllGather { gathered, shard }, self.others())
     }
 
+    /// The same without a copy of everything on the way, which Gloo's all-gather makes; `shard` may be this rank's part of
+    /// `gathered`. Only groups of this program understand each other in this: PyTorch's all-gather is the other one.
+    pub fn start_all_gather_in_place(&self, operation: &str, gathered: &Tensor, shard: &Tensor) -> Result<Pending> {
+        if self.inner.peers.is_none() {
+            tch::no_grad(|| gathered.shallow_clone().f_copy_(shard))?;
+        }
+        self.start(operation, &Operation::AllGatherInPlace { gathered, shard }, self.others())
+    }
+
     /// Starts to send each rank its part of the flat `full`; [`Parts::sum`] is then this rank's part of the sum over
     /// ranks.
     pub fn start_reduce_scatter(&self, operation: &str, full: &Tensor) -> Result<Parts> {
@@ -337,6 +359,7 @@ impl ProcessGroup {
         let begun = match *operation {
             Operation::AllReduce(tensor) => gloo.all_reduce(raw(tensor)),
             Operation::AllGather { gathered, shard } => gloo.all_gather(raw(gathered), raw(shard)),
+            Operation::AllGatherInPlace { gathered, shard } => gloo.all_gather_in_place(raw(gathered), raw(shard)),
             Operation::AllToAll { received, sent } => gloo.all_to_all(raw(received), raw(sent)),
             Operation::Broadcast(tensor, root) => gloo.broadcast(raw(tensor), root as i64),
             Operation::Send(tensor, to, tag) => gloo.send(raw(tensor), to as i32, tag),

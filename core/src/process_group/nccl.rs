@@ -179,7 +179,7 @@ impl Communicator {
                     let code = (nccl.all_reduce)(data, data, tensor.numel(), dtype(tensor)?, SUM, raw, stream);
                     nccl.check("ncclAllReduce", code)
                 }
-                Operation::AllGather { gathered, shard } => {
+                Operation::AllGather { gathered, shard } | Operation::AllGatherInPlace { gathered, shard } => {
                     let ((to, _), (from, length)) = (memory(gathered)?, memory(shard)?);
                     nccl.check("ncclAllGather", (nccl.all_gather)(from, to, length, BYTES, raw, stream))
                 }

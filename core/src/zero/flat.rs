@@ -143,7 +143,12 @@ impl FlatUnit {
         }
         let operation = format!("reduce {}", self.weights.shape.name);
         if self.sharding.optimizer() {
-            return group.start_reduce_scatter(&operation, &self.grads)?.sum();
+            let sum = group.start_reduce_scatter(&operation, &self.grads)?.sum()?;
+            // Where this rank's own part stood: the sum is a view of all that was received, which can go now.
+            let part = self.weights.part();
+            let mut own = self.grads.narrow(0, part.start, part.end - part.start);
+            tch::no_grad(|| own.f_copy_(&sum))?;
+            return Ok(own);
         }
         group.all_reduce_sum(&operation, &self.grads)?;
         Ok(self.grads.shallow_clone())
@@ -167,14 +172,14 @@ impl FlatUnit {
         }
         let whole = Tensor::f_empty([self.weights.length()], (shard.kind(), shard.device()))?;
         let operation = format!("collect {}", self.weights.shape.name);
-        self.sharding.group.start_all_gather(&operation, &whole, &shard.contiguous())?.wait()?;
+        self.sharding.group.start_all_gather_in_place(&operation, &whole, &shard.contiguous())?.wait()?;
         Ok(whole)
     }
 
-    /// Bytes of weights and gradients that stay between passes.
-    pub fn bytes(&self) -> usize {
+    /// Bytes of weights and of gradients that stay between passes.
+    pub fn bytes(&self) -> (usize, usize) {
         let grads = self.grads_shard.as_ref().unwrap_or(&self.grads);
-        self.weights.bytes() + grads.numel() * grads.kind().elt_size_in_bytes()
+        (self.weights.bytes(), grads.numel() * grads.kind().elt_size_in_bytes())
     }
 }
 

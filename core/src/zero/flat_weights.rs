@@ -100,7 +100,7 @@ impl FlatWeights {
         allocate_storage(&self.whole)?;
         let operation = format!("gather {}", self.shape.name);
         let whole = unversioned(&self.whole)?;
-        self.gathering = Some(self.sharding.group.start_all_gather(&operation, &whole, &self.shard)?);
+        self.gathering = Some(self.sharding.group.start_all_gather_in_place(&operation, &whole, &self.shard)?);
         Ok(())
     }
 
@@ -128,7 +128,7 @@ impl FlatWeights {
         if self.sharding.optimizer() && !self.sharding.parameters() {
             let operation = format!("spread {}", self.shape.name);
             let whole = unversioned(&self.whole)?;
-            self.sharding.group.start_all_gather(&operation, &whole, &self.shard)?.wait()?;
+            self.sharding.group.start_all_gather_in_place(&operation, &whole, &self.shard)?.wait()?;
         }
         Ok(())
     }

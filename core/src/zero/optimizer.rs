@@ -8,6 +8,7 @@ use super::flat::{FlatUnit, ParamWithGrad};
 use super::pass::Units;
 use super::sharding::Sharding;
 use crate::error::{Error, Result};
+use crate::memory::StateBytes;
 use crate::role::Role;
 use crate::shape::ModelShape;
 use crate::shim::{self, AdamWStep};
@@ -258,7 +259,20 @@ impl TrainingState {
 
     /// Bytes of weights, gradients, master copy and moments that this rank keeps between passes.
     pub fn bytes(&self) -> usize {
-        self.units.iter().map(FlatUnit::bytes).sum::<usize>() + self.moments.iter().map(Moments::bytes).sum::<usize>()
+        self.bytes_by_part().total() as usize
+    }
+
+    /// [`TrainingState::bytes`], each part for itself.
+    pub fn bytes_by_part(&self) -> StateBytes {
+        let mut bytes = StateBytes::default();
+        for (unit, moments) in self.units.iter().zip(&self.moments) {
+            let (weights, gradients) = unit.bytes();
+            bytes.weights += weights as u64;
+            bytes.gradients += gradients as u64;
+            bytes.master += moments.master.as_ref().map_or(0, bytes_of) as u64;
+            bytes.moments += (bytes_of(&moments.exp_avg) + bytes_of(&moments.exp_avg_sq)) as u64;
+        }
+        bytes
     }
 }
 
@@ -330,11 +344,10 @@ impl Moments {
             StatePart::ExpAvgSq => &self.exp_avg_sq,
         }
     }
+}
 
-    fn bytes(&self) -> usize {
-        let of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-        of(&self.exp_avg) + of(&self.exp_avg_sq) + self.master.as_ref().map_or(0, of)
-    }
+fn bytes_of(tensor: &Tensor) -> usize {
+    tensor.numel() * tensor.kind().elt_size_in_bytes()
 }
 
 /// Of a flat tensor, in f64 over the norms of short pieces: one f32 sum over an embedding's 28 million squares is off by

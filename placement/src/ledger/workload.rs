@@ -1,7 +1,7 @@
 //! What a step works on: the models' shapes and the batch.
 
 use echelon_core::role::Role;
-use echelon_core::shape::{ModelShape, TensorParallelAxis};
+use echelon_core::shape::{ModelShape, TensorParallelAxis, UnitShape};
 use serde::{Deserialize, Serialize};
 
 use crate::tier::ROLES;
@@ -12,7 +12,7 @@ use crate::tier::ROLES;
 pub enum ComputeDtype {
     /// The parameter is the master: there is no second copy.
     Float32,
-    /// With an f32 master copy, f32 moments, and gradients accumulated in f32.
+    /// With an f32 master copy, f32 moments, and gradients accumulated in f32 (see [`super::ModelStates::new`]).
     Bfloat16,
     /// As `Float32`, in 8 bytes.
     Float64,
@@ -61,6 +61,8 @@ pub struct Workload {
     pub tokens_per_micro_batch: usize,
     pub dtype: ComputeDtype,
     pub activation_checkpointing: bool,
+    /// The actor's loss has an entropy term: its backward pass needs one more copy of the logits.
+    pub entropy_in_loss: bool,
     /// The reference's weights stay in host memory and come to the device for its turn.
     pub reference_offload: bool,
     /// Most sequences that one engine decodes at once; fewer where memory is short.
@@ -141,9 +143,15 @@ impl Workload {
 pub struct ModelSizes {
     /// Ψ.
     pub params: u64,
-    /// Parameters of the two largest layer units: what stage 3 holds gathered at once.
-    pub two_largest_units: u64,
     pub largest_unit: u64,
+    /// The first unit: the embedding.
+    pub embedding_unit: u64,
+    /// The largest transformer layer.
+    pub layer_unit: u64,
+    /// The last unit: final norm, and the head where it is not the embedding's matrix.
+    pub last_unit: u64,
+    /// Whether the head reads the embedding's matrix.
+    pub tied: bool,
     pub num_units: u64,
     /// Parameters of all transformer layers: those that every token is multiplied with.
     pub layer_params: u64,
@@ -162,18 +170,21 @@ pub struct ModelSizes {
 
 impl ModelSizes {
     pub fn of(shape: &ModelShape) -> ModelSizes {
-        let mut units: Vec<u64> = shape.units.iter().map(|unit| unit.numel() as u64).collect();
+        let units: Vec<u64> = shape.units.iter().map(|unit| unit.numel() as u64).collect();
         let inner = units.len().saturating_sub(1).max(1);
-        let layer_params = units.get(1..inner).map_or(0, |layers| layers.iter().sum());
-        units.sort_unstable_by(|a, b| b.cmp(a));
+        let layers = units.get(1..inner).unwrap_or_default();
+        let matrices = |unit: &UnitShape| unit.params.iter().any(|param| param.shape.len() > 1);
         let params = shape.units.iter().flat_map(|unit| &unit.params);
         let whole = params.filter(|param| param.axis == TensorParallelAxis::Replicated);
         ModelSizes {
             params: shape.num_params() as u64,
-            two_largest_units: units.iter().take(2).sum(),
-            largest_unit: units.first().copied().unwrap_or(0),
+            largest_unit: units.iter().copied().max().unwrap_or(0),
+            embedding_unit: units.first().copied().unwrap_or(0),
+            layer_unit: layers.iter().copied().max().unwrap_or(0),
+            last_unit: units.last().copied().unwrap_or(0),
+            tied: !shape.units.last().is_some_and(matrices),
             num_units: units.len() as u64,
-            layer_params,
+            layer_params: layers.iter().sum(),
             num_layers: shape.num_layers as u64,
             hidden: shape.hidden_size as u64,
             intermediate: shape.intermediate_size as u64,

@@ -162,7 +162,7 @@ impl Problem<'_> {
             shares_weights: roles.contains(Role::Generator) && actor_whole && config.tensor_parallel == 1,
             slots: held.slots,
             moves_to_host: held.moves_to_host && role != Role::Generator,
-            packs_weights: slice.shares_host_memory,
+            on_cpu: slice.shares_host_memory,
         }
     }
 
@@ -257,15 +257,11 @@ impl Problem<'_> {
             _ => (1.0, 1.0),
         };
         let gather_s = self.collective_s(job, self.workload.dtype.bytes(), slice);
-        let gradient_bytes = if job.zero_stage >= 2 { self.workload.dtype.bytes() } else { self.gradient_bytes(job) };
+        let gradient_bytes = self.workload.dtype.wide_bytes(); // reduced as they are accumulated
         let sending = gathers * gather_s + reductions * self.collective_s(job, gradient_bytes, slice);
         let one =
             self.overlapped(computing, sending) + passes * self.rates.micro_batch_s + self.optimizer_s(job, slice);
         one * self.workload.optimizer_steps() as f64
-    }
-
-    fn gradient_bytes(&self, job: &RoleJob) -> u64 {
-        if job.accumulates() { self.workload.dtype.wide_bytes() } else { self.workload.dtype.bytes() }
     }
 
     /// Adam on the rank's part: the whole model at stage 0.
@@ -302,7 +298,9 @@ impl Problem<'_> {
         let reading = (matrices * workload.dtype.bytes() as f64 + cached) / bandwidth;
         let multiplying = 2.0 * matrices * slots as f64 / (flops * rates.decode_flops_fraction);
         let step = reading.max(multiplying) + self.tensor_parallel_s(job, slots, slice) + rates.decode_step_s;
-        let steps = workload.mean_response_tokens * (sequences as f64 / slots as f64);
+        // Slots are refilled until nothing waits; then the longest response decides when the last one ends.
+        let tail = (workload.max_response_tokens as f64 - workload.mean_response_tokens).max(0.0);
+        let steps = workload.mean_response_tokens * (sequences as f64 / slots as f64) + tail;
         prefill + steps * step
     }
 

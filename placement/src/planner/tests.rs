@@ -41,6 +41,7 @@ fn on_cpu() -> Workload {
         tokens_per_micro_batch: 1280,
         dtype: ComputeDtype::Float32,
         activation_checkpointing: false,
+        entropy_in_loss: false,
         max_sequences: 16,
         ..workload(SMOLLM2)
     }

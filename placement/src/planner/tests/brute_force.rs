@@ -96,6 +96,7 @@ fn workload(random: &mut Random) -> Workload {
         tokens_per_micro_batch: 1 + random.below(400),
         dtype: random.pick(&[ComputeDtype::Bfloat16, ComputeDtype::Float32]),
         activation_checkpointing: random.below(2) == 0,
+        entropy_in_loss: false,
         reference_offload: random.below(4) == 0,
         max_sequences: 1 + random.below(8),
         max_batched_tokens: 1 + random.below(200),

@@ -1,0 +1,169 @@
+//! How fast this machine is at a recipe's work: a second of the real code on a model of the same widths with few layers.
+//!
+//! Rated speeds say little about small matrices, a busy machine, or a CPU that nobody has rated. So a probe is run: rows as
+//! long as the recipe's go through the recipe's own layers and head, forward, forward and backward with an optimizer step,
+//! and through the engine. The planner estimates the probe with its default rates, and every rate is scaled by what the
+//! estimate was off ([`Rates::calibrated`]): what is left to be predicted is how work grows with layers, rows and roles.
+
+use std::path::Path;
+use std::time::Instant;
+
+use echelon_core::progress::{Interrupt, Unwatched};
+use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::zero::{OptimizerConfig, PolicyOutput, Sharding};
+use echelon_core::{Error, Result};
+use echelon_generation::{Engine, EngineConfig};
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_placement::cluster::Cluster;
+use echelon_placement::ledger::Workload;
+use echelon_placement::planner::{Constraints, plan};
+use echelon_placement::rates::Rates;
+use tch::{Kind, Tensor};
+
+use crate::models::{Held, Policy, probe_policy};
+
+/// Floating-point operations of one forward and backward pass of the probe, about.
+const PASS_FLOPS: f64 = 4e10;
+
+/// Parameters up to which a model is its own probe.
+const SMALL_MODEL: i64 = 4_000_000;
+
+/// Layers of the probe of a larger one.
+const PROBE_LAYERS: usize = 2;
+
+/// Most tokens that each of the probe's sequences gets.
+const PROBE_TOKENS: usize = 32;
+
+/// Rates at which estimates of `workload`'s like come out right on this machine; takes a second or two.
+///
+/// # Errors
+/// A model that cannot be read, or work that cannot be planned.
+pub fn measure(cluster: &Cluster, workload: &Workload, folder: &Path, held: Held) -> Result<Rates> {
+    let probe = Probe::new(workload, folder, held)?;
+    let constraints = Constraints { zero_stage: Some(0), adam_offload: Some(false), ..Constraints::default() };
+    let rates = Rates::of(cluster);
+    let estimated = plan(cluster, &probe.workload, &constraints, &rates)
+        .map_err(|error| Error::other("planning the probe", error))?
+        .seconds;
+    let measured = probe.run()?;
+    Ok(rates.calibrated(
+        (estimated.generate, measured.generate),
+        (estimated.score, measured.score),
+        (estimated.train, measured.train),
+    ))
+}
+
+/// Seconds of the probe's phases.
+struct Seconds {
+    generate: f64,
+    score: f64,
+    train: f64,
+}
+
+struct Probe {
+    config: DecoderConfig,
+    held: Held,
+    workload: Workload,
+}
+
+impl Probe {
+    fn new(workload: &Workload, folder: &Path, held: Held) -> Result<Probe> {
+        let config = DecoderConfig { head: HeadKind::Logits, ..DecoderConfig::read(folder)? };
+        let whole = config.shape().num_params() <= SMALL_MODEL;
+        let num_layers = if whole { config.num_layers } else { config.num_layers.min(PROBE_LAYERS) };
+        let windows = config.windows.iter().copied().take(num_layers).collect();
+        let config = DecoderConfig { num_layers, windows, ..config };
+        let shape = config.shape();
+        let prompt = (workload.mean_prompt_tokens.round() as usize).max(2);
+        let response = (workload.mean_response_tokens.round() as usize).max(1);
+        let row_flops = 6.0 * shape.num_params() as f64 * (prompt + response) as f64;
+        let rows = (PASS_FLOPS / row_flops) as usize;
+        let rows = rows.min(workload.tokens_per_micro_batch / (prompt + response)).clamp(1, workload.mini_batch.max(1));
+        let workload = Workload {
+            actor: shape,
+            critic: None,
+            reference: None,
+            reward: None,
+            prompts: rows,
+            samples_per_prompt: 1,
+            max_prompt_tokens: prompt,
+            max_response_tokens: response,
+            mean_prompt_tokens: prompt as f64,
+            mean_response_tokens: response as f64,
+            mini_batch: rows,
+            epochs: 1,
+            ..workload.clone()
+        };
+        Ok(Probe { config, held, workload })
+    }
+
+    fn run(&self) -> Result<Seconds> {
+        let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+        let mut policy = probe_policy(&self.config, self.held, (optimizer, &Sharding::whole()))?;
+        let rows = self.rows();
+        // The first pass takes memory for the first time.
+        self.train(&mut policy, &rows)?;
+        let train = timed(|| self.train(&mut policy, &rows))?;
+        let score = timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ()))?;
+        Ok(Seconds { generate: self.generate(&policy)?, score, train })
+    }
+
+    fn rows(&self) -> Tokens {
+        let work = &self.workload;
+        let (prompt, length) = (work.max_prompt_tokens, work.max_tokens());
+        let ids = (0..length as i64).map(|t| t * 31 % self.config.vocab_size).collect::<Vec<_>>();
+        let row = (ids, (0..length).map(|t| t >= prompt).collect::<Vec<_>>());
+        Tokens::from_rows(&vec![row; work.prompts])
+    }
+
+    fn train(&self, policy: &mut Policy, rows: &Tokens) -> Result<()> {
+        policy.forward_backward(rows, |output| Ok(-output.logprobs().sum(Kind::Float) / rows.num_rows() as f64))?;
+        policy.optimizer_step(0.0).map(drop)
+    }
+
+    /// Seconds of a rollout such as the workload's probe has, from one with fewer tokens.
+    fn generate(&self, policy: &Policy) -> Result<f64> {
+        let work = &self.workload;
+        let max_new_tokens = work.max_response_tokens.min(PROBE_TOKENS);
+        let sampling = SamplingConfig {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            max_new_tokens,
+            stop: Vec::new(),
+            ignore_eos: true,
+        };
+        let ids = |id: usize| (0..work.max_prompt_tokens).map(move |t| ((id + t) as i64 * 31) % self.config.vocab_size);
+        let prompt =
+            |id: usize| Prompt { id: id as u64, token_ids: ids(id).collect(), text: String::new(), label: None };
+        let rows = (0..work.prompts).map(prompt).collect();
+        let prompts = Prompts { rows, samples_per_prompt: 1, seed: 1, evaluation: true };
+        let engine = Engine::new(EngineConfig {
+            max_sequences: work.max_sequences,
+            max_batched_tokens: work.max_batched_tokens,
+            kv_cache_bytes: None,
+        });
+        let model = echelon_generation::Policy { model: &policy.model, head: policy.head.weight(), tokenizer: None };
+        let (_, report) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default())?;
+        let (first, steps) = (report.first_token_s, report.decode_steps as f64);
+        let step_s = if steps > 0.0 { (report.seconds - first) / steps } else { 0.0 };
+        Ok(first + step_s * (work.max_response_tokens - 1) as f64)
+    }
+}
+
+fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let begun = Instant::now();
+    work()?;
+    Ok(begun.elapsed().as_secs_f64())
+}
+
+/// A parameter of the probe: numbers of a usual size, made quickly.
+pub(crate) fn probe_parameter(name: &str, shape: &[i64]) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let options = (Kind::Float, tch::Device::Cpu);
+    if name.ends_with("norm.weight") {
+        return Tensor::ones(shape, options);
+    }
+    Tensor::linspace(-0.03, 0.03, count, options).view(shape)
+}

@@ -1,0 +1,105 @@
+//! What the planner says a step takes, beside what it took.
+
+use std::path::PathBuf;
+
+use echelon_algorithms::ppo::StepReport;
+use echelon_core::role::Role;
+use echelon_placement::cluster::Cluster;
+use echelon_placement::ledger::Workload;
+use echelon_placement::planner::{Constraints, StepSeconds, plan};
+use echelon_placement::rates::Rates;
+use tch::Device;
+
+use crate::calibration;
+use crate::layout::Layout;
+use crate::models::Held;
+use crate::monitor::Metrics;
+use crate::plan::{USUAL_HOST_BYTES, workload_of};
+use crate::program::Failure;
+use crate::recipe::ResolvedRecipe;
+use crate::run::memory::shapes;
+use crate::wire::ModelFolders;
+
+/// The planner with this machine's rates, which are measured when the first step is over.
+pub struct Forecast {
+    workload: Workload,
+    constraints: Constraints,
+    /// None where devices are no share of this host: their rates are not measured.
+    cluster: Option<Cluster>,
+    folder: PathBuf,
+    held: Held,
+    rates: Option<Rates>,
+}
+
+impl Forecast {
+    /// # Errors
+    /// A model's config cannot be read, or a cluster of no device.
+    pub fn new(
+        recipe: &ResolvedRecipe,
+        folders: &ModelFolders,
+        held: Held,
+        layout: &Layout,
+    ) -> Result<Forecast, Failure> {
+        let threads = tch::get_num_threads().max(1) as usize;
+        let on_cpu = held.pass.device == Device::Cpu;
+        let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, USUAL_HOST_BYTES)).transpose();
+        Ok(Forecast {
+            workload: workload_of(recipe, shapes(folders)?),
+            constraints: Constraints {
+                // What was planned and now runs.
+                zero_stage: Some(layout.group(Role::Actor).zero_stage),
+                adam_offload: Some(layout.group(Role::Actor).adam_offload),
+                tensor_parallel: Some(layout.group(Role::Generator).tensor_parallel),
+                by_hand: layout.by_hand(),
+                use_all_devices: true,
+                // What runs has room: this is about time.
+                memory_fraction: 1e6,
+                ..Constraints::default()
+            },
+            cluster: cluster.map_err(Failure::input)?,
+            folder: folders.actor.clone(),
+            held,
+            rates: None,
+        })
+    }
+
+    /// Sets `perf/planned_<phase>_s` and `perf/planned_step_s`: the planner's seconds for the lengths that the step had. The
+    /// first call measures this machine's rates; where that fails nothing is set.
+    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport) {
+        let Some(planned) = self.seconds(report) else { return };
+        metrics
+            .set("perf/planned_generation_s", planned.generate)
+            .set("perf/planned_make_experience_s", planned.score)
+            .set("perf/planned_ppo_train_s", planned.train)
+            .set("perf/planned_step_s", planned.step);
+    }
+
+    fn seconds(&mut self, report: &StepReport) -> Option<StepSeconds> {
+        self.cluster.as_ref()?;
+        let rollout = report.rollout.as_ref()?;
+        let rows = rollout.num_rows() as f64;
+        let tokens = rollout.lengths.iter().sum::<i64>() as f64 / rows;
+        let response = report.response_lengths.iter().sum::<f64>() / rows;
+        let longest = report.response_lengths.iter().copied().fold(1.0, f64::max);
+        let workload = Workload {
+            mean_prompt_tokens: tokens - response,
+            mean_response_tokens: response,
+            max_response_tokens: longest as usize,
+            ..self.workload.clone()
+        };
+        let rates = match self.rates {
+            Some(rates) => rates,
+            None => {
+                let threads = tch::get_num_threads().max(1) as usize;
+                let alone = Cluster::cpu(1, threads, USUAL_HOST_BYTES).ok()?;
+                let measured = calibration::measure(&alone, &workload, &self.folder, self.held);
+                if let Err(error) = &measured {
+                    tracing::warn!(%error, "rates are not measured");
+                    self.cluster = None; // not tried again
+                }
+                *self.rates.insert(measured.ok()?)
+            }
+        };
+        plan(self.cluster.as_ref()?, &workload, &self.constraints, &rates).ok().map(|plan| plan.seconds)
+    }
+}

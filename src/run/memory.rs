@@ -1,0 +1,184 @@
+//! The memory ledger against the allocator's own figures, after every step of a run.
+
+use std::collections::HashSet;
+
+use echelon_core::memory::{MemoryReport, MemoryUse, Phase};
+use echelon_core::role::Role;
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_placement::ledger::compare::Comparison;
+use echelon_placement::ledger::{ModelSizes, RoleJob, Workload};
+use echelon_placement::tier::ROLES;
+use tch::Device;
+
+use crate::layout::Layout;
+use crate::models::Held;
+use crate::monitor::Metrics;
+use crate::plan::{self, Shapes};
+use crate::program::Failure;
+use crate::recipe::ResolvedRecipe;
+use crate::wire::ModelFolders;
+
+/// How far the ledger may be off before a person is told.
+const TOLERANCE: f64 = 0.10;
+
+/// Differences below this are told nobody: a batch's own tensors, and what the driver keeps of it.
+const WORTH_TELLING: u64 = 16 << 20;
+
+/// The ledger of this run, as its roles are held.
+pub struct MemoryLedger {
+    workload: Workload,
+    /// By role.
+    models: [Option<ModelSizes>; 5],
+    layout: Layout,
+    on_cpu: bool,
+    told: HashSet<(Role, Phase)>,
+}
+
+/// The shapes of a run's models.
+pub(crate) fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
+    let shape = |folder: &std::path::PathBuf, head: HeadKind| {
+        let config = DecoderConfig::read(folder).map_err(Failure::input)?;
+        Ok::<_, Failure>(DecoderConfig { head, ..config }.shape())
+    };
+    Ok(Shapes {
+        actor: shape(&folders.actor, HeadKind::Logits)?,
+        critic: shape(&folders.critic, HeadKind::Score)?,
+        reference: folders.reference.as_ref().map(|folder| shape(folder, HeadKind::Logits)).transpose()?,
+        reward: folders.reward.as_ref().map(|folder| shape(folder, HeadKind::Score)).transpose()?,
+    })
+}
+
+impl MemoryLedger {
+    /// # Errors
+    /// A model's config cannot be read.
+    pub fn new(
+        recipe: &ResolvedRecipe,
+        folders: &ModelFolders,
+        held: Held,
+        layout: &Layout,
+    ) -> Result<MemoryLedger, Failure> {
+        let workload = plan::workload_of(recipe, shapes(folders)?);
+        Ok(MemoryLedger {
+            models: ROLES.map(|role| workload.shape(role).map(ModelSizes::of)),
+            layout: layout.clone(),
+            on_cpu: held.pass.device == Device::Cpu,
+            workload,
+            told: HashSet::new(),
+        })
+    }
+
+    /// How a role is held on each rank; None for one without a model.
+    fn job(&self, role: Role) -> Option<RoleJob<'_>> {
+        let model = self.models[role as usize].as_ref()?;
+        let group = self.layout.group(role);
+        let ranks = group.workers.len();
+        Some(RoleJob {
+            role,
+            model,
+            workload: &self.workload,
+            ranks,
+            zero_stage: group.zero_stage,
+            adam_offload: group.adam_offload && !self.on_cpu,
+            tensor_parallel: group.tensor_parallel,
+            slots: self.workload.slots_wanted(ranks / group.tensor_parallel, 0),
+            shares_weights: self.layout.shares_weights(),
+            moves_to_host: false,
+            on_cpu: self.on_cpu,
+        })
+    }
+
+    /// The ledger beside what a rank was metered at, for what it worked on.
+    pub fn compare(&self, uses: &[MemoryUse]) -> Vec<Comparison> {
+        uses.iter().filter_map(|measured| Some(Comparison::new(&self.job(measured.role)?, measured))).collect()
+    }
+
+    /// Sets `perf/memory_*`; of several ranks the largest. What a person should know comes back, each thing once in a run.
+    pub fn record(&mut self, metrics: &mut Metrics, reports: &[MemoryReport]) -> Vec<String> {
+        let most = |of: fn(&MemoryReport) -> u64| reports.iter().map(of).max().unwrap_or(0) as f64;
+        metrics
+            .set("perf/memory_peak_bytes", most(|report| report.peak))
+            .set("perf/memory_mapped_bytes", most(|report| report.mapped))
+            .set("perf/memory_kept_bytes", most(|report| report.kept));
+        let comparisons: Vec<Comparison> = reports.iter().flat_map(|report| self.compare(&report.uses)).collect();
+        let mut worst: f64 = 0.0;
+        for found in &comparisons {
+            let name = format!("perf/memory_{}_{}_bytes", found.role, phase_name(found.phase));
+            let before = metrics.get(&name).unwrap_or(0.0);
+            metrics.set(name, before.max(found.measured() as f64));
+            worst = worst.max(found.error().abs());
+        }
+        metrics.set("perf/memory_ledger_error_max", worst);
+        let off = comparisons.iter().filter(|found| is_worth_telling(found));
+        off.filter(|found| self.told.insert((found.role, found.phase))).map(warning).collect()
+    }
+}
+
+/// A trained role has one phase of training, and its name is before it.
+fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Generate => "generate",
+        Phase::Score => "score",
+        Phase::TrainActor | Phase::TrainCritic => "train",
+        Phase::Sync => "sync",
+    }
+}
+
+fn is_worth_telling(found: &Comparison) -> bool {
+    found.error().abs() > TOLERANCE && found.difference() > WORTH_TELLING
+}
+
+fn warning(found: &Comparison) -> String {
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / (1 << 20) as f64);
+    let suspect = found.suspect().map_or(String::new(), |entry| {
+        format!("; the largest entry of the part that is off: {} {} ({})", entry.name, mib(entry.bytes), entry.formula)
+    });
+    format!(
+        "memory: the ledger says {} for the {} in phase `{}`, the allocator counted {} ({:+.0} %){suspect}",
+        mib(found.ledger()),
+        found.role,
+        found.phase.name(),
+        mib(found.measured()),
+        100.0 * found.error(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use echelon_core::memory::{Load, PassLoad, StateBytes};
+    use echelon_placement::ledger::{Entry, Place};
+
+    use super::*;
+
+    #[test]
+    fn a_person_is_told_what_is_off_and_by_how_much() {
+        let entry = |name: &'static str, mib: u64, transient| Entry {
+            role: Role::Critic,
+            name: name.into(),
+            bytes: mib << 20,
+            formula: "a formula".into(),
+            place: Place::Device,
+            transient,
+            phases: vec![Phase::Score],
+        };
+        let measured = MemoryUse {
+            role: Role::Critic,
+            phase: Phase::Score,
+            resident: StateBytes { weights: 100 << 20, ..StateBytes::default() },
+            before: 300 << 20,
+            peak: 400 << 20,
+            after: 300 << 20,
+            load: Load::Pass(PassLoad::default()),
+        };
+        let found = |activations| {
+            Comparison::of_entries(
+                vec![entry("weights", 100, false), entry("activations", activations, true)],
+                &measured,
+            )
+        };
+        assert!(!is_worth_telling(&found(115)));
+        assert!(is_worth_telling(&found(125)));
+        let told = warning(&found(150));
+        assert!(told.contains("250 MiB for the critic in phase `score`"), "{told}");
+        assert!(told.contains("counted 200 MiB (+25 %)") && told.contains("activations 150 MiB (a formula)"), "{told}");
+    }
+}

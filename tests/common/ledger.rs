@@ -1,0 +1,255 @@
+//! Every role and phase of PPO on one model, metered as a run meters it, beside the memory ledger.
+
+use std::path::Path;
+
+use echelon::models::{Held, export, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
+use echelon_algorithms::kl::KlEstimator;
+use echelon_algorithms::losses::PolicyClip;
+use echelon_algorithms::schedule::{Decay, LrSchedule};
+use echelon_algorithms::update::{ActorConfig, CriticConfig, update_actor, update_critic};
+use echelon_core::experience::Experience;
+use echelon_core::memory::{Load, MemoryUse, Meter, PassLoad, Phase, StateBytes};
+use echelon_core::progress::{Interrupt, Unwatched};
+use echelon_core::role::Role;
+use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::shim;
+use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, ZeroStage, forward_rows};
+use echelon_generation::{Engine, EngineConfig, Policy};
+use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_models::head::ScalarRows;
+use echelon_placement::ledger::compare::Comparison;
+use echelon_placement::ledger::{ComputeDtype, ModelSizes, RoleJob, Workload};
+use tch::{Device, Kind, Tensor};
+
+/// A model and a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    pub kind: Kind,
+    pub activation_checkpointing: bool,
+    pub entropy: bool,
+    pub rows: usize,
+    pub prompt_tokens: usize,
+    pub response_tokens: usize,
+    pub tokens_per_micro_batch: usize,
+    pub max_sequences: usize,
+}
+
+/// A folder with random models of a causal language model's `config`: `policy`, and `scorer` with a score head.
+pub fn random_models(folder: &Path, config: &serde_json::Value) {
+    for (name, architecture) in [("policy", "LlamaForCausalLM"), ("scorer", "LlamaForSequenceClassification")] {
+        let mut config = config.clone();
+        config["architectures"] = serde_json::json!([architecture]);
+        config["num_labels"] = serde_json::json!(1);
+        let like = folder.join(format!("{name}.config"));
+        std::fs::create_dir_all(&like).unwrap();
+        std::fs::write(like.join("config.json"), config.to_string()).unwrap();
+        let held = held(&Setting::plain(Kind::Float));
+        let training = (OPTIMIZER, &Sharding::whole());
+        let (state, head) = if name == "policy" {
+            (trainable_policy(Role::Actor, &like, Some(1), held, training, 1.0).unwrap().state, HeadKind::Logits)
+        } else {
+            let reads = ScalarRows::LastTokens;
+            let model = trainable_scorer(Role::Reward, &like, Some(2), 3, held, training, reads).unwrap();
+            (model.state, HeadKind::Score)
+        };
+        export(&state, head, &like, &folder.join(name), &[]).unwrap();
+    }
+}
+
+const OPTIMIZER: OptimizerConfig =
+    OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
+
+impl Setting {
+    /// 16 rows of 48 tokens, in micro-batches of a quarter.
+    pub fn plain(kind: Kind) -> Setting {
+        Setting {
+            kind,
+            activation_checkpointing: false,
+            entropy: false,
+            rows: 16,
+            prompt_tokens: 16,
+            response_tokens: 32,
+            tokens_per_micro_batch: 192,
+            max_sequences: 64,
+        }
+    }
+}
+
+fn held(setting: &Setting) -> Held {
+    let pass = PassConfig {
+        device: Device::Cpu,
+        tokens_per_micro_batch: setting.tokens_per_micro_batch as i64,
+        activation_checkpointing: setting.activation_checkpointing,
+    };
+    Held { kind: setting.kind, pass }
+}
+
+fn experience(setting: &Setting, vocab: i64) -> Experience {
+    let length = setting.prompt_tokens + setting.response_tokens;
+    let row = |row: usize| {
+        // Lengths differ a little, as responses do.
+        let length = length - row % 3;
+        let ids = (0..length).map(|t| ((t * 31 + row * 7) as i64) % vocab).collect();
+        (ids, (0..length).map(|t| t >= setting.prompt_tokens).collect())
+    };
+    let tokens = Tokens::from_rows(&(0..setting.rows).map(row).collect::<Vec<_>>());
+    let kind = if setting.kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let numbers = |value: f64| Tensor::full(tokens.token_ids.size(), value, (kind, Device::Cpu));
+    let [old_logprobs, values, advantages, returns] = [-6.0, 0.1, 0.5, 0.3].map(numbers);
+    Experience { tokens, old_logprobs, ref_logprobs: None, values, advantages, returns }
+}
+
+/// The actor's and the critic's passes on one rank of `sharding`; `random` weights, or those of the folders.
+pub fn meter_learners(
+    setting: &Setting,
+    (policy, scorer): (&Path, &Path),
+    random: Option<u64>,
+    sharding: &Sharding,
+) -> Vec<MemoryUse> {
+    let held = held(setting);
+    let mut meter = Meter::new(Device::Cpu);
+    let vocab = DecoderConfig::read(policy).unwrap().vocab_size;
+    let rows = experience(setting, vocab);
+    let num_tokens = rows.num_response_tokens();
+    let load = Load::Pass(PassLoad::of(&rows.tokens, held.pass.tokens_per_micro_batch));
+    let training = (OPTIMIZER, sharding);
+    let schedule = LrSchedule::new(Decay::Constant, 10, 0.0, 1.0);
+
+    let mut actor = trainable_policy(Role::Actor, policy, random, held, training, 1.0).unwrap();
+    let config = ActorConfig {
+        clip: PolicyClip { low: 0.2, high: 0.2, dual: None },
+        entropy_coef: if setting.entropy { 0.01 } else { 0.0 },
+        kl_estimator: KlEstimator::K1,
+        lr: 1e-6,
+        schedule,
+    };
+    let metering = meter.begin(Role::Actor, Phase::Score);
+    actor.forward_rows(&rows.tokens, &Interrupt::default(), |_, _| ()).unwrap();
+    meter.end(metering, actor.state.bytes_by_part(), load);
+    let metering = meter.begin(Role::Actor, Phase::TrainActor);
+    update_actor(&mut actor, &rows, num_tokens, 0.0, &config).unwrap();
+    meter.end(metering, actor.state.bytes_by_part(), load);
+
+    let reads = ScalarRows::Predecessors;
+    let mut critic = trainable_scorer(Role::Critic, scorer, random, 1, held, training, reads).unwrap();
+    let config = CriticConfig { value_clip: Some(0.2), lr: 1e-6, schedule };
+    let metering = meter.begin(Role::Critic, Phase::Score);
+    critic.forward_rows(&rows.tokens, &Interrupt::default(), |_, _| ()).unwrap();
+    meter.end(metering, critic.state.bytes_by_part(), load);
+    let metering = meter.begin(Role::Critic, Phase::TrainCritic);
+    update_critic(&mut critic, &rows, num_tokens, &config).unwrap();
+    meter.end(metering, critic.state.bytes_by_part(), load);
+
+    if sharding.group.size() == 1 {
+        let prompt = |id: usize| Prompt {
+            id: id as u64,
+            token_ids: (0..setting.prompt_tokens).map(|t| ((t * 31 + id * 7) as i64) % vocab).collect(),
+            text: String::new(),
+            label: None,
+        };
+        let prompts = Prompts {
+            rows: (0..setting.rows).map(prompt).collect(),
+            samples_per_prompt: 1,
+            seed: 1,
+            evaluation: false,
+        };
+        let sampling = SamplingConfig {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            max_new_tokens: setting.response_tokens,
+            stop: Vec::new(),
+            ignore_eos: true,
+        };
+        let engine = Engine::new(EngineConfig { max_sequences: setting.max_sequences, ..EngineConfig::default() });
+        let metering = meter.begin(Role::Generator, Phase::Generate);
+        let model = Policy { model: &actor.model, head: actor.head.weight(), tokenizer: None };
+        let (made, _) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default()).unwrap();
+        let load = engine.load(&actor.model, &prompts, &sampling, &made);
+        meter.end(metering, StateBytes::default(), Load::Decode(load));
+    }
+    meter.report().uses
+}
+
+/// The reference's and the reward model's passes, on mapped files or, in another dtype, on copies.
+pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<MemoryUse> {
+    let held = held(setting);
+    let mut meter = Meter::new(Device::Cpu);
+    let rows = experience(setting, DecoderConfig::read(policy).unwrap().vocab_size).tokens;
+    let load = Load::Pass(PassLoad::of(&rows, held.pass.tokens_per_micro_batch));
+    let bytes = || (shim::live_bytes(Device::Cpu) + shim::mapped_bytes()) as u64;
+
+    let before = bytes();
+    let reference = frozen_policy(policy, held, 1.0, &Sharding::whole()).unwrap();
+    let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
+    let metering = meter.begin(Role::Reference, Phase::Score);
+    let model = (&reference.model, &reference.head);
+    forward_rows(model, &held.pass, &rows, &Interrupt::default(), |_, _| ()).unwrap();
+    meter.end(metering, resident, load);
+
+    let before = bytes();
+    let reward = frozen_scorer(scorer, held, &Sharding::whole()).unwrap();
+    let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
+    let metering = meter.begin(Role::Reward, Phase::Score);
+    let model = (&reward.model, &reward.head);
+    forward_rows(model, &held.pass, &rows, &Interrupt::default(), |_, _| ()).unwrap();
+    meter.end(metering, resident, load);
+    meter.report().uses
+}
+
+/// The ledger beside what was metered on one of `ranks` ranks at a ZeRO stage.
+pub fn compare(
+    setting: &Setting,
+    (policy, scorer): (&Path, &Path),
+    (ranks, stage): (usize, ZeroStage),
+    uses: &[MemoryUse],
+) -> Vec<Comparison> {
+    let shape = |folder: &Path, head| DecoderConfig { head, ..DecoderConfig::read(folder).unwrap() }.shape();
+    let (actor, critic) = (shape(policy, HeadKind::Logits), shape(scorer, HeadKind::Score));
+    let workload = Workload {
+        reference: Some(actor.clone()),
+        reward: Some(critic.clone()),
+        actor,
+        critic: Some(critic),
+        prompts: setting.rows,
+        samples_per_prompt: 1,
+        max_prompt_tokens: setting.prompt_tokens,
+        max_response_tokens: setting.response_tokens,
+        mean_prompt_tokens: setting.prompt_tokens as f64,
+        mean_response_tokens: setting.response_tokens as f64,
+        mini_batch: setting.rows,
+        epochs: 1,
+        tokens_per_micro_batch: setting.tokens_per_micro_batch,
+        dtype: match setting.kind {
+            Kind::BFloat16 => ComputeDtype::Bfloat16,
+            Kind::Double => ComputeDtype::Float64,
+            _ => ComputeDtype::Float32,
+        },
+        activation_checkpointing: setting.activation_checkpointing,
+        entropy_in_loss: setting.entropy,
+        reference_offload: false,
+        max_sequences: setting.max_sequences,
+        max_batched_tokens: 8192,
+        kv_cache_bytes: None,
+    };
+    let comparison = |measured: &MemoryUse| {
+        let trained = matches!(measured.role, Role::Actor | Role::Critic);
+        let model = ModelSizes::of(workload.shape(measured.role).unwrap());
+        let job = RoleJob {
+            role: measured.role,
+            model: &model,
+            workload: &workload,
+            ranks,
+            zero_stage: if trained { stage as u8 } else { 0 },
+            adam_offload: false,
+            tensor_parallel: 1,
+            slots: setting.rows.min(setting.max_sequences),
+            shares_weights: true,
+            moves_to_host: false,
+            on_cpu: true,
+        };
+        Comparison::new(&job, measured)
+    };
+    uses.iter().map(comparison).collect()
+}
