@@ -34,6 +34,8 @@ pub struct Assignment {
     pub worker: usize,
     /// Where the workers meet: on the driver's host, at this port. None where there is one.
     pub meeting_port: Option<u16>,
+    /// Every worker is a process of the driver's host, started by it: they may share memory.
+    pub on_one_host: bool,
     pub run_folder: PathBuf,
 }
 
@@ -99,7 +101,9 @@ impl HostPlan {
             }
         };
         let sender = match &actor {
-            Some(_) => sender(&seat, &DecoderConfig::read(&folders.actor)?.shape(), held.kind)?,
+            Some(actor) => {
+                sender(&seat, &actor.policy.state, &DecoderConfig::read(&folders.actor)?.shape(), held.kind)?
+            }
             None => None,
         };
         let generator = Generator::of(&seat, &folders.actor, held)?;

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use echelon_core::Result;
+use echelon_core::process_group::Patience;
 use echelon_core::role::Role;
 use echelon_core::shape::{ModelShape, TensorParallelPart};
 use echelon_core::zero::{TrainingState, Units};
@@ -12,8 +13,9 @@ use echelon_models::config::DecoderConfig;
 use echelon_models::decoder::Decoder;
 use echelon_models::tensor_parallel::TensorParallel;
 use echelon_placement::weight_sync::broadcast::{BroadcastReceiver, BroadcastSender, SyncPlace, join_lanes};
-use echelon_placement::weight_sync::{SyncConfig, SyncPlan};
-use tch::{Kind, Tensor};
+use echelon_placement::weight_sync::shared::{SharedReceiver, SharedSender, find_segments};
+use echelon_placement::weight_sync::{SyncConfig, SyncPlan, SyncReport};
+use tch::{Device, Kind, Tensor};
 
 use crate::models::Held;
 use crate::seat::Seat;
@@ -31,9 +33,48 @@ pub enum Generator {
 /// What receives the weights that it holds.
 pub struct Apart {
     pub weights: OwnWeights,
-    receiver: BroadcastReceiver,
+    receiver: Receiver,
     /// Whether weights were ever sent here: until then they are those that the actor began with.
     attempted: bool,
+}
+
+/// The actor's end of a publication to generators on other workers.
+pub enum Sender {
+    Shared(SharedSender),
+    Broadcast(BroadcastSender),
+}
+
+/// A generator's end.
+enum Receiver {
+    Shared(SharedReceiver),
+    Broadcast(BroadcastReceiver),
+}
+
+impl Sender {
+    /// # Errors
+    /// A generator that is gone.
+    pub fn publish(&mut self, state: &TrainingState, version: u64) -> Result<SyncReport> {
+        match self {
+            Sender::Shared(sender) => sender.publish(state, version),
+            Sender::Broadcast(sender) => sender.publish(state, version),
+        }
+    }
+}
+
+impl Receiver {
+    fn receive(&mut self, version: u64) -> Result<SyncReport> {
+        match self {
+            Receiver::Shared(receiver) => receiver.receive(version),
+            Receiver::Broadcast(receiver) => receiver.receive(version),
+        }
+    }
+
+    fn check(&self, version: u64) -> Result<()> {
+        match self {
+            Receiver::Shared(receiver) => receiver.check(version),
+            Receiver::Broadcast(receiver) => receiver.check(version),
+        }
+    }
 }
 
 /// A generator's own weights, its slice of every parameter.
@@ -58,17 +99,18 @@ impl Generator {
         let size = group.tensor_parallel;
         let replica = rank / size;
         let together = &group.workers[replica * size..(replica + 1) * size];
-        let weights = OwnWeights::load(folder, held, &TensorParallel::new(seat.group(together)))?;
+        let parallel = TensorParallel::new(seat.group(together));
         if layout.of_worker(seat.worker, Role::Actor).is_some() {
-            return Ok(Some(Generator::Beside(Box::new(weights))));
+            return Ok(Some(Generator::Beside(Box::new(OwnWeights::load(folder, held, &parallel)?))));
         }
-        let plan = sync_plan(seat, &weights.shape, held.kind)?;
-        let tp_rank = rank % size;
-        let lanes = seat.join_at(|point, address, patience| {
-            join_lanes(point, "weights", &plan, SyncPlace::Generator { replica, tp_rank }, address, patience)
-        })?;
-        let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, &weights.tensors)?;
-        Ok(Some(Generator::Apart(Box::new(Apart { weights, receiver, attempted: false }))))
+        let shape = DecoderConfig::read(folder)?.shape();
+        let plan = sync_plan(seat, &shape, held.kind)?;
+        let place = (replica, rank % size);
+        let apart = match seat.shares_memory() {
+            true => Apart::by_shared_memory(seat, plan, place, (folder, held, &parallel))?,
+            false => Apart::by_broadcast(seat, plan, place, (folder, held, &parallel))?,
+        };
+        Ok(Some(Generator::Apart(Box::new(apart))))
     }
 
     /// Takes up the actor's weights as they are now; the actor's ranks publish at the same time.
@@ -106,16 +148,60 @@ impl Generator {
     }
 }
 
+type Load<'a> = (&'a Path, Held, &'a TensorParallel);
+
+impl Apart {
+    /// Where the actor's ranks write, generators of the same host compute: what they begin with is there too.
+    fn by_shared_memory(seat: &Seat, plan: SyncPlan, (_, tp_rank): (usize, usize), load: Load) -> Result<Apart> {
+        let (folder, held, parallel) = load;
+        let trainers = plan.config().trainers;
+        let segments = seat.join_at(|point, _, patience| find_segments(point, SYNC, trainers, patience))?;
+        let patience = Patience::default().progress;
+        let (weights, receiver) = if held.pass.device == Device::Cpu {
+            let mut receiver = SharedReceiver::new(plan, tp_rank, segments, patience)?;
+            receiver.receive(AT_THE_START)?;
+            (OwnWeights::over(folder, receiver.tensors(), parallel)?, receiver)
+        } else {
+            let weights = OwnWeights::load(folder, held, parallel)?;
+            let receiver = SharedReceiver::copying(plan, tp_rank, segments, &weights.tensors, patience)?;
+            (weights, receiver)
+        };
+        Ok(Apart { weights, receiver: Receiver::Shared(receiver), attempted: false })
+    }
+
+    fn by_broadcast(seat: &Seat, plan: SyncPlan, (replica, tp_rank): (usize, usize), load: Load) -> Result<Apart> {
+        let (folder, held, parallel) = load;
+        let weights = OwnWeights::load(folder, held, parallel)?;
+        let lanes = seat.join_at(|point, address, patience| {
+            join_lanes(point, SYNC, &plan, SyncPlace::Generator { replica, tp_rank }, address, patience)
+        })?;
+        let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, &weights.tensors)?;
+        Ok(Apart { weights, receiver: Receiver::Broadcast(receiver), attempted: false })
+    }
+}
+
+/// What the ranks meet for.
+const SYNC: &str = "weights";
+
+/// The version of the weights that a run begins with, where they are published.
+const AT_THE_START: u64 = 0;
+
 /// The actor's end of a publication to generators on other workers; none where they are on its own.
-pub fn sender(seat: &Seat, shape: &ModelShape, kind: Kind) -> Result<Option<BroadcastSender>> {
+pub fn sender(seat: &Seat, state: &TrainingState, shape: &ModelShape, kind: Kind) -> Result<Option<Sender>> {
     let layout = &seat.layout;
     let (actor, generator) = (layout.group(Role::Actor), layout.group(Role::Generator));
     let Some(trainer) = seat.rank_in(actor).filter(|_| actor.workers != generator.workers) else { return Ok(None) };
     let plan = sync_plan(seat, shape, kind)?;
+    if seat.shares_memory() {
+        let mut sender = SharedSender::new(plan, trainer)?;
+        sender.publish(state, AT_THE_START)?;
+        seat.join_at(|point, _, _| sender.offer(point, SYNC))?;
+        return Ok(Some(Sender::Shared(sender)));
+    }
     let lanes = seat.join_at(|point, address, patience| {
-        join_lanes(point, "weights", &plan, SyncPlace::Trainer(trainer), address, patience)
+        join_lanes(point, SYNC, &plan, SyncPlace::Trainer(trainer), address, patience)
     })?;
-    BroadcastSender::new(plan, lanes).map(Some)
+    Ok(Some(Sender::Broadcast(BroadcastSender::new(plan, lanes)?)))
 }
 
 fn sync_plan(seat: &Seat, shape: &ModelShape, kind: Kind) -> Result<SyncPlan> {
@@ -140,6 +226,16 @@ impl OwnWeights {
         let model = Decoder::sliced(&config, tensor_parallel, &mut own)?;
         let head = if config.tied_embeddings { model.embedding().shallow_clone() } else { own("lm_head.weight")? };
         Ok(OwnWeights { model, head, tensors, shape: config.shape(), part })
+    }
+
+    /// Over tensors that others fill.
+    fn over(folder: &Path, tensors: &HashMap<String, Tensor>, tensor_parallel: &TensorParallel) -> Result<OwnWeights> {
+        let config = DecoderConfig::read(folder)?;
+        let given = |name: &str| tensors[name].shallow_clone();
+        let model = Decoder::sliced(&config, tensor_parallel, &mut |name| Ok(given(name)))?;
+        let head = if config.tied_embeddings { model.embedding().shallow_clone() } else { given("lm_head.weight") };
+        let tensors = tensors.keys().map(|name| (name.clone(), given(name))).collect();
+        Ok(OwnWeights { model, head, tensors, shape: config.shape(), part: tensor_parallel.part() })
     }
 
     /// Copies this rank's slices out of the actor's units, one gathered unit at a time.

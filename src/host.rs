@@ -20,10 +20,9 @@ use echelon_models::config::HeadKind;
 use echelon_models::decoder::Decoder;
 use echelon_models::head::{LogprobOutput, ScalarOutput};
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::weight_sync::broadcast::BroadcastSender;
 use tch::{Device, Tensor};
 
-use crate::generator::Generator;
+use crate::generator::{Generator, Sender};
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
 use crate::seat::Seat;
 
@@ -35,7 +34,7 @@ pub struct DeviceRoles {
     pub reward: Option<Deferred<RewardModel>>,
     pub generator: Option<Generator>,
     /// Sends the actor's weights to generators on other workers.
-    pub sender: Option<BroadcastSender>,
+    pub sender: Option<Sender>,
     pub engine: Engine,
     pub tokenizer: Arc<Tokenizer>,
     pub held: Held,

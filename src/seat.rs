@@ -14,6 +14,8 @@ pub struct Meeting {
     pub host: String,
     pub port: u16,
     pub own_address: String,
+    /// Workers may share memory.
+    pub on_one_host: bool,
 }
 
 /// A worker's number and its groups. Clones share them.
@@ -23,8 +25,14 @@ pub struct Seat {
     pub layout: Arc<Layout>,
     /// By their workers.
     groups: Arc<BTreeMap<Vec<usize>, ProcessGroup>>,
-    /// Where they met, and this worker's address; none where it is alone.
-    met: Option<Arc<(MeetingPoint, String)>>,
+    /// Where they met; none where it is alone.
+    met: Option<Arc<Met>>,
+}
+
+struct Met {
+    point: MeetingPoint,
+    own_address: String,
+    on_one_host: bool,
 }
 
 /// Process groups whose standing a heartbeat tells; filled when the seat is taken.
@@ -55,7 +63,8 @@ impl Seat {
                 watched.lock().expect("never held over a panic").push(group.clone());
                 groups.insert(workers, group);
             }
-            met = Some(Arc::new((point, meeting.own_address.clone())));
+            let (own_address, on_one_host) = (meeting.own_address.clone(), meeting.on_one_host);
+            met = Some(Arc::new(Met { point, own_address, on_one_host }));
         }
         Ok(Seat { worker, layout: Arc::new(layout), groups: Arc::new(groups), met })
     }
@@ -68,8 +77,13 @@ impl Seat {
         &self,
         join: impl FnOnce(&MeetingPoint, &str, Patience) -> echelon_core::Result<T>,
     ) -> echelon_core::Result<T> {
-        let (point, address) = &**self.met.as_ref().expect("a worker among several");
-        join(point, address, Patience::default())
+        let Met { point, own_address, .. } = &**self.met.as_ref().expect("a worker among several");
+        join(point, own_address, Patience::default())
+    }
+
+    /// Whether the workers may share memory.
+    pub fn shares_memory(&self) -> bool {
+        self.met.as_ref().is_some_and(|met| met.on_one_host)
     }
 
     /// The group of these workers, one of which this is.

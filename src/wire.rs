@@ -246,6 +246,7 @@ pub async fn wire(
             layout: layout.clone(),
             worker: 0,
             meeting_port: None,
+            on_one_host: devices.listen.is_none(),
             run_folder: absolute(&run_folder),
         };
         let patience = Duration::from_secs_f64(devices.join_timeout_s);

@@ -76,6 +76,18 @@ std::optional<c10::OperatorHandle> cpu_operator(const char* name) {
   return found;
 }
 
+// MKL's layout is the faster one on Intel's processors alone, and takes several times the weights' memory on others. The
+// choice follows from the machine, not from a measurement: the same run gives the same bits again.
+bool packs_with_mkl(const at::Tensor& weight) {
+  if (weight.scalar_type() != at::kFloat) return false;
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+#else
+  static const bool intel = false;
+#endif
+  return intel && cpu_operator(kMklPack) && cpu_operator(kMklLinear);
+}
+
 }  // namespace
 
 std::unique_ptr<at::Tensor> pack_linear(const at::Tensor& weight, int64_t rows) {
@@ -83,10 +95,11 @@ std::unique_ptr<at::Tensor> pack_linear(const at::Tensor& weight, int64_t rows) 
   using Mkl = at::Tensor(const at::Tensor&, int64_t);
   using OneDnn = at::Tensor(const at::Tensor&, std::optional<int64_t>);
   at::Tensor packed;
-  if (weight.device().is_cpu() && weight.scalar_type() == at::kFloat) {
-    auto pack = cpu_operator(kMklPack);
-    if (pack && cpu_operator(kMklLinear)) packed = pack->typed<Mkl>().call(weight, rows);
-  } else if (weight.device().is_cpu() && weight.scalar_type() == at::kBFloat16) {
+  const bool has_layout = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
+  if (!weight.device().is_cpu() || !has_layout) return std::make_unique<at::Tensor>();
+  if (packs_with_mkl(weight)) {
+    packed = cpu_operator(kMklPack)->typed<Mkl>().call(weight, rows);
+  } else {
     auto pack = cpu_operator(kOneDnnPack);
     if (pack && cpu_operator(kOneDnnLinear)) packed = pack->typed<OneDnn>().call(weight, rows);
   }
@@ -102,7 +115,7 @@ std::unique_ptr<at::Tensor> packed_linear(const at::Tensor& x, const at::Tensor&
   at::NoGradGuard no_grad;
   std::optional<at::Tensor> added;
   if (bias.defined()) added = bias;
-  auto out = weight.scalar_type() == at::kFloat
+  auto out = packs_with_mkl(weight)
                  ? cpu_operator(kMklLinear)->typed<Mkl>().call(x, packed, weight, added, rows)
                  : cpu_operator(kOneDnnLinear)->typed<OneDnn>().call(
                        x, packed, added, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);

@@ -45,7 +45,7 @@ const CHUNK_LOGITS: u64 = 1 << 24;
 const STEPS_THAT_PAY: usize = 12;
 
 /// Bytes of one of the two buffers through which weights go to a generator elsewhere.
-const SYNC_BUCKET_BYTES: u64 = 256 << 20;
+const SYNC_BUCKET_BYTES: u64 = crate::weight_sync::BUCKET_BYTES as u64;
 
 /// Whose memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -82,6 +82,26 @@ impl MeetingPoint {
         self.store.port()
     }
 
+    /// Leaves a word for whoever asks for `key`.
+    ///
+    /// # Errors
+    /// The store is gone.
+    pub fn tell(&self, key: &str, word: &str) -> Result<()> {
+        let what = || format!("telling `{key}` at {}", self.address());
+        self.store.set(key, word.as_bytes()).map_err(|error| Error::other(what(), torch_error(error)))
+    }
+
+    /// The word that another rank tells under `key`, once it has.
+    ///
+    /// # Errors
+    /// Nobody tells it within `patience.join`.
+    pub fn hear(&self, key: &str, patience: Patience) -> Result<String> {
+        let what = || format!("waiting for `{key}` at {}", self.address());
+        let word = self.store.get(key, milliseconds(patience.join));
+        let word = word.map_err(|error| Error::other(what(), torch_error(error)))?;
+        String::from_utf8(word).map_err(|error| Error::other(what(), error))
+    }
+
     fn address(&self) -> String {
         format!("{}:{}", self.host, self.port())
     }

@@ -3,6 +3,9 @@
 /// Bytes that are summed together: eight words of 64 bits.
 const BLOCK: usize = 64;
 
+/// Runs from this length on are written past the caches.
+const PAST_CACHES_FROM: usize = 1 << 17;
+
 /// A 64-bit sum of runs of bytes, sensitive to every bit, to the place of every word, and to where runs begin. It finds
 /// what went wrong by accident; it is no protection against intent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +24,20 @@ impl Checksum {
     /// # Panics
     /// The lengths differ.
     pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
+        self.copy_by(from, to, false);
+    }
+
+    /// The same, past this processor's caches where the run is long: for what is read later.
+    ///
+    /// # Panics
+    /// The lengths differ.
+    pub fn copy_away(&mut self, from: &[u8], to: &mut [u8]) {
+        let past_caches = to.len() >= PAST_CACHES_FROM && to.as_ptr().cast::<u128>().is_aligned();
+        self.copy_by(from, to, past_caches);
+    }
+
+    #[inline(always)]
+    fn copy_by(&mut self, from: &[u8], to: &mut [u8], past_caches: bool) {
         assert_eq!(from.len(), to.len(), "a run and the place for it");
         let mut words = Words::default();
         let mut blocks = from.chunks_exact(BLOCK);
@@ -28,7 +45,10 @@ impl Checksum {
         for (block, place) in blocks.by_ref().zip(places.by_ref()) {
             let block: &[u8; BLOCK] = block.try_into().expect("a block's length");
             words.add(block);
-            place.copy_from_slice(block);
+            store(place.try_into().expect("a block's length"), block, past_caches);
+        }
+        if past_caches {
+            stores_are_seen();
         }
         places.into_remainder().copy_from_slice(blocks.remainder());
         self.end_run(words, blocks.remainder());
@@ -64,6 +84,32 @@ impl Checksum {
     }
 }
 
+/// Writes a block; past the caches where it is one of many: its place need not be read first, as libc's memcpy knows too.
+#[inline(always)]
+fn store(place: &mut [u8; BLOCK], block: &[u8; BLOCK], past_caches: bool) {
+    #[cfg(target_arch = "x86_64")]
+    if past_caches {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        let (from, to) = (block.as_ptr().cast::<__m128i>(), place.as_mut_ptr().cast::<__m128i>());
+        for lane in 0..BLOCK / 16 {
+            // SAFETY: both are of a block's length, and `to` is aligned: the run is, and blocks are multiples of 16.
+            unsafe { _mm_stream_si128(to.add(lane), _mm_loadu_si128(from.add(lane))) };
+        }
+        return;
+    }
+    let _ = past_caches;
+    place.copy_from_slice(block);
+}
+
+/// Others that see what is written after this see the blocks of [`store`] too.
+fn stores_are_seen() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence()
+    };
+}
+
 impl Words {
     #[inline(always)]
     fn add(&mut self, block: &[u8; BLOCK]) {
@@ -87,12 +133,15 @@ mod tests {
 
     #[test]
     fn copying_sums_what_reading_sums() {
-        for length in [0, 1, 63, 64, 65, 1000] {
+        for length in [0, 1, 63, 64, 65, 1000, PAST_CACHES_FROM, PAST_CACHES_FROM + 77] {
             let from: Vec<u8> = (0..length).map(|i| (i * 37 % 251) as u8).collect();
             let mut to = vec![0; length];
-            let mut copied = Checksum::default();
-            copied.copy(&from, &mut to);
-            assert_eq!((to.as_slice(), copied.value()), (from.as_slice(), sum(&[&from])));
+            for copy in [Checksum::copy, Checksum::copy_away] {
+                to.fill(0);
+                let mut copied = Checksum::default();
+                copy(&mut copied, &from, &mut to);
+                assert_eq!((to.as_slice(), copied.value()), (from.as_slice(), sum(&[&from])));
+            }
         }
     }
 

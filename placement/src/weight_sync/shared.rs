@@ -7,10 +7,12 @@
 //! Trainers overwrite the version before: publish when no generator samples. One that tries is refused (WS-5).
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use echelon_core::store::{LiveMap, LiveWriter, SegmentWriter};
+use echelon_core::process_group::{MeetingPoint, Patience};
+use echelon_core::store::{LiveMap, LiveSegment, LiveWriter, SegmentWriter};
 use echelon_core::zero::TrainingState;
 use echelon_core::{Error, Result, shim};
 use tch::{Device, Kind, Tensor};
@@ -148,6 +150,16 @@ impl SharedSender {
         &self.writer
     }
 
+    /// Tells generators' processes of this host, at the ranks' meeting point, where they find the segment: among the files
+    /// that this process has open, which the kernel shows to its own user alone.
+    ///
+    /// # Errors
+    /// The meeting point is gone.
+    pub fn offer(&self, at: &MeetingPoint, name: &str) -> Result<()> {
+        let descriptor = self.writer.segment().as_fd().as_raw_fd();
+        at.tell(&key(name, self.trainer), &format!("/proc/{}/fd/{descriptor}", std::process::id()))
+    }
+
     /// Writes this trainer's part of the weights.
     ///
     /// # Errors
@@ -168,7 +180,7 @@ impl SharedSender {
                     let from = source.bytes(run.from, run.length);
                     let block = &layout.blocks[&(tp_rank, segment.unit, run.param)];
                     let place = block.place(run.to, plan.element_bytes());
-                    sum.copy(from, &mut memory[place..place + from.len()]);
+                    sum.copy_away(from, &mut memory[place..place + from.len()]);
                     bytes += from.len();
                 });
                 checksum = checksum.wrapping_add(sum.value());
@@ -185,6 +197,29 @@ impl SharedSender {
         let last = self.writer.len() - 1;
         self.writer.bytes()[last] ^= 1;
     }
+}
+
+fn key(name: &str, trainer: usize) -> String {
+    format!("{name}/segment of trainer {trainer}")
+}
+
+/// The segments that the trainers [offer](SharedSender::offer), in the order of their ranks.
+///
+/// # Errors
+/// A trainer that offers none in time, or whose segment cannot be opened here.
+pub fn find_segments(at: &MeetingPoint, name: &str, trainers: usize, patience: Patience) -> Result<Vec<LiveMap>> {
+    let find = |trainer: usize| {
+        let path = at.hear(&key(name, trainer), patience)?;
+        let failed = |error: &dyn std::fmt::Display| {
+            Error::Refused(format!(
+                "weight sync: the memory of trainer {trainer} cannot be opened as {path}: {error}; trainers and generators \
+                 must be processes of one user, on one host and in one container"
+            ))
+        };
+        let file = std::fs::File::open(&path).map_err(|error| failed(&error))?;
+        LiveSegment::from_fd(OwnedFd::from(file)).and_then(|segment| segment.map()).map_err(|error| failed(&error))
+    };
+    (0..trainers).map(find).collect()
 }
 
 /// A generator rank's end: the trainers' segments, and the tensors that it computes on.
