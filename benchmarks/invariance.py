@@ -5,17 +5,18 @@
     python3 benchmarks/invariance.py --dozen          # a few that cover every pair of settings
 
 One process samples and records the rollouts. Then every combination of workers, ZeRO stage, Adam offload, activation
-checkpointing and tier learns from those rollouts, and every metric of every step but clocks' and `perf/` must be the same:
+checkpointing and tier learns from those rollouts, and every metric of every step, clocks' and `perf/` apart, must be
+the same:
 
     |found - expected| <= bound * max(1, |expected|),  bound 1e-9 in float64
 
 Then the same in float32, bound 1e-5, for the few of `--dozen` and at most 5 steps. Combinations that cannot exist are
-printed as skipped, with the reason. One JSON object per combination; the last line is the summary. Exit code 1 if a bound
-is broken or a run failed, 2 if nothing could be compared. `--output FOLDER` keeps the rollouts and every run's folder and
-output (`.log`).
+printed as skipped, with the reason. One JSON object per combination; the last line is the summary. Exit code 1 if a
+bound is broken or a run failed, 2 if nothing could be compared. `--output FOLDER` keeps the rollouts and every run's
+folder and output (`.log`).
 
-With 4 workers tier medium has one worker for each role, and large two for the actor alone: ZeRO has nothing, or little, to
-divide there. `--workers 1 2 4 8` is longer and divides more. The recipe's batch is made small by SIZES below; `--set
+With 4 workers tier medium has one worker for each role, and large two for the actor alone: ZeRO has nothing, or little,
+to divide there. `--workers 1 2 4 8` is longer and divides more. The recipe's batch is made small by SIZES below; `--set
 table.key=value` lays other values over it, as in `ppo --set`.
 
 Python 3.10 or later, no packages.
@@ -79,8 +80,8 @@ def read_options():
     parser.add_argument("--output", help="new folder for all runs (default: a temporary one, removed at the end)")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="as in `ppo --set`")
     options = parser.parse_args()
-    if not os.access(options.ppo, os.X_OK):
-        stop(f"{options.ppo} is not there: `cargo build --bin ppo` makes it, --ppo names another")
+    if not (os.path.isfile(options.ppo) and os.access(options.ppo, os.X_OK)):
+        stop(f"no program {options.ppo}: `cargo build --bin ppo` makes it, --ppo names another")
     if not os.path.isfile(options.recipe):
         stop(f"no recipe {options.recipe}: --recipe names one, such as recipes/quickstart.toml")
     if min(options.steps, options.jobs, *options.workers) < 1:
@@ -105,8 +106,9 @@ class Program:
         begun = time.monotonic()
         possible = self.possible()
         few = pairwise(possible)
-        self.compare("float64", self.options.steps, few if self.options.dozen else possible)
-        self.compare("float32", min(self.options.steps, MOST_STEPS_FLOAT32), few)
+        steps = {"float64": self.options.steps, "float32": min(self.options.steps, MOST_STEPS_FLOAT32)}
+        self.compare("float64", steps["float64"], few if self.options.dozen else possible)
+        self.compare("float32", steps["float32"], few)
         broken = [result for result in self.results if not result["holds"]]
         say({
             "combinations": {dtype: len(self.of(dtype)) for dtype in BOUNDS},
@@ -114,7 +116,7 @@ class Program:
             "broken": len(broken),
             "worst": {dtype: worst_of(self.of(dtype)) for dtype in BOUNDS},
             "bound": BOUNDS,
-            "steps": self.options.steps,
+            "steps": steps,
             "seconds": round(time.monotonic() - begun, 1),
             "machine": machine(),
         })
@@ -158,40 +160,41 @@ class Program:
         rollouts = self.folder / f"rollouts-{dtype}"
         common = [f"train.dtype={dtype}", f"train.steps={steps}"]
         one = self.folder / f"{dtype}-one-process"
-        failure = self.train(one, sets(ONE_PROCESS) + common + [f"rollout.record={rollouts}"])
-        if failure:
-            stop(f"the run in one process {failure}")
+        try:
+            self.train(one, sets(ONE_PROCESS) + common + [f"rollout.record={rollouts}"])
+        except Failed as error:
+            stop(f"the run in one process {error}")
         expected = metrics(one)
 
         def result_of(combination):
             run = self.folder / "-".join([dtype, *(str(value).lower() for value in combination.values())])
             begun = time.monotonic()
-            failure = self.train(run, sets(combination) + common + [f"rollout.replay={rollouts}"])
-            seconds = round(time.monotonic() - begun, 1)
-            result = {"train.dtype": dtype, **combination}
-            if failure:
-                return {**result, "holds": False, "failed": failure, "seconds": seconds}
-            difference, metric, step = worst(metrics(run), expected)
-            holds = difference <= BOUNDS[dtype]
-            return {**result, "holds": holds, "worst": difference, "metric": metric, "step": step, "seconds": seconds}
+            try:
+                self.train(run, sets(combination) + common + [f"rollout.replay={rollouts}"])
+                difference, metric, step = worst(metrics(run), expected)
+            except Failed as error:
+                outcome = {"holds": False, "failed": str(error)}
+            else:
+                holds = difference <= BOUNDS[dtype]
+                outcome = {"holds": holds, "worst": difference, "metric": metric, "step": step}
+            return {"train.dtype": dtype, **combination, **outcome, "seconds": round(time.monotonic() - begun, 1)}
 
         for result in self.pool.map(result_of, combinations):
             self.results.append(result)
             say(result)
 
     def train(self, run, settings):
-        """Runs to the end; what went wrong, or None."""
         log = run.with_name(run.name + ".log")
+        arguments = [*self.arguments(settings), "--output-dir", run]
         # Processes that share the cores are slower with several threads each.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(log, "w") as output:
-            arguments = [*self.arguments(settings), "--output-dir", run]
-            code = subprocess.run(
+            ended = subprocess.run(
                 arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-            ).returncode
-        if code == 0:
-            return None
-        return f"ended with {code}: " + " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+            )
+        if ended.returncode != 0:
+            last = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+            raise Failed(f"ended with {ended.returncode}: {last}")
 
     def arguments(self, settings):
         settings = [*SIZES, *ALWAYS, *self.options.set, *settings]
@@ -226,25 +229,30 @@ def metrics(run):
     return [{name: value for name, value in step.items() if not is_clock(name)} for step in steps]
 
 
+class Failed(Exception):
+    """A run did not end well, or differs in what no number says: a step or metric is missing, a value is not finite."""
+
+
 def worst(found, expected):
     """The largest difference, relative where the metric is above 1, with the metric and its step."""
     if len(found) != len(expected):
-        return math.inf, f"{len(found)} steps in place of {len(expected)}", None
+        raise Failed(f"{len(found)} steps in place of {len(expected)}")
     largest = (0.0, None, None)
     for step, (ours, theirs) in enumerate(zip(found, expected), 1):
         for name in sorted(ours.keys() | theirs.keys()):
-            distance = difference(ours.get(name, "absent"), theirs.get(name, "absent"))
-            if distance > largest[0]:
-                largest = (distance, name, step)
+            value, wanted = ours.get(name, "absent"), theirs.get(name, "absent")
+            if value == wanted:
+                continue
+            if not (is_finite(value) and is_finite(wanted)):
+                raise Failed(f"{name} of step {step}: {value} against {wanted}")
+            difference = abs(value - wanted) / max(1.0, abs(wanted))
+            if difference > largest[0]:
+                largest = (difference, name, step)
     return largest
 
 
-def difference(found, expected):
-    if found == expected:
-        return 0.0
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (found, expected)):
-        return math.inf
-    return abs(found - expected) / max(1.0, abs(expected))
+def is_finite(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def worst_of(results):
@@ -262,4 +270,7 @@ def say(row):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

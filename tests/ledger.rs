@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use common::{Workplace, metrics};
 use echelon_core::memory::MemoryUse;
@@ -45,11 +45,23 @@ fn models(vocab_size: i64) -> (TempDir, PathBuf, PathBuf) {
     (folder, policy, scorer)
 }
 
+/// [`models`], when nothing is measured in this process.
+fn models_undisturbing(vocab_size: i64) -> (TempDir, PathBuf, PathBuf) {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    models(vocab_size)
+}
+
 /// What is off, in a line; nothing where the ledger is right.
 fn off(found: &Comparison) -> Option<String> {
+    off_by_more(found, 0)
+}
+
+/// [`off`], where the pass alone may also be off by `in_flight` bytes.
+fn off_by_more(found: &Comparison, in_flight: u64) -> Option<String> {
     let is_off = |error: f64| error.abs() > TOLERANCE;
-    let errors = [found.error(), found.resident_error(), found.transient_error()];
-    errors.into_iter().any(is_off).then(|| {
+    let pass_is_off =
+        is_off(found.transient_error()) && found.ledger_transient.abs_diff(found.measured_transient) > in_flight;
+    (is_off(found.error()) || is_off(found.resident_error()) || pass_is_off).then(|| {
         format!(
             "{} in {}: resident {} for {}, pass {} for {} ({:+.1} %, together {:+.1} %); {:?}",
             found.role,
@@ -65,8 +77,8 @@ fn off(found: &Comparison) -> Option<String> {
     })
 }
 
-fn everything_off(what: &str, comparisons: &[Comparison]) -> Vec<String> {
-    comparisons.iter().filter_map(off).map(|line| format!("{what}: {line}")).collect()
+fn everything_off(what: &str, comparisons: &[Comparison], in_flight: u64) -> Vec<String> {
+    comparisons.iter().filter_map(|found| off_by_more(found, in_flight)).map(|line| format!("{what}: {line}")).collect()
 }
 
 fn settings() -> Vec<(&'static str, i64, Setting)> {
@@ -95,7 +107,7 @@ fn every_role_and_phase_takes_what_the_ledger_says() {
         uses.extend(meter_learners(&setting, folders, None, &Sharding::whole()));
         let comparisons = compare(&setting, folders, (1, ZeroStage::Zero), &uses);
         assert_eq!(comparisons.len(), 7, "two roles in two phases, two in one, and the generator");
-        wrong.extend(everything_off(name, &comparisons));
+        wrong.extend(everything_off(name, &comparisons, 0));
         if name == "f32" {
             falsified_entries_are_found(&comparisons, &uses);
         }
@@ -128,10 +140,14 @@ fn falsified_entries_are_found(comparisons: &[Comparison], uses: &[MemoryUse]) {
 
 const RANKS: usize = 2;
 
+/// Gradients of a layer of [`config`], in f32. When a collective's threads let go of what they sent depends on how they are
+/// scheduled: a layer's may still be there, or not, when the pass is at its height.
+const ONE_LAYER: u64 = 4 * (3 * 256 * 688 + 2 * 256 * 256 + 2 * 128 * 256 + 2 * 256);
+
 /// Ranks are processes, each with counters of its own.
 #[test]
 fn ranks_take_what_the_ledger_says_at_every_stage() {
-    let (folder, policy, scorer) = models(4096);
+    let (folder, policy, scorer) = models_undisturbing(4096);
     let mut wrong = Vec::new();
     for stage in [ZeroStage::Zero, ZeroStage::One, ZeroStage::Two, ZeroStage::Three] {
         for (dtype, checkpointing) in [("f32", false), ("bf16", true)] {
@@ -154,7 +170,7 @@ fn ranks_take_what_the_ledger_says_at_every_stage() {
                 let setting = of_ranks(dtype, checkpointing);
                 let comparisons = compare(&setting, (&policy, &scorer), (RANKS, stage), &uses);
                 let name = format!("stage {} in {dtype}, rank {rank}", stage as u8);
-                wrong.extend(everything_off(&name, &comparisons));
+                wrong.extend(everything_off(&name, &comparisons, ONE_LAYER));
             }
         }
     }
@@ -188,7 +204,7 @@ fn one_rank() {
 /// The real program says so itself, step by step.
 #[test]
 fn a_run_says_how_far_the_ledger_is_off() {
-    let (folder, policy, scorer) = models(1024);
+    let (folder, policy, scorer) = models_undisturbing(1024);
     let workplace = Workplace::new();
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         for model in [&policy, &scorer] {

@@ -126,33 +126,37 @@ impl RoleJob<'_> {
             ),
         ];
         // The end of the backward pass: the embedding's gradient comes as a whole matrix.
-        let embedding = [
-            transient(
-                "activations",
-                4 * hidden(tokens) + hidden(predicted),
-                "compute bytes x hidden x (4 x tokens + predicted tokens): what is left of them",
-                on,
-            ),
+        let left = transient(
+            "activations",
+            4 * hidden(tokens) + hidden(predicted),
+            "compute bytes x hidden x (4 x tokens + predicted tokens): what is left of them",
+            on,
+        );
+        let of_embedding = |bytes: u64| {
             transient(
                 "unit gradient",
-                (if narrow { b + w } else { b }) * model.vocab * model.hidden,
+                bytes * model.vocab * model.hidden,
                 "compute bytes (bf16: + 4) x vocabulary x hidden: the embedding's gradient before it is accumulated",
                 on,
-            ),
-        ];
+            )
+        };
+        let embedding = [left, of_embedding(b)];
+        // In bf16 it is widened, when the unit before it is on its way no more.
+        let embedding_widened = [left, of_embedding(b + w)];
         let nothing: [Item; 0] = [];
-        let instants: [(&[Item], Sharded); 6] = [
+        let instants: [(&[Item], Sharded); 7] = [
             (&head, self.sharded_head()),
             (if narrow { &head_gradient } else { &nothing }, self.sharded_head()),
             (&layer, self.sharded_layer()),
             (if narrow { &layer_end } else { &nothing }, self.sharded_layer()),
             (&embedding, self.sharded_embedding()),
+            (if narrow { &embedding_widened } else { &nothing }, self.sharded(0, model.embedding_unit)),
             (&nothing, self.reduction()),
         ];
         let bytes = |(items, sharded): &(&[Item], Sharded)| {
             items.iter().map(|item| item.bytes).sum::<u64>() + sharded.gathered + sharded.gradients
         };
-        let (items, sharded) = instants.iter().max_by_key(|instant| bytes(instant)).expect("six instants");
+        let (items, sharded) = instants.iter().max_by_key(|instant| bytes(instant)).expect("seven instants");
         items.iter().for_each(|item| each(*item));
         each(transient("gathered units", sharded.gathered, GATHERED, on));
         each(transient("communication", sharded.gradients, IN_FLIGHT, on));
