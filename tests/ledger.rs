@@ -6,8 +6,9 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use common::{Workplace, metrics};
-use echelon_core::memory::MemoryUse;
+use echelon_core::memory::{MemoryUse, Phase};
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
+use echelon_core::role::Role;
 use echelon_core::shim;
 use echelon_core::zero::{Sharding, ZeroStage};
 use echelon_placement::ledger::compare::Comparison;
@@ -144,37 +145,90 @@ const RANKS: usize = 2;
 /// scheduled: a layer's may still be there, or not, when the pass is at its height.
 const ONE_LAYER: u64 = 4 * (3 * 256 * 688 + 2 * 256 * 256 + 2 * 128 * 256 + 2 * 256);
 
-/// Ranks are processes, each with counters of its own.
+/// What each of the ranks, which are processes with counters of their own, was metered at.
+fn ranks_of(stage: ZeroStage, dtype: &str, checkpointing: bool, folders: (&Path, &Path)) -> Vec<Vec<MemoryUse>> {
+    let outputs = tempfile::tempdir().unwrap();
+    let meeting = MeetingPoint::serve("127.0.0.1", 0).unwrap();
+    let output = |rank: usize| outputs.path().join(format!("{rank}.json"));
+    let rank = |rank: usize| {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "one_rank", "--ignored", "--nocapture"]);
+        let settings = json!({"rank": rank, "port": meeting.port(), "stage": stage as u8, "dtype": dtype,
+                              "checkpointing": checkpointing, "policy": folders.0, "scorer": folders.1,
+                              "output": output(rank)});
+        command.env("LEDGER_RANK", settings.to_string()).env("OMP_NUM_THREADS", "1");
+        command.stdout(Stdio::null()).spawn().unwrap()
+    };
+    let ranks: Vec<_> = (0..RANKS).map(rank).collect();
+    ranks.into_iter().for_each(|mut rank| assert!(rank.wait().unwrap().success()));
+    (0..RANKS).map(|rank| serde_json::from_slice(&std::fs::read(output(rank)).unwrap()).unwrap()).collect()
+}
+
 #[test]
 fn ranks_take_what_the_ledger_says_at_every_stage() {
-    let (folder, policy, scorer) = models_undisturbing(4096);
+    let (_folder, policy, scorer) = models_undisturbing(4096);
     let mut wrong = Vec::new();
     for stage in [ZeroStage::Zero, ZeroStage::One, ZeroStage::Two, ZeroStage::Three] {
         for (dtype, checkpointing) in [("f32", false), ("bf16", true)] {
-            let meeting = MeetingPoint::serve("127.0.0.1", 0).unwrap();
-            let output = |rank: usize| folder.path().join(format!("{}-{dtype}-{rank}.json", stage as u8));
-            let rank = |rank: usize| {
-                let mut command = Command::new(std::env::current_exe().unwrap());
-                command.args(["--exact", "one_rank", "--ignored", "--nocapture"]);
-                let settings = json!({"rank": rank, "port": meeting.port(), "stage": stage as u8, "dtype": dtype,
-                                      "checkpointing": checkpointing, "policy": policy, "scorer": scorer,
-                                      "output": output(rank)});
-                command.env("LEDGER_RANK", settings.to_string()).env("OMP_NUM_THREADS", "1");
-                command.stdout(Stdio::null()).spawn().unwrap()
-            };
-            let ranks: Vec<_> = (0..RANKS).map(rank).collect();
-            ranks.into_iter().for_each(|mut rank| assert!(rank.wait().unwrap().success()));
-            for rank in 0..RANKS {
-                let uses: Vec<MemoryUse> = serde_json::from_slice(&std::fs::read(output(rank)).unwrap()).unwrap();
+            for (rank, uses) in ranks_of(stage, dtype, checkpointing, (&policy, &scorer)).iter().enumerate() {
                 assert_eq!(uses.len(), 4);
                 let setting = of_ranks(dtype, checkpointing);
-                let comparisons = compare(&setting, (&policy, &scorer), (RANKS, stage), &uses);
+                let comparisons = compare(&setting, (&policy, &scorer), (RANKS, stage), uses);
                 let name = format!("stage {} in {dtype}, rank {rank}", stage as u8);
                 wrong.extend(everything_off(&name, &comparisons, ONE_LAYER));
             }
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// At stage 3 a rank's pass takes its activations, two gathered units, and gradients of one unit that is open and of one on
+/// its way, as sent and as received: as much for 24 layers as for 12.
+#[test]
+fn a_pass_at_stage_three_holds_a_few_units_whatever_the_depth() {
+    let of_actor = |uses: &[MemoryUse], phase: Phase| {
+        let found = uses.iter().find(|measured| (measured.role, measured.phase) == (Role::Actor, phase));
+        *found.expect("the actor scores and trains")
+    };
+    for layers in [12, 24] {
+        let setting = of_ranks("f32", false);
+        let (folder, whole) = {
+            let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+            shim::install_cpu_allocator();
+            let folder = tempfile::tempdir().unwrap();
+            random_models(folder.path(), &of_depth(layers));
+            let folders = (folder.path().join("policy"), folder.path().join("scorer"));
+            let whole = meter_learners(&setting, (&folders.0, &folders.1), None, &Sharding::whole());
+            (folder, whole)
+        };
+        let folders = (folder.path().join("policy"), folder.path().join("scorer"));
+        let ranks = ranks_of(ZeroStage::Three, "f32", false, (&folders.0, &folders.1));
+        for uses in &ranks {
+            for (phase, units) in [(Phase::Score, 2), (Phase::TrainActor, 2 + 3)] {
+                let (activations, divided) = (of_actor(&whole, phase).transient(), of_actor(uses, phase));
+                let shard = of_actor(&whole, phase).resident.total() / RANKS as u64;
+                let resident = divided.resident.total() as f64 / shard as f64;
+                assert!((resident - 1.0).abs() < 0.05, "{layers} layers: {resident} of its share");
+                let bound = activations + units * ONE_LAYER;
+                println!("{layers} layers, {}: {} of {bound} bytes", phase.name(), divided.transient());
+                assert!(
+                    divided.transient() as f64 <= 1.02 * bound as f64,
+                    "{layers} layers, {}: {} bytes, activations {activations} and {units} units of {ONE_LAYER}",
+                    phase.name(),
+                    divided.transient(),
+                );
+            }
+        }
+    }
+}
+
+/// [`config`] with units of one size, as far as can be: few words, which are not tied to the head.
+fn of_depth(layers: usize) -> Value {
+    let mut config = config();
+    config["num_hidden_layers"] = json!(layers);
+    config["vocab_size"] = json!(512);
+    config["tie_word_embeddings"] = json!(false);
+    config
 }
 
 fn of_ranks(dtype: &str, checkpointing: bool) -> Setting {

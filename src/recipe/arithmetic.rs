@@ -122,7 +122,9 @@ impl BatchArithmetic {
     fn device_line(&self, workers: usize) -> String {
         let [prompts, responses, rows] =
             [self.prompts, self.responses, self.mini_batch_size].map(|rows| shown(rows, workers));
-        format!("{workers} devices: {prompts} prompts, {responses} responses and {rows} of each mini-batch on a device")
+        format!(
+            "{workers} devices: a role that is on all has {prompts} prompts, {responses} responses and {rows} of each mini-batch on each"
+        )
     }
 
     fn engine_line(&self, engines: usize) -> String {

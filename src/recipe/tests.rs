@@ -346,7 +346,10 @@ fn the_batch_arithmetic_is_designs() {
         text.starts_with("64 prompts x 4 samples = 256 responses -> 8 optimizer steps of 32, 2 epochs: 16\n"),
         "{text}"
     );
-    assert!(text.contains("8 devices: 8 prompts, 32 responses and 4 of each mini-batch on a device"), "{text}");
+    assert!(
+        text.contains("8 devices: a role that is on all has 8 prompts, 32 responses and 4 of each mini-batch on each"),
+        "{text}"
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! is in it.
 //!
 //! * **FZ-1** Between passes a rank keeps its shard and nothing else; in a pass two gathered units at most are here
-//!   beside it (and, while a gather is on its way, Gloo's own copy of it). Test: `models/tests/frozen.rs`.
+//!   beside it. Test: `models/tests/frozen.rs`.
 //! * **FZ-2** Loading reads the rank's own slices. Test: `models/tests/frozen.rs`.
 //! * **FZ-3** Ranks run the same number of passes, whatever their rows. Test: `models/tests/frozen.rs`.
 

@@ -73,9 +73,10 @@ fn a_13b_model_gets_four_groups() {
 
 #[test]
 fn a_70b_model_generates_in_tensor_parallel_within_a_node() {
-    let cluster = Cluster::of(4, 8, "H100-80GB").unwrap();
+    // On 4 nodes actor and critic do not fit beside frozen models: 8 devices are too few for either, with Adam on the host.
+    let cluster = Cluster::of(5, 8, "H100-80GB").unwrap();
     let plan = planned(&cluster, &workload(GATED_70B), &Constraints::default());
-    check_devices(&plan, 32);
+    check_devices(&plan, 40);
     assert_eq!(plan.tier, Tier::Large);
     let size = plan.role(Role::Generator).unwrap().tensor_parallel;
     assert!(size > 1 && 8 % size == 0, "{plan}");
