@@ -2,8 +2,9 @@
 //!
 //! Rated speeds say little about small matrices, a busy machine, or a CPU that nobody has rated. So a probe is run: rows as
 //! long as the recipe's go through the recipe's own layers and head, forward, forward and backward with an optimizer step,
-//! and through the engine. The planner estimates the probe with its default rates, and every rate is scaled by what the
-//! estimate was off ([`Rates::calibrated`]): what is left to be predicted is how work grows with layers, rows and roles.
+//! and through the engine. A large model is probed at two depths, and what a layer adds is added for the others. The planner
+//! estimates the same rows with its default rates, and every rate is scaled by what the estimate was off
+//! ([`Rates::calibrated`]): what is left to be predicted is how work grows with rows and roles.
 
 use std::path::Path;
 use std::time::Instant;
@@ -14,6 +15,7 @@ use echelon_core::zero::{OptimizerConfig, PolicyOutput, Sharding};
 use echelon_core::{Error, Result};
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::{DecoderConfig, HeadKind};
+use echelon_models::head::LogprobOutput;
 use echelon_placement::cluster::Cluster;
 use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, plan};
@@ -23,13 +25,13 @@ use tch::{Kind, Tensor};
 use crate::models::{Held, Policy, probe_policy};
 
 /// Floating-point operations of one forward and backward pass of the probe, about.
-const PASS_FLOPS: f64 = 4e10;
+const PASS_FLOPS: f64 = 1.6e11;
 
 /// Parameters up to which a model is its own probe.
 const SMALL_MODEL: i64 = 4_000_000;
 
-/// Layers of the probe of a larger one.
-const PROBE_LAYERS: usize = 2;
+/// Layers of the probes of a larger one.
+const PROBE_LAYERS: [usize; 2] = [2, 6];
 
 const TRIES: usize = 3;
 
@@ -44,25 +46,38 @@ pub fn measure(cluster: &Cluster, workload: &Workload, folder: &Path, held: Held
     let probe = Probe::new(workload, folder, held)?;
     let constraints = Constraints { zero_stage: Some(0), adam_offload: Some(false), ..Constraints::default() };
     let rates = Rates::of(cluster);
-    let estimated = plan(cluster, &probe.workload, &constraints, &rates)
-        .map_err(|error| Error::other("planning the probe", error))?
-        .seconds;
-    let measured = probe.run()?;
-    Ok(rates.calibrated(
+    let estimate = |rates: &Rates| {
+        let plan = plan(cluster, &probe.workload, &constraints, rates);
+        plan.map(|plan| plan.seconds).map_err(|error| Error::other("planning the probe", error))
+    };
+    let estimated = estimate(&rates)?;
+    // As if the optimizer's step took no time: it is calibrated by itself, for it grows with parameters, not with rows.
+    let passes = estimate(&Rates { optimizer_fraction: f64::INFINITY, ..rates })?.train;
+    let measured = probe.seconds()?;
+    let calibrated = rates.calibrated(
         (estimated.generate, measured.generate),
         (estimated.score, measured.score),
-        (estimated.train, measured.train),
-    ))
+        (passes, measured.passes),
+    );
+    let optimizer = rates.calibrated((0.0, 0.0), (0.0, 0.0), (estimated.train - passes, measured.optimizer));
+    Ok(Rates {
+        optimizer_fraction: optimizer.optimizer_fraction,
+        host_optimizer_bytes_per_s: optimizer.host_optimizer_bytes_per_s,
+        ..calibrated
+    })
 }
 
 /// Seconds of the probe's phases.
 struct Seconds {
     generate: f64,
     score: f64,
-    train: f64,
+    /// Forward and backward.
+    passes: f64,
+    optimizer: f64,
 }
 
 struct Probe {
+    /// Of the whole model.
     config: DecoderConfig,
     held: Held,
     workload: Workload,
@@ -71,15 +86,11 @@ struct Probe {
 impl Probe {
     fn new(workload: &Workload, folder: &Path, held: Held) -> Result<Probe> {
         let config = DecoderConfig { head: HeadKind::Logits, ..DecoderConfig::read(folder)? };
-        let whole = config.shape().num_params() <= SMALL_MODEL;
-        let num_layers = if whole { config.num_layers } else { config.num_layers.min(PROBE_LAYERS) };
-        let windows = config.windows.iter().copied().take(num_layers).collect();
-        let config = DecoderConfig { num_layers, windows, ..config };
         let shape = config.shape();
         let prompt = (workload.mean_prompt_tokens.round() as usize).max(2);
         let response = (workload.mean_response_tokens.round() as usize).max(1);
-        let row_flops = 6.0 * shape.num_params() as f64 * (prompt + response) as f64;
-        let rows = (PASS_FLOPS / row_flops) as usize;
+        let shallow = of_depth(&config, depths(&config)[0]).shape().num_params();
+        let rows = (PASS_FLOPS / (6.0 * shallow as f64 * (prompt + response) as f64)) as usize;
         let rows = rows.min(workload.tokens_per_micro_batch / (prompt + response)).clamp(1, workload.mini_batch.max(1));
         let workload = Workload {
             actor: shape,
@@ -99,13 +110,37 @@ impl Probe {
         Ok(Probe { config, held, workload })
     }
 
-    fn run(&self) -> Result<Seconds> {
+    /// Of the whole model, by its probes.
+    fn seconds(&self) -> Result<Seconds> {
+        let [shallow, deep] = depths(&self.config);
+        let first = self.run(shallow)?;
+        if shallow == self.config.num_layers {
+            return Ok(first);
+        }
+        let second = self.run(deep)?;
+        let more = (self.config.num_layers - shallow) as f64 / (deep - shallow) as f64;
+        let whole = |first: f64, second: f64| first + more * (second - first).max(0.0);
+        Ok(Seconds {
+            generate: whole(first.generate, second.generate),
+            score: whole(first.score, second.score),
+            passes: whole(first.passes, second.passes),
+            optimizer: whole(first.optimizer, second.optimizer),
+        })
+    }
+
+    /// With so many of its layers.
+    fn run(&self, num_layers: usize) -> Result<Seconds> {
         let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
-        let mut policy = probe_policy(&self.config, self.held, (optimizer, &Sharding::whole()))?;
+        let config = of_depth(&self.config, num_layers);
+        let mut policy = probe_policy(&config, self.held, (optimizer, &Sharding::whole()))?;
         let rows = self.rows();
-        let train = fastest(|| timed(|| self.train(&mut policy, &rows)))?;
+        let (mut passes, mut optimizer) = (f64::INFINITY, f64::INFINITY);
+        for _ in 0..TRIES {
+            passes = passes.min(timed(|| self.learn(&mut policy, &rows))?);
+            optimizer = optimizer.min(timed(|| policy.optimizer_step(0.0).map(drop))?);
+        }
         let score = fastest(|| timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ())))?;
-        Ok(Seconds { generate: fastest(|| self.generate(&policy))?, score, train })
+        Ok(Seconds { generate: fastest(|| self.generate(&policy))?, score, passes, optimizer })
     }
 
     fn rows(&self) -> Tokens {
@@ -116,9 +151,9 @@ impl Probe {
         Tokens::from_rows(&vec![row; work.prompts])
     }
 
-    fn train(&self, policy: &mut Policy, rows: &Tokens) -> Result<()> {
-        policy.forward_backward(rows, |output| Ok(-output.logprobs().sum(Kind::Float) / rows.num_rows() as f64))?;
-        policy.optimizer_step(0.0).map(drop)
+    fn learn(&self, policy: &mut Policy, rows: &Tokens) -> Result<()> {
+        let loss = |output: &LogprobOutput| Ok(-output.logprobs().sum(Kind::Float) / rows.num_rows() as f64);
+        policy.forward_backward(rows, loss).map(drop)
     }
 
     /// Seconds of a rollout such as the workload's probe has, from one with fewer tokens.
@@ -150,6 +185,17 @@ impl Probe {
         let step_s = if steps > 0.0 { (report.seconds - first) / steps } else { 0.0 };
         Ok(first + step_s * (work.max_response_tokens - 1) as f64)
     }
+}
+
+/// Layers of the two probes: both all of them, where the model is small.
+fn depths(config: &DecoderConfig) -> [usize; 2] {
+    let small = config.shape().num_params() <= SMALL_MODEL || config.num_layers <= PROBE_LAYERS[1];
+    if small { [config.num_layers; 2] } else { PROBE_LAYERS }
+}
+
+fn of_depth(config: &DecoderConfig, num_layers: usize) -> DecoderConfig {
+    let windows = config.windows.iter().copied().take(num_layers).collect();
+    DecoderConfig { num_layers, windows, ..config.clone() }
 }
 
 /// Of a few tries: the first takes memory for the first time, and any may be disturbed.
