@@ -1,4 +1,4 @@
-//! How fast this machine is at a recipe's work: a second of the real code on a model of the same widths with few layers.
+//! How fast this machine is at a recipe's work: some seconds of the real code on a model of the same widths with few layers.
 //!
 //! Rated speeds say little about small matrices, a busy machine, or a CPU that nobody has rated. So a probe is run: rows as
 //! long as the recipe's go through the recipe's own layers and head, forward, forward and backward with an optimizer step,
@@ -38,7 +38,7 @@ const TRIES: usize = 3;
 /// Most tokens that each of the probe's sequences gets.
 const PROBE_TOKENS: usize = 32;
 
-/// Rates at which estimates of `workload`'s like come out right on this machine; takes a second or two.
+/// Rates at which estimates of `workload`'s like come out right on this machine; takes some seconds.
 ///
 /// # Errors
 /// A model that cannot be read, or work that cannot be planned.
