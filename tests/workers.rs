@@ -1,11 +1,12 @@
 //! Worker processes of a run: started here or by others, killed, frozen, missing; nothing hangs and nothing stays behind.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Workplace, assert_same, num_lines, said, send, wait_for};
+use common::{Workplace, assert_same, copy_folder, num_lines, quickstart, said, send, wait_for};
 
 mod common;
 
@@ -177,4 +178,54 @@ fn a_port_in_use_is_refused() {
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     assert!(said(&output).contains(&address), "{}", said(&output));
     assert!(!workplace.path("run").exists());
+}
+
+/// Files that a process maps.
+fn mapped(pid: u32) -> Vec<PathBuf> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    maps.lines().filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..]))).collect()
+}
+
+/// From the first moment on: each role has a model folder of its own, and a worker of its own.
+#[test]
+fn a_worker_maps_no_file_of_a_role_that_is_elsewhere() {
+    let workplace = Workplace::new();
+    let roles = ["actor", "critic", "reference", "reward"];
+    let models = ["language-model", "reward-model", "language-model", "reward-model"];
+    let mut settings: Vec<String> = Vec::new();
+    for (rank, (role, model)) in roles.iter().zip(models).enumerate() {
+        let folder = workplace.path(&format!("model-of-{role}"));
+        copy_folder(&quickstart().join(model), &folder);
+        settings.push(format!("{role}.model={}", folder.display()));
+        settings.push(format!("placement.{role}.devices=[{rank}]"));
+    }
+    settings.extend(["placement.workers=5", "placement.generator.devices=[4]", "train.steps=200"].map(String::from));
+    let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    let mut driver = workplace.ppo("run", &settings).spawn().unwrap();
+    let pid = driver.id();
+    let metrics = workplace.path("run").join("metrics.jsonl");
+    let mut seen: Vec<HashSet<&str>> = vec![HashSet::new(); 6];
+    let going = wait_for(&mut driver, || {
+        for process in children(pid).into_iter().chain([pid]) {
+            let environment = fs::read_to_string(format!("/proc/{process}/environ")).unwrap_or_default();
+            let rank = environment.split('\0').find_map(|entry| entry.strip_prefix("RANK=")?.parse().ok());
+            let files = mapped(process);
+            let maps = |role: &&str| {
+                files.iter().any(|file| file.starts_with(workplace.path(&format!("model-of-{role}"))))
+            };
+            seen[rank.unwrap_or(5)].extend(roles.into_iter().filter(maps));
+        }
+        num_lines(&metrics) > 1
+    });
+    assert!(going, "the run ended early");
+    send(&driver, libc::SIGINT);
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", said(&output));
+    for (rank, role) in roles.iter().enumerate().skip(2) {
+        assert!(seen[rank].contains(role), "rank {rank} computes on the mapped file of the {role}");
+    }
+    for (rank, seen) in seen.iter().enumerate() {
+        let own = roles.get(rank).into_iter().copied().collect();
+        assert!(seen.is_subset(&own), "rank {rank} maps files of {seen:?}, and has the {own:?}");
+    }
 }

@@ -1,11 +1,13 @@
 //! Weights by packed broadcasts: from each trainer to those ranks of the replicas that hold the same slices.
 //!
 //! A trainer and the replicas' ranks of one tensor-parallel index form a *lane*, a process group of its own in which the
-//! trainer comes first: a broadcast reaches those who need its bytes, and all lanes work at once. A bucket is packed while
-//! the one before is on its way, and copied out while the next one arrives.
+//! trainer comes first: a broadcast reaches those who need its bytes, and all lanes work at once. A bucket's long runs are
+//! messages of their own, from where they are to where they belong, and are only summed on both sides; its short runs
+//! follow in one packed message, with the policy version and the sums. Both sides work on a bucket while another is on its
+//! way.
 
-use std::collections::HashMap;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::collections::{HashMap, VecDeque};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
@@ -15,10 +17,10 @@ use echelon_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use super::checksum::Checksum;
-use super::destination::Destination;
+use super::destination::{Destination, Place};
 use super::held::Held;
 use super::pack::{Source, bytes_of, bytes_of_mut, check_state};
-use super::plan::SyncPlan;
+use super::plan::{Run, SyncPlan};
 use super::{SyncReport, damaged};
 
 /// Who a process is in a sync.
@@ -59,7 +61,7 @@ pub fn join_lanes(
 pub struct BroadcastSender {
     plan: SyncPlan,
     lanes: Vec<LaneEnd>,
-    /// Spoils a bucket, given its number, after it was summed.
+    /// Spoils a bucket's packed message, given its number, after the bucket was summed.
     #[cfg(test)]
     pub(super) spoil: Option<fn(usize, &mut [u8])>,
 }
@@ -86,30 +88,29 @@ impl BroadcastSender {
         let begun = Instant::now();
         let _guard = tch::no_grad_guard();
         check_state(&self.plan, state)?;
+        let trainer = state.sharding().group.rank();
         let (mut checksum, mut bytes) = (0u64, 0);
         std::thread::scope(|scope| {
             let ends: Vec<Lane> = self.lanes.iter().map(|end| end.start(scope, version)).collect();
-            let mut pack_all = || {
+            let mut send_all = || {
                 for bucket in 0..self.plan.num_buckets() {
                     if bucket >= 2 && !ends.iter().all(Lane::take) {
                         return Ok(()); // the lane's thread says why
                     }
-                    let mut buffers = self.buffers(state, bucket);
-                    checksum = checksum.wrapping_add(pack(&self.plan, state, bucket, version, &mut buffers)?);
-                    #[cfg(test)]
-                    if let Some(spoil) = self.spoil {
-                        buffers.iter_mut().for_each(|buffer| spoil(bucket, bytes_of_mut(buffer)));
-                    }
-                    for (lane, buffer) in ends.iter().zip(buffers) {
-                        bytes += buffer.numel() - trailer_bytes(&self.plan, bucket);
-                        lane.give(bucket, buffer);
+                    let segments = self.plan.segments(bucket).iter();
+                    let sources = segments.map(|segment| Source::new(&self.plan, state, segment));
+                    let sources = sources.collect::<Result<Vec<_>>>()?;
+                    for (tp_rank, lane) in ends.iter().enumerate() {
+                        let of = Outgoing { bucket, trainer, tp_rank, sources: &sources };
+                        checksum = checksum.wrapping_add(self.send(&of, version, lane));
+                        bytes += self.plan.bucket_weight_bytes(bucket, trainer, tp_rank);
                     }
                 }
                 Ok(())
             };
-            let packed: Result<()> = pack_all();
+            let given: Result<()> = send_all();
             let sent: Vec<Result<()>> = ends.into_iter().map(Lane::end).collect();
-            packed.and_then(|()| sent.into_iter().collect::<Result<()>>())
+            given.and_then(|()| sent.into_iter().collect::<Result<()>>())
         })?;
         Ok(SyncReport { version, bytes, seconds: begun.elapsed().as_secs_f64(), checksum })
     }
@@ -119,13 +120,52 @@ impl BroadcastSender {
         self.lanes.iter().map(|lane| lane.group.bytes_sent()).sum()
     }
 
-    /// Each lane's buffer for a bucket, in the bucket's size.
-    fn buffers(&self, state: &TrainingState, bucket: usize) -> Vec<Tensor> {
-        let trainer = state.sharding().group.rank();
-        let sized =
-            |(tp_rank, end): (usize, &LaneEnd)| end.buffer(bucket, self.plan.bucket_bytes(bucket, trainer, tp_rank));
-        self.lanes.iter().enumerate().map(sized).collect()
+    /// Gives a lane a bucket: long runs as they are, then the packed message. Returns its sums added up.
+    fn send(&self, of: &Outgoing, version: u64, lane: &Lane) -> u64 {
+        let plan = &self.plan;
+        let Outgoing { bucket, trainer, tp_rank, sources } = *of;
+        // On their way before they are summed.
+        for (segment, source) in plan.segments(bucket).iter().zip(sources) {
+            let long = &mut |run: Run| {
+                if !plan.is_packed(&run) {
+                    lane.give(Message { bucket, tensor: source.run(run.from, run.length), is_last: false });
+                }
+            };
+            plan.each_run(segment, trainer, tp_rank, long);
+        }
+        let mut buffer = self.lanes[tp_rank].buffer(bucket, plan.packed_bytes(bucket, trainer, tp_rank));
+        let packed = bytes_of_mut(&mut buffer);
+        let (mut end, mut trailer) = (0, vec![version]);
+        for (segment, source) in plan.segments(bucket).iter().zip(sources) {
+            let mut sum = Checksum::default();
+            plan.each_run(segment, trainer, tp_rank, &mut |run| {
+                let from = source.bytes(run.from, run.length);
+                if !plan.is_packed(&run) {
+                    return sum.read(from);
+                }
+                sum.copy(from, &mut packed[end..end + from.len()]);
+                end += from.len();
+            });
+            trailer.push(sum.value());
+        }
+        let words: Vec<u8> = trailer.iter().flat_map(|word| word.to_le_bytes()).collect();
+        packed[end..].copy_from_slice(&words);
+        #[cfg(test)]
+        if let Some(spoil) = self.spoil {
+            spoil(bucket, packed);
+        }
+        lane.give(Message { bucket, tensor: buffer, is_last: true });
+        trailer[1..].iter().fold(0, |all, sum| all.wrapping_add(*sum))
     }
+}
+
+/// A bucket that is to be sent.
+struct Outgoing<'a> {
+    bucket: usize,
+    trainer: usize,
+    tp_rank: usize,
+    /// By segment.
+    sources: &'a [Source],
 }
 
 /// A generator rank's end.
@@ -181,79 +221,81 @@ impl BroadcastReceiver {
         let _guard = tch::no_grad_guard();
         self.destination.begin();
         let (plan, tp_rank, lanes, destination) = (&self.plan, self.tp_rank, &self.lanes, &mut self.destination);
+        let bucket = |bucket: usize, trainer: usize| {
+            let packed = lanes[trainer].buffer(bucket, plan.packed_bytes(bucket, trainer, tp_rank));
+            Incoming { plan, bucket, trainer, tp_rank, packed }
+        };
         let mut arrived: Result<(usize, u64)> = Ok((0, 0));
-        let buffer =
-            |trainer: usize, bucket: usize| lanes[trainer].buffer(bucket, plan.bucket_bytes(bucket, trainer, tp_rank));
         std::thread::scope(|scope| {
             let ends: Vec<Lane> = lanes.iter().map(|end| end.start(scope, version)).collect();
-            for (trainer, lane) in ends.iter().enumerate() {
-                (0..plan.num_buckets().min(2)).for_each(|bucket| lane.give(bucket, buffer(trainer, bucket)));
-            }
-            'buckets: for bucket in 0..plan.num_buckets() {
-                for (trainer, lane) in ends.iter().enumerate() {
-                    if !lane.take() {
-                        break 'buckets; // the lane's thread says why
-                    }
-                    arrived = arrived.and_then(|(bytes, checksum)| {
-                        let buffer = buffer(trainer, bucket);
-                        let from = Bucket { plan, bucket, trainer, bytes: bytes_of(&buffer) };
-                        let sum = from.unpack(tp_rank, version, destination)?;
-                        let weights = buffer.numel() - trailer_bytes(plan, bucket);
-                        Ok((bytes + weights, checksum.wrapping_add(sum)))
-                    });
-                    if bucket + 2 < plan.num_buckets() {
-                        lane.give(bucket + 2, buffer(trainer, bucket + 2));
+            let mut expect_all = || {
+                for index in 0..plan.num_buckets().min(2) {
+                    for (trainer, lane) in ends.iter().enumerate() {
+                        bucket(index, trainer).expect(destination, lane)?;
                     }
                 }
-            }
+                for index in 0..plan.num_buckets() {
+                    for (trainer, lane) in ends.iter().enumerate() {
+                        if !lane.take() {
+                            return Ok(()); // the lane's thread says why
+                        }
+                        let sum = |(bytes, checksum): (usize, u64)| {
+                            let sum = bucket(index, trainer).take_up(version, destination)?;
+                            let weights = plan.bucket_weight_bytes(index, trainer, tp_rank);
+                            Ok((bytes + weights, checksum.wrapping_add(sum)))
+                        };
+                        arrived = std::mem::replace(&mut arrived, Ok((0, 0))).and_then(sum);
+                        if index + 2 < plan.num_buckets() {
+                            bucket(index + 2, trainer).expect(destination, lane)?;
+                        }
+                    }
+                }
+                Ok(())
+            };
+            let expected: Result<()> = expect_all();
             let received: Vec<Result<()>> = ends.into_iter().map(Lane::end).collect();
-            received.into_iter().collect::<Result<()>>().and(arrived)
+            received.into_iter().collect::<Result<()>>().and(expected).and(arrived)
         })
     }
 }
 
-fn trailer_bytes(plan: &SyncPlan, bucket: usize) -> usize {
-    8 * (1 + plan.segments(bucket).len())
-}
-
-/// Fills each lane's buffer: the weights of its slices, then version and sums. Returns all sums added up.
-fn pack(plan: &SyncPlan, state: &TrainingState, bucket: usize, version: u64, buffers: &mut [Tensor]) -> Result<u64> {
-    let trainer = state.sharding().group.rank();
-    let mut ends = vec![0; buffers.len()];
-    let mut trailers = vec![vec![version]; buffers.len()];
-    for segment in plan.segments(bucket) {
-        let source = Source::new(plan, state, segment)?;
-        for (tp_rank, buffer) in buffers.iter_mut().enumerate() {
-            let (buffer, end) = (bytes_of_mut(buffer), &mut ends[tp_rank]);
-            let mut sum = Checksum::default();
-            plan.each_run(segment, trainer, tp_rank, &mut |run| {
-                let from = source.bytes(run.from, run.length);
-                sum.copy(from, &mut buffer[*end..*end + from.len()]);
-                *end += from.len();
-            });
-            trailers[tp_rank].push(sum.value());
-        }
-    }
-    for ((buffer, end), trailer) in buffers.iter_mut().zip(ends).zip(&trailers) {
-        let bytes: Vec<u8> = trailer.iter().flat_map(|word| word.to_le_bytes()).collect();
-        bytes_of_mut(buffer)[end..].copy_from_slice(&bytes);
-    }
-    Ok(trailers.iter().flat_map(|trailer| &trailer[1..]).fold(0, |all, sum| all.wrapping_add(*sum)))
-}
-
-/// A bucket that arrived.
-struct Bucket<'a> {
+/// A bucket that is to arrive.
+struct Incoming<'a> {
     plan: &'a SyncPlan,
     bucket: usize,
     trainer: usize,
-    bytes: &'a [u8],
+    tp_rank: usize,
+    packed: Tensor,
 }
 
-impl Bucket<'_> {
-    /// Copies the weights to their places; returns their sums added up.
-    fn unpack(&self, tp_rank: usize, version: u64, destination: &mut Destination) -> Result<u64> {
-        let Bucket { plan, bucket, trainer, bytes } = *self;
-        let (weights, trailer) = bytes.split_at(bytes.len() - trailer_bytes(plan, bucket));
+impl Incoming<'_> {
+    fn place(&self, run: &Run) -> Place {
+        let begin = run.to as usize * self.plan.element_bytes();
+        Place { unit: run.unit, param: run.param, bytes: begin..begin + self.plan.run_bytes(run) }
+    }
+
+    /// Lets the lane write the long runs where they belong, and the rest into the buffer.
+    fn expect(self, destination: &mut Destination, lane: &Lane) -> Result<()> {
+        let Incoming { plan, bucket, .. } = self;
+        for segment in plan.segments(bucket) {
+            let mut outcome = Ok(());
+            plan.each_run(segment, self.trainer, self.tp_rank, &mut |run| {
+                if !plan.is_packed(&run) && outcome.is_ok() {
+                    let memory = destination.memory(&self.place(&run));
+                    outcome = memory.map(|tensor| lane.give(Message { bucket, tensor, is_last: false }));
+                }
+            });
+            outcome?;
+        }
+        lane.give(Message { bucket, tensor: self.packed, is_last: true });
+        Ok(())
+    }
+
+    /// Copies the short runs to their places; returns all sums added up.
+    fn take_up(&self, version: u64, destination: &mut Destination) -> Result<u64> {
+        let Incoming { plan, bucket, trainer, tp_rank, .. } = *self;
+        let packed = bytes_of(&self.packed);
+        let (weights, trailer) = packed.split_at(packed.len() - plan.trailer_bytes(bucket));
         let words: Vec<u64> =
             trailer.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes"))).collect();
         if words[0] != version {
@@ -263,17 +305,19 @@ impl Bucket<'_> {
                 words[0]
             )));
         }
-        let size = plan.element_bytes();
         let (mut begin, mut total) = (0, 0u64);
         for (segment, &sent) in plan.segments(bucket).iter().zip(&words[1..]) {
             let mut sum = Checksum::default();
             let mut written = Ok(());
             plan.each_run(segment, trainer, tp_rank, &mut |run| {
-                let from = &weights[begin..begin + run.length as usize * size];
-                let place = ((segment.unit, run.param), (run.to as usize * size, from.len()));
-                let copied = destination.write(place.0, place.1, |to| sum.copy(from, to));
-                written = std::mem::replace(&mut written, Ok(())).and(copied);
-                begin += from.len();
+                let taken = if plan.is_packed(&run) {
+                    let from = &weights[begin..begin + plan.run_bytes(&run)];
+                    begin += from.len();
+                    destination.take(&self.place(&run), |to| sum.copy(from, to))
+                } else {
+                    destination.take(&self.place(&run), |arrived| sum.read(arrived))
+                };
+                written = std::mem::replace(&mut written, Ok(())).and(taken);
             });
             written?;
             if sum.value() != sent {
@@ -293,7 +337,7 @@ struct LaneEnd {
     buffers: [Tensor; 2],
 }
 
-/// Buffers as large as any bucket of the (trainer, slice) pairs that an end may carry.
+/// Buffers as large as any packed message of the (trainer, slice) pairs that an end may carry.
 fn lane_ends(
     plan: &SyncPlan,
     groups: Vec<ProcessGroup>,
@@ -302,7 +346,7 @@ fn lane_ends(
     let end = |(index, group)| {
         let mut end = LaneEnd { index, group, buffers: [Tensor::new(), Tensor::new()] };
         let of_pair = |(trainer, tp_rank)| {
-            (0..plan.num_buckets()).map(move |bucket| plan.bucket_bytes(bucket, trainer, tp_rank)).max().unwrap_or(0)
+            (0..plan.num_buckets()).map(move |bucket| plan.packed_bytes(bucket, trainer, tp_rank)).max().unwrap_or(0)
         };
         let largest = pairs(&end).into_iter().map(of_pair).max().unwrap_or(0);
         for buffer in &mut end.buffers {
@@ -319,36 +363,62 @@ impl LaneEnd {
     }
 
     fn start<'scope>(&self, scope: &'scope Scope<'scope, '_>, version: u64) -> Lane<'scope> {
-        let (give, work) = channel::<(usize, Tensor)>();
+        let (give, work) = channel::<Message>();
         let (done, take) = channel();
         let group = self.group.clone();
         let broadcast = move || {
-            for (bucket, buffer) in work {
-                group.broadcast(&format!("weights of version {version}, bucket {bucket}"), &buffer, 0)?;
-                if done.send(()).is_err() {
-                    break;
+            let mut flying = VecDeque::new();
+            loop {
+                let next = match flying.len() {
+                    0 => work.recv().ok(),
+                    IN_FLIGHT.. => None,
+                    _ => match work.try_recv() {
+                        Ok(message) => Some(message),
+                        Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+                    },
+                };
+                if let Some(Message { bucket, tensor, is_last }) = next {
+                    let operation = format!("weights of version {version}, bucket {bucket}");
+                    flying.push_back((group.start_broadcast(&operation, &tensor, 0)?, is_last));
+                } else if let Some((pending, is_last)) = flying.pop_front() {
+                    pending.wait()?;
+                    if is_last && done.send(()).is_err() {
+                        return Ok(());
+                    }
+                } else {
+                    return Ok(());
                 }
             }
-            Ok(())
         };
         Lane { give, take, thread: scope.spawn(broadcast) }
     }
 }
 
-/// A lane at work: buckets given are broadcast in order.
+/// Messages of a lane that are on their way at once: the next one is with Gloo when one is through.
+const IN_FLIGHT: usize = 3;
+
+/// What one broadcast carries.
+struct Message {
+    bucket: usize,
+    tensor: Tensor,
+    /// Its bucket's packed message.
+    is_last: bool,
+}
+
+/// A lane at work: messages given are broadcast in order.
 struct Lane<'scope> {
-    give: Sender<(usize, Tensor)>,
+    give: Sender<Message>,
     take: Receiver<()>,
     thread: ScopedJoinHandle<'scope, Result<()>>,
 }
 
 impl Lane<'_> {
-    /// The buffer is the lane's until a [`Lane::take`] has counted it.
-    fn give(&self, bucket: usize, buffer: Tensor) {
-        let _ = self.give.send((bucket, buffer)); // a thread that ended early says why at `end`
+    /// The message's memory is the lane's until a [`Lane::take`] has counted its bucket.
+    fn give(&self, message: Message) {
+        let _ = self.give.send(message); // a thread that ended early says why at `end`
     }
 
-    /// Waits for the next bucket's broadcast; false when the lane has failed.
+    /// Waits until the next bucket is through; false when the lane has failed.
     fn take(&self) -> bool {
         self.take.recv().is_ok()
     }

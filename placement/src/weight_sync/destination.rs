@@ -1,9 +1,10 @@
 //! A generator's slices, filled run by run.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use echelon_core::{Error, Result};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::pack::bytes_of_mut;
 use super::plan::SyncPlan;
@@ -45,27 +46,43 @@ impl Destination {
         self.arriving.clear();
     }
 
-    /// Lets `fill` write `bytes` bytes from byte `at` of a slice on.
-    pub fn write(
-        &mut self,
-        (unit, param): (usize, usize),
-        (at, bytes): (usize, usize),
-        fill: impl FnOnce(&mut [u8]),
-    ) -> Result<()> {
-        let slice = &mut self.slices[unit][param];
+    /// The memory that a stretch of a slice is to be written into.
+    pub fn memory(&mut self, place: &Place) -> Result<Tensor> {
+        let slice = &self.slices[place.unit][place.param];
+        let host = if slice.device() == Device::Cpu { slice } else { &self.arriving(place).0 };
+        let (begin, length) = (place.bytes.start as i64, place.bytes.len() as i64);
+        Ok(host.f_detach()?.f_view([-1])?.f_view_dtype(Kind::Uint8)?.f_narrow(0, begin, length)?)
+    }
+
+    /// Lets `take` write or read a stretch of a slice, which is there then.
+    pub fn take(&mut self, place: &Place, take: impl FnOnce(&mut [u8])) -> Result<()> {
+        let slice = &mut self.slices[place.unit][place.param];
         if slice.device() == Device::Cpu {
-            fill(&mut bytes_of_mut(slice)[at..at + bytes]);
+            take(&mut bytes_of_mut(slice)[place.bytes.clone()]);
             return Ok(());
         }
         let size = slice.kind().elt_size_in_bytes();
-        let blank = || (Tensor::empty(slice.size(), (slice.kind(), Device::Cpu)), slice.numel() as i64);
-        let (host, to_come) = self.arriving.entry((unit, param)).or_insert_with(blank);
-        fill(&mut bytes_of_mut(host)[at..at + bytes]);
-        *to_come -= (bytes / size) as i64;
+        let (host, to_come) = self.arriving(place);
+        take(&mut bytes_of_mut(host)[place.bytes.clone()]);
+        *to_come -= (place.bytes.len() / size) as i64;
         if *to_come == 0 {
-            tch::no_grad(|| slice.f_copy_(host))?;
-            self.arriving.remove(&(unit, param));
+            let (host, _) = self.arriving.remove(&(place.unit, place.param)).expect("just written to");
+            tch::no_grad(|| self.slices[place.unit][place.param].f_copy_(&host))?;
         }
         Ok(())
     }
+
+    /// Host memory of a parameter on a device, and the elements of it still to come.
+    fn arriving(&mut self, place: &Place) -> &mut (Tensor, i64) {
+        let slice = &self.slices[place.unit][place.param];
+        let blank = || (Tensor::empty(slice.size(), (slice.kind(), Device::Cpu)), slice.numel() as i64);
+        self.arriving.entry((place.unit, place.param)).or_insert_with(blank)
+    }
+}
+
+/// A stretch of a parameter's slice.
+pub(super) struct Place {
+    pub unit: usize,
+    pub param: usize,
+    pub bytes: Range<usize>,
 }

@@ -26,6 +26,11 @@ impl Source {
         Ok(Source { weights, start: plan.part_start(segment.unit, rank) + start })
     }
 
+    /// The memory of `length` elements from `from` of the unit's flat buffer on.
+    pub fn run(&self, from: i64, length: i64) -> Tensor {
+        self.weights.narrow(0, from - self.start, length)
+    }
+
     /// The bytes of `length` elements from `from` of the unit's flat buffer on.
     pub fn bytes(&self, from: i64, length: i64) -> &[u8] {
         let size = self.weights.kind().elt_size_in_bytes();

@@ -18,19 +18,24 @@ pub struct SyncConfig {
     pub tensor_parallel: usize,
     /// What generators compute in.
     pub kind: Kind,
-    /// A message's size; a process has two per peer that it talks to.
+    /// What is on its way at once; a process has two buckets per peer that it talks to.
     pub bucket_bytes: usize,
+    /// By broadcast, runs shorter than this are packed together; others go from where they are to where they belong.
+    pub pack_below: usize,
 }
 
 impl SyncConfig {
-    /// Buckets of the default size.
+    /// Buckets and runs of the default sizes.
     pub fn new(trainers: usize, replicas: usize, tensor_parallel: usize, kind: Kind) -> SyncConfig {
-        SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes: BUCKET_BYTES }
+        SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes: BUCKET_BYTES, pack_below: PACK_BELOW }
     }
 }
 
 /// Small enough that copying the first and the last bucket, which nothing overlaps, costs little.
 pub const BUCKET_BYTES: usize = 16 << 20;
+
+/// A message costs as much as copying about so many bytes.
+const PACK_BELOW: usize = 256 << 10;
 
 /// The way of every weight from the trainers' flat shards to the generators' slices.
 ///
@@ -56,6 +61,7 @@ pub(super) struct Segment {
 /// Elements that lie together on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
+    pub unit: usize,
     /// The parameter's index in its unit.
     pub param: usize,
     /// Place in the unit's flat buffer.
@@ -99,7 +105,7 @@ impl SyncPlan {
         &self.shape
     }
 
-    /// Messages from each trainer to each tensor-parallel rank in one sync.
+    /// Of each trainer for each tensor-parallel rank in one sync.
     pub fn num_buckets(&self) -> usize {
         self.buckets.len()
     }
@@ -141,9 +147,33 @@ impl SyncPlan {
         elements as usize * self.element_bytes()
     }
 
-    /// Bytes of a bucket: its weights, then the policy version, then a sum per segment.
+    /// Bytes of a bucket: its weights and its trailer.
     pub(super) fn bucket_bytes(&self, bucket: usize, trainer: usize, tp_rank: usize) -> usize {
-        self.bucket_weight_bytes(bucket, trainer, tp_rank) + 8 * (1 + self.buckets[bucket].len())
+        self.bucket_weight_bytes(bucket, trainer, tp_rank) + self.trailer_bytes(bucket)
+    }
+
+    /// Bytes of the policy version and a sum per segment, at the end of a bucket.
+    pub(super) fn trailer_bytes(&self, bucket: usize) -> usize {
+        8 * (1 + self.buckets[bucket].len())
+    }
+
+    /// Bytes of the message with a bucket's short runs and its trailer.
+    pub(super) fn packed_bytes(&self, bucket: usize, trainer: usize, tp_rank: usize) -> usize {
+        let mut bytes = self.trailer_bytes(bucket);
+        for segment in &self.buckets[bucket] {
+            self.each_run(segment, trainer, tp_rank, &mut |run| {
+                bytes += if self.is_packed(&run) { self.run_bytes(&run) } else { 0 };
+            });
+        }
+        bytes
+    }
+
+    pub(super) fn is_packed(&self, run: &Run) -> bool {
+        self.run_bytes(run) < self.config.pack_below
+    }
+
+    pub(super) fn run_bytes(&self, run: &Run) -> usize {
+        run.length as usize * self.element_bytes()
     }
 
     pub(super) fn element_bytes(&self) -> usize {
@@ -171,7 +201,7 @@ impl SyncPlan {
             let wanted = (flat.start - offset).max(0)..(flat.end - offset).min(param.numel());
             if wanted.start < wanted.end {
                 runs_of_slice(&param.shape, slices[index], wanted, &mut |from, to, length| {
-                    each(Run { param: index, from: offset + from, to, length });
+                    each(Run { unit: segment.unit, param: index, from: offset + from, to, length });
                 });
             }
         }

@@ -18,7 +18,7 @@ use echelon_core::{Error, Result, shim};
 use tch::{Device, Kind, Tensor};
 
 use super::checksum::Checksum;
-use super::destination::Destination;
+use super::destination::{Destination, Place};
 use super::held::Held;
 use super::pack::{Source, check_state};
 use super::plan::{Segment, SyncPlan};
@@ -406,8 +406,9 @@ impl SharedReceiver {
             if in_place.get(&(segment.unit, run.param)).copied().unwrap_or(false) {
                 return sum.read(from);
             }
-            let at = (run.to as usize * size, length);
-            let copied = destination.write((segment.unit, run.param), at, |to| sum.copy(from, to));
+            let begin = run.to as usize * size;
+            let to = Place { unit: run.unit, param: run.param, bytes: begin..begin + length };
+            let copied = destination.take(&to, |to| sum.copy(from, to));
             outcome = std::mem::replace(&mut outcome, Ok(())).and(copied);
         });
         outcome?;

@@ -67,6 +67,7 @@ struct Case {
     trainer_kind: Kind,
     kind: Kind,
     bucket_bytes: usize,
+    pack_below: usize,
 }
 
 const SMALL: Case = Case {
@@ -78,9 +79,10 @@ const SMALL: Case = Case {
     trainer_kind: Kind::Float,
     kind: Kind::Float,
     bucket_bytes: 1000,
+    pack_below: 128,
 };
 
-/// Every number of trainers, stage, arrangement of generators and head, with the dtypes in turn.
+/// Every number of trainers, stage, arrangement of generators and head, with dtypes and sizes of messages in turn.
 fn cases() -> Vec<Case> {
     let kinds = [
         (Kind::Float, Kind::Float),
@@ -96,9 +98,18 @@ fn cases() -> Vec<Case> {
                 for tied in [true, false] {
                     let (trainer_kind, kind) = kinds[cases.len() % kinds.len()];
                     let bucket_bytes = [700, 3001, 1 << 20][cases.len() % 3];
-                    let case =
-                        Case { trainers, stage, replicas, tensor_parallel, tied, trainer_kind, kind, bucket_bytes };
-                    cases.push(case);
+                    let pack_below = [0, 64, 400, usize::MAX][cases.len() / 3 % 4];
+                    cases.push(Case {
+                        trainers,
+                        stage,
+                        replicas,
+                        tensor_parallel,
+                        tied,
+                        trainer_kind,
+                        kind,
+                        bucket_bytes,
+                        pack_below,
+                    });
                 }
             }
         }
@@ -108,8 +119,8 @@ fn cases() -> Vec<Case> {
 
 impl Case {
     fn plan(&self) -> SyncPlan {
-        let Case { trainers, replicas, tensor_parallel, kind, bucket_bytes, .. } = *self;
-        let config = SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes };
+        let Case { trainers, replicas, tensor_parallel, kind, bucket_bytes, pack_below, .. } = *self;
+        let config = SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes, pack_below };
         SyncPlan::new(&shape(self.tied), config).unwrap()
     }
 
@@ -291,12 +302,17 @@ fn slice_bytes(case: &Case, tp_rank: usize) -> usize {
 #[test]
 fn a_spoilt_bucket_is_named_and_its_version_refused() {
     let case = Case { tensor_parallel: 2, ..SMALL };
+    // A weight among short runs; the first sum of long ones, behind the version.
+    let (short, long) = (Case { pack_below: usize::MAX, ..case }, Case { pack_below: 0, ..case });
     run(
-        &[case],
-        |_, state, mut sender| {
+        &[short, long],
+        |case, state, mut sender| {
             sender.publish(&state, 1).unwrap();
-            let second = state.sharding().group.rank() == 1;
-            sender.spoil = second.then_some(|bucket, bytes| bytes[0] ^= u8::from(bucket == 2));
+            let spoil: fn(usize, &mut [u8]) = match case.pack_below {
+                0 => |bucket, bytes| bytes[8] ^= u8::from(bucket == 2),
+                _ => |bucket, bytes| bytes[0] ^= u8::from(bucket == 2),
+            };
+            sender.spoil = (state.sharding().group.rank() == 1).then_some(spoil);
             sender.publish(&state, 2).unwrap();
             sender.spoil = None;
             sender.publish(&state, 3).unwrap();
