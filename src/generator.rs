@@ -171,11 +171,12 @@ impl Apart {
 
     fn by_broadcast(seat: &Seat, plan: SyncPlan, (replica, tp_rank): (usize, usize), load: Load) -> Result<Apart> {
         let (folder, held, parallel) = load;
-        let weights = OwnWeights::load(folder, held, parallel)?;
         let lanes = seat.join_at(|point, address, patience| {
             join_lanes(point, SYNC, &plan, SyncPlace::Generator { replica, tp_rank }, address, patience)
         })?;
-        let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, &weights.tensors)?;
+        let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, held.pass.device)?;
+        let weights = OwnWeights::over(folder, receiver.tensors(), parallel)?;
+        weights.read(folder, held)?;
         Ok(Apart { weights, receiver: Receiver::Broadcast(receiver), attempted: false })
     }
 }
@@ -236,6 +237,18 @@ impl OwnWeights {
         let head = if config.tied_embeddings { model.embedding().shallow_clone() } else { given("lm_head.weight") };
         let tensors = tensors.keys().map(|name| (name.clone(), given(name))).collect();
         Ok(OwnWeights { model, head, tensors, shape: config.shape(), part: tensor_parallel.part() })
+    }
+
+    /// Fills them from the folder's files.
+    fn read(&self, folder: &Path, held: Held) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let config = DecoderConfig::read(folder)?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let mut mapped = checkpoint.slice_loader(&config, held.kind, held.pass.device, self.part)?;
+        for (name, tensor) in &self.tensors {
+            tensor.shallow_clone().f_copy_(&mapped(name)?)?;
+        }
+        Ok(())
     }
 
     /// Copies this rank's slices out of the actor's units, one gathered unit at a time.

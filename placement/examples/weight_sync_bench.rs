@@ -204,12 +204,7 @@ fn generator(port: u16, socket: &str, rounds: usize, bucket: usize) -> Outcome<(
     let point = MeetingPoint::join(HOST, port, patience)?;
     let place = SyncPlace::Generator { replica: 0, tp_rank: 0 };
     let lanes = join_lanes(&point, "bench", &plan(bucket)?, place, HOST, patience)?;
-    let own: HashMap<String, Tensor> = plan(bucket)?
-        .slice_shapes(0)
-        .into_iter()
-        .map(|(name, shape)| (name, Tensor::ones(shape, (Kind::Float, Device::Cpu))))
-        .collect();
-    let mut lanes = BroadcastReceiver::new(plan(bucket)?, 0, lanes, &own)?;
+    let mut lanes = BroadcastReceiver::new(plan(bucket)?, 0, lanes, Device::Cpu)?;
     let bare = bare_group(&point, 1)?;
     let whole = Tensor::ones([bytes()], (Kind::Uint8, Device::Cpu));
     let say = || {
@@ -227,7 +222,7 @@ fn generator(port: u16, socket: &str, rounds: usize, bucket: usize) -> Outcome<(
         bare.broadcast("bare broadcast", &whole, 0)?;
         say()?;
     }
-    for (name, tensor) in &own {
+    for (name, tensor) in lanes.tensors() {
         if shared.tensors()[name] != *tensor {
             return Err(format!("`{name}` differs between shared memory and broadcast").into());
         }

@@ -20,7 +20,7 @@ impl RoleJob<'_> {
             let formula = "compute bytes x (split parameters / tensor-parallel size + replicated ones)";
             each(resident("weights", weights, formula, on.and(Phase::Sync)));
             let bucket = 2 * SYNC_BUCKET_BYTES.min(weights);
-            let formula = "2 x the smaller of 16 MiB and the weights";
+            let formula = "2 x the smaller of 64 MiB and the weights";
             each(transient("sync buckets", bucket, formula, Phases::of(Phase::Sync)));
         }
         let packed = if load.packs { dtype.bytes() * self.packed_params() } else { 0 };

@@ -1,8 +1,8 @@
 //! Weights by packed broadcasts: from each trainer to those ranks of the replicas that hold the same slices.
 //!
 //! A trainer and the replicas' ranks of one tensor-parallel index form a *lane*, a process group of its own in which the
-//! trainer comes first: a broadcast reaches those who need its bytes, and all lanes work at once. A bucket's long runs are
-//! messages of their own, from where they are to where they belong, and are only summed on both sides; its short runs
+//! trainer comes first: a broadcast reaches those who need its bytes, and all lanes work at once. A bucket's long stretches are
+//! messages of their own, from where they are to where they belong, and are only summed on both sides; its short ones
 //! follow in one packed message, with the policy version and the sums. Both sides work on a bucket while another is on its
 //! way.
 
@@ -20,7 +20,7 @@ use super::checksum::Checksum;
 use super::destination::{Destination, Place};
 use super::held::Held;
 use super::pack::{Source, bytes_of, bytes_of_mut, check_state};
-use super::plan::{Run, SyncPlan};
+use super::plan::{Segment, Stretch, SyncPlan};
 use super::{SyncReport, damaged};
 
 /// Who a process is in a sync.
@@ -120,32 +120,32 @@ impl BroadcastSender {
         self.lanes.iter().map(|lane| lane.group.bytes_sent()).sum()
     }
 
-    /// Gives a lane a bucket: long runs as they are, then the packed message. Returns its sums added up.
+    /// Gives a lane a bucket: long stretches as they are, then the packed message. Returns its sums added up.
     fn send(&self, of: &Outgoing, version: u64, lane: &Lane) -> u64 {
         let plan = &self.plan;
         let Outgoing { bucket, trainer, tp_rank, sources } = *of;
+        let segments: Vec<_> = plan.segments(bucket).iter().zip(sources).collect();
+        let stretches = |segment: &Segment| plan.stretches(segment, trainer, tp_rank);
         // On their way before they are summed.
-        for (segment, source) in plan.segments(bucket).iter().zip(sources) {
-            let long = &mut |run: Run| {
-                if !plan.is_packed(&run) {
-                    lane.give(Message { bucket, tensor: source.run(run.from, run.length), is_last: false });
-                }
-            };
-            plan.each_run(segment, trainer, tp_rank, long);
+        for (segment, source) in &segments {
+            for long in stretches(segment).iter().filter(|stretch| !plan.is_packed(stretch)) {
+                lane.give(Message { bucket, tensor: source.memory(long.from, long.length), is_last: false });
+            }
         }
         let mut buffer = self.lanes[tp_rank].buffer(bucket, plan.packed_bytes(bucket, trainer, tp_rank));
         let packed = bytes_of_mut(&mut buffer);
         let (mut end, mut trailer) = (0, vec![version]);
-        for (segment, source) in plan.segments(bucket).iter().zip(sources) {
+        for (segment, source) in &segments {
             let mut sum = Checksum::default();
-            plan.each_run(segment, trainer, tp_rank, &mut |run| {
-                let from = source.bytes(run.from, run.length);
-                if !plan.is_packed(&run) {
-                    return sum.read(from);
+            for stretch in stretches(segment) {
+                let from = source.bytes(stretch.from, stretch.length);
+                if plan.is_packed(&stretch) {
+                    sum.copy(from, &mut packed[end..end + from.len()]);
+                    end += from.len();
+                } else {
+                    sum.read(from);
                 }
-                sum.copy(from, &mut packed[end..end + from.len()]);
-                end += from.len();
-            });
+            }
             trailer.push(sum.value());
         }
         let words: Vec<u8> = trailer.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -174,25 +174,27 @@ pub struct BroadcastReceiver {
     tp_rank: usize,
     /// By trainer.
     lanes: Vec<LaneEnd>,
+    tensors: HashMap<String, Tensor>,
     destination: Destination,
     held: Held,
 }
 
 impl BroadcastReceiver {
-    /// With what [`join_lanes`] gave. `tensors` are what the generator computes on, by parameter name: they are filled in
-    /// place.
-    ///
-    /// # Errors
-    /// A tensor is not the slice that the plan has for `tp_rank`.
+    /// With what [`join_lanes`] gave.
     pub fn new(
         plan: SyncPlan,
         tp_rank: usize,
         lanes: Vec<ProcessGroup>,
-        tensors: &HashMap<String, Tensor>,
+        device: Device,
     ) -> Result<BroadcastReceiver> {
-        let destination = Destination::new(&plan, tp_rank, tensors)?;
+        let (destination, tensors) = Destination::by_unit(&plan, tp_rank, device)?;
         let lanes = lane_ends(&plan, lanes, |lane| vec![(lane.index, tp_rank)])?;
-        Ok(BroadcastReceiver { plan, tp_rank, lanes, destination, held: Held::Nothing })
+        Ok(BroadcastReceiver { plan, tp_rank, lanes, tensors, destination, held: Held::Nothing })
+    }
+
+    /// What the generator computes on, by parameter name: filled in place. Before the first sync there is nothing in it.
+    pub fn tensors(&self) -> &HashMap<String, Tensor> {
+        &self.tensors
     }
 
     /// Takes up the weights of `version` from all trainers.
@@ -269,29 +271,26 @@ struct Incoming<'a> {
 }
 
 impl Incoming<'_> {
-    fn place(&self, run: &Run) -> Place {
-        let begin = run.to as usize * self.plan.element_bytes();
-        Place { unit: run.unit, param: run.param, bytes: begin..begin + self.plan.run_bytes(run) }
+    fn place(&self, unit: usize, stretch: &Stretch) -> Place {
+        let begin = stretch.to as usize * self.plan.element_bytes();
+        Place { unit, piece: 0, bytes: begin..begin + self.plan.stretch_bytes(stretch) }
     }
 
-    /// Lets the lane write the long runs where they belong, and the rest into the buffer.
+    /// Lets the lane write the long stretches where they belong, and the rest into the buffer.
     fn expect(self, destination: &mut Destination, lane: &Lane) -> Result<()> {
         let Incoming { plan, bucket, .. } = self;
         for segment in plan.segments(bucket) {
-            let mut outcome = Ok(());
-            plan.each_run(segment, self.trainer, self.tp_rank, &mut |run| {
-                if !plan.is_packed(&run) && outcome.is_ok() {
-                    let memory = destination.memory(&self.place(&run));
-                    outcome = memory.map(|tensor| lane.give(Message { bucket, tensor, is_last: false }));
-                }
-            });
-            outcome?;
+            let stretches = plan.stretches(segment, self.trainer, self.tp_rank);
+            for long in stretches.iter().filter(|stretch| !plan.is_packed(stretch)) {
+                let tensor = destination.memory(&self.place(segment.unit, long))?;
+                lane.give(Message { bucket, tensor, is_last: false });
+            }
         }
         lane.give(Message { bucket, tensor: self.packed, is_last: true });
         Ok(())
     }
 
-    /// Copies the short runs to their places; returns all sums added up.
+    /// Copies the short stretches to their places; returns all sums added up.
     fn take_up(&self, version: u64, destination: &mut Destination) -> Result<u64> {
         let Incoming { plan, bucket, trainer, tp_rank, .. } = *self;
         let packed = bytes_of(&self.packed);
@@ -308,18 +307,16 @@ impl Incoming<'_> {
         let (mut begin, mut total) = (0, 0u64);
         for (segment, &sent) in plan.segments(bucket).iter().zip(&words[1..]) {
             let mut sum = Checksum::default();
-            let mut written = Ok(());
-            plan.each_run(segment, trainer, tp_rank, &mut |run| {
-                let taken = if plan.is_packed(&run) {
-                    let from = &weights[begin..begin + plan.run_bytes(&run)];
+            for stretch in plan.stretches(segment, trainer, tp_rank) {
+                let place = self.place(segment.unit, &stretch);
+                if plan.is_packed(&stretch) {
+                    let from = &weights[begin..begin + plan.stretch_bytes(&stretch)];
                     begin += from.len();
-                    destination.take(&self.place(&run), |to| sum.copy(from, to))
+                    destination.take(&place, |to| sum.copy(from, to))?;
                 } else {
-                    destination.take(&self.place(&run), |arrived| sum.read(arrived))
-                };
-                written = std::mem::replace(&mut written, Ok(())).and(taken);
-            });
-            written?;
+                    destination.take(&place, |arrived| sum.read(arrived))?;
+                }
+            }
             if sum.value() != sent {
                 let unit = &plan.shape().units[segment.unit].name;
                 return Err(damaged(format_args!("bucket {bucket}"), unit, trainer, (sent, sum.value())));

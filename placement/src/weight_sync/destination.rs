@@ -1,4 +1,4 @@
-//! A generator's slices, filled run by run.
+//! A generator's slices, filled stretch by stretch.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,18 +9,46 @@ use tch::{Device, Kind, Tensor};
 use super::pack::bytes_of_mut;
 use super::plan::SyncPlan;
 
-/// The tensors that a generator computes on. Those on a device are filled through host memory, a parameter at a time.
+/// The memory of what a generator computes on, in pieces: slices of parameters, or all slices of a unit. Pieces on a device
+/// are filled through host memory, one at a time.
 pub(super) struct Destination {
-    /// By unit and parameter.
-    slices: Vec<Vec<Tensor>>,
-    /// Parameters on a device that have arrived in part: host memory, and elements still to come.
+    /// By unit.
+    pieces: Vec<Vec<Piece>>,
+    /// Pieces on a device that have arrived in part: host memory, and elements still to come.
     arriving: HashMap<(usize, usize), (Tensor, i64)>,
 }
 
+struct Piece {
+    tensor: Tensor,
+    /// That a sync brings: without those between slices.
+    elements: i64,
+}
+
 impl Destination {
+    /// A piece per unit, of memory of its own, and the slices in them by parameter name.
+    pub fn by_unit(plan: &SyncPlan, tp_rank: usize, device: Device) -> Result<(Destination, HashMap<String, Tensor>)> {
+        let shapes = plan.slice_shapes(tp_rank);
+        let (mut pieces, mut tensors) = (Vec::new(), HashMap::new());
+        for (unit, shape) in plan.shape().units.iter().enumerate() {
+            let layout = plan.slice_layout(tp_rank, unit);
+            let tensor = Tensor::f_zeros([layout.length], (plan.config().kind, device))?;
+            let mut elements = 0;
+            for (param, &offset) in shape.params.iter().zip(&layout.offsets) {
+                let shape = &shapes[&param.name];
+                let length = shape.iter().product();
+                elements += length;
+                tensors.insert(param.name.clone(), tensor.f_narrow(0, offset, length)?.f_view(shape.as_slice())?);
+            }
+            pieces.push(vec![Piece { tensor, elements }]);
+        }
+        Ok((Destination { pieces, arriving: HashMap::new() }, tensors))
+    }
+
+    /// A piece per parameter.
+    ///
     /// # Errors
     /// A tensor is missing, or has another shape or dtype than the plan's slice.
-    pub fn new(plan: &SyncPlan, tp_rank: usize, tensors: &HashMap<String, Tensor>) -> Result<Destination> {
+    pub fn by_param(plan: &SyncPlan, tp_rank: usize, tensors: &HashMap<String, Tensor>) -> Result<Destination> {
         let shapes = plan.slice_shapes(tp_rank);
         let take = |name: &str| {
             let tensor = tensors
@@ -34,11 +62,11 @@ impl Destination {
                     tensor.size()
                 )));
             }
-            Ok(tensor.detach())
+            Ok(Piece { tensor: tensor.detach(), elements: tensor.numel() as i64 })
         };
         let units = plan.shape().units.iter();
-        let slices = units.map(|unit| unit.params.iter().map(|param| take(&param.name)).collect());
-        Ok(Destination { slices: slices.collect::<Result<_>>()?, arriving: HashMap::new() })
+        let pieces = units.map(|unit| unit.params.iter().map(|param| take(&param.name)).collect());
+        Ok(Destination { pieces: pieces.collect::<Result<_>>()?, arriving: HashMap::new() })
     }
 
     /// Drops what has arrived in part: a sync begins anew.
@@ -46,43 +74,43 @@ impl Destination {
         self.arriving.clear();
     }
 
-    /// The memory that a stretch of a slice is to be written into.
+    /// The memory that a stretch of a piece is to be written into.
     pub fn memory(&mut self, place: &Place) -> Result<Tensor> {
-        let slice = &self.slices[place.unit][place.param];
-        let host = if slice.device() == Device::Cpu { slice } else { &self.arriving(place).0 };
+        let tensor = &self.pieces[place.unit][place.piece].tensor;
+        let host = if tensor.device() == Device::Cpu { tensor } else { &self.arriving(place).0 };
         let (begin, length) = (place.bytes.start as i64, place.bytes.len() as i64);
         Ok(host.f_detach()?.f_view([-1])?.f_view_dtype(Kind::Uint8)?.f_narrow(0, begin, length)?)
     }
 
-    /// Lets `take` write or read a stretch of a slice, which is there then.
+    /// Lets `take` write or read a stretch of a piece, which is there then.
     pub fn take(&mut self, place: &Place, take: impl FnOnce(&mut [u8])) -> Result<()> {
-        let slice = &mut self.slices[place.unit][place.param];
-        if slice.device() == Device::Cpu {
-            take(&mut bytes_of_mut(slice)[place.bytes.clone()]);
+        let tensor = &mut self.pieces[place.unit][place.piece].tensor;
+        if tensor.device() == Device::Cpu {
+            take(&mut bytes_of_mut(tensor)[place.bytes.clone()]);
             return Ok(());
         }
-        let size = slice.kind().elt_size_in_bytes();
+        let size = tensor.kind().elt_size_in_bytes();
         let (host, to_come) = self.arriving(place);
         take(&mut bytes_of_mut(host)[place.bytes.clone()]);
         *to_come -= (place.bytes.len() / size) as i64;
         if *to_come == 0 {
-            let (host, _) = self.arriving.remove(&(place.unit, place.param)).expect("just written to");
-            tch::no_grad(|| self.slices[place.unit][place.param].f_copy_(&host))?;
+            let (host, _) = self.arriving.remove(&(place.unit, place.piece)).expect("just written to");
+            tch::no_grad(|| self.pieces[place.unit][place.piece].tensor.f_copy_(&host))?;
         }
         Ok(())
     }
 
-    /// Host memory of a parameter on a device, and the elements of it still to come.
+    /// Host memory of a piece on a device, and the elements of it still to come.
     fn arriving(&mut self, place: &Place) -> &mut (Tensor, i64) {
-        let slice = &self.slices[place.unit][place.param];
-        let blank = || (Tensor::empty(slice.size(), (slice.kind(), Device::Cpu)), slice.numel() as i64);
-        self.arriving.entry((place.unit, place.param)).or_insert_with(blank)
+        let Piece { tensor, elements } = &self.pieces[place.unit][place.piece];
+        let blank = || (Tensor::empty(tensor.size(), (tensor.kind(), Device::Cpu)), *elements);
+        self.arriving.entry((place.unit, place.piece)).or_insert_with(blank)
     }
 }
 
-/// A stretch of a parameter's slice.
+/// A stretch of a piece.
 pub(super) struct Place {
     pub unit: usize,
-    pub param: usize,
+    pub piece: usize,
     pub bytes: Range<usize>,
 }

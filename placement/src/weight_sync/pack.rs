@@ -27,7 +27,7 @@ impl Source {
     }
 
     /// The memory of `length` elements from `from` of the unit's flat buffer on.
-    pub fn run(&self, from: i64, length: i64) -> Tensor {
+    pub fn memory(&self, from: i64, length: i64) -> Tensor {
         self.weights.narrow(0, from - self.start, length)
     }
 

@@ -20,19 +20,19 @@ pub struct SyncConfig {
     pub kind: Kind,
     /// What is on its way at once; a process has two buckets per peer that it talks to.
     pub bucket_bytes: usize,
-    /// By broadcast, runs shorter than this are packed together; others go from where they are to where they belong.
+    /// By broadcast, stretches shorter than this are packed together; others go from where they are to where they belong.
     pub pack_below: usize,
 }
 
 impl SyncConfig {
-    /// Buckets and runs of the default sizes.
+    /// Buckets and stretches of the default sizes.
     pub fn new(trainers: usize, replicas: usize, tensor_parallel: usize, kind: Kind) -> SyncConfig {
         SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes: BUCKET_BYTES, pack_below: PACK_BELOW }
     }
 }
 
 /// Small enough that copying the first and the last bucket, which nothing overlaps, costs little.
-pub const BUCKET_BYTES: usize = 16 << 20;
+pub const BUCKET_BYTES: usize = 64 << 20;
 
 /// A message costs as much as copying about so many bytes.
 const PACK_BELOW: usize = 256 << 10;
@@ -48,6 +48,8 @@ pub struct SyncPlan {
     layouts: Vec<FlatLayout>,
     /// By tensor-parallel rank, unit and parameter.
     slices: Vec<Vec<Vec<ParamSlice>>>,
+    /// By tensor-parallel rank and unit: where the slices stand that are filled by broadcast.
+    slice_layouts: Vec<Vec<FlatLayout>>,
     buckets: Vec<Vec<Segment>>,
 }
 
@@ -61,12 +63,21 @@ pub(super) struct Segment {
 /// Elements that lie together on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
-    pub unit: usize,
     /// The parameter's index in its unit.
     pub param: usize,
     /// Place in the unit's flat buffer.
     pub from: i64,
     /// Place in the generator's slice of the parameter.
+    pub to: i64,
+    pub length: i64,
+}
+
+/// Runs that lie together on both sides, where a unit's slices are laid out as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stretch {
+    /// Place in the unit's flat buffer.
+    pub from: i64,
+    /// Place in the slices of the unit.
     pub to: i64,
     pub length: i64,
 }
@@ -81,11 +92,12 @@ impl SyncPlan {
             return Err(Error::Refused(format!("weight sync between {who}: it takes at least one of each")));
         }
         let layouts: Vec<_> = shape.units.iter().map(|unit| FlatLayout::new(unit, trainers)).collect();
-        for rank in 0..size {
-            shape
-                .sliced(TensorParallelPart { rank, size })
-                .map_err(|error| Error::other("weight sync to generators", error))?;
-        }
+        let laid_out = |rank: usize| {
+            let sliced = shape.sliced(TensorParallelPart { rank, size });
+            let sliced = sliced.map_err(|error| Error::other("weight sync to generators", error))?;
+            Ok(sliced.units.iter().map(|unit| FlatLayout::new(unit, 1)).collect())
+        };
+        let slice_layouts = (0..size).map(laid_out).collect::<Result<_>>()?;
         let of_rank = |rank: usize| {
             let part = TensorParallelPart { rank, size };
             let of_unit = |params: &Vec<ParamShape>| params.iter().map(|param| shape.slice(param, part)).collect();
@@ -94,7 +106,7 @@ impl SyncPlan {
         let slices = (0..size).map(of_rank).collect();
         let elements = (config.bucket_bytes / config.kind.elt_size_in_bytes()).max(1) as i64;
         let buckets = cut(&layouts, trainers, elements);
-        Ok(SyncPlan { shape: shape.clone(), config, layouts, slices, buckets })
+        Ok(SyncPlan { shape: shape.clone(), config, layouts, slices, slice_layouts, buckets })
     }
 
     pub fn config(&self) -> &SyncConfig {
@@ -134,6 +146,11 @@ impl SyncPlan {
             .collect()
     }
 
+    /// Where the slices of a generator's rank stand in a unit.
+    pub(super) fn slice_layout(&self, tp_rank: usize, unit: usize) -> &FlatLayout {
+        &self.slice_layouts[tp_rank][unit]
+    }
+
     pub(super) fn segments(&self, bucket: usize) -> &[Segment] {
         &self.buckets[bucket]
     }
@@ -157,23 +174,21 @@ impl SyncPlan {
         8 * (1 + self.buckets[bucket].len())
     }
 
-    /// Bytes of the message with a bucket's short runs and its trailer.
+    /// Bytes of the message with a bucket's short stretches and its trailer.
     pub(super) fn packed_bytes(&self, bucket: usize, trainer: usize, tp_rank: usize) -> usize {
-        let mut bytes = self.trailer_bytes(bucket);
-        for segment in &self.buckets[bucket] {
-            self.each_run(segment, trainer, tp_rank, &mut |run| {
-                bytes += if self.is_packed(&run) { self.run_bytes(&run) } else { 0 };
-            });
-        }
-        bytes
+        let of_segment = |segment| -> usize {
+            let stretches = self.stretches(segment, trainer, tp_rank);
+            stretches.iter().filter(|stretch| self.is_packed(stretch)).map(|stretch| self.stretch_bytes(stretch)).sum()
+        };
+        self.trailer_bytes(bucket) + self.buckets[bucket].iter().map(of_segment).sum::<usize>()
     }
 
-    pub(super) fn is_packed(&self, run: &Run) -> bool {
-        self.run_bytes(run) < self.config.pack_below
+    pub(super) fn is_packed(&self, stretch: &Stretch) -> bool {
+        self.stretch_bytes(stretch) < self.config.pack_below
     }
 
-    pub(super) fn run_bytes(&self, run: &Run) -> usize {
-        run.length as usize * self.element_bytes()
+    pub(super) fn stretch_bytes(&self, stretch: &Stretch) -> usize {
+        stretch.length as usize * self.element_bytes()
     }
 
     pub(super) fn element_bytes(&self) -> usize {
@@ -201,10 +216,31 @@ impl SyncPlan {
             let wanted = (flat.start - offset).max(0)..(flat.end - offset).min(param.numel());
             if wanted.start < wanted.end {
                 runs_of_slice(&param.shape, slices[index], wanted, &mut |from, to, length| {
-                    each(Run { unit: segment.unit, param: index, from: offset + from, to, length });
+                    each(Run { param: index, from: offset + from, to, length });
                 });
             }
         }
+    }
+
+    /// A segment's runs, joined where nothing lies between them, in the order in which they lie with the trainer.
+    pub(super) fn stretches(&self, segment: &Segment, trainer: usize, tp_rank: usize) -> Vec<Stretch> {
+        let offsets = &self.slice_layouts[tp_rank][segment.unit].offsets;
+        let mut runs = Vec::new();
+        self.each_run(segment, trainer, tp_rank, &mut |run| {
+            runs.push(Stretch { from: run.from, to: offsets[run.param] + run.to, length: run.length });
+        });
+        runs.sort_unstable_by_key(|run| run.from);
+        let mut stretches = Vec::new();
+        runs.into_iter().for_each(|run| extend(&mut stretches, run));
+        stretches
+    }
+}
+
+/// Appends a run, or makes the last stretch longer by it.
+fn extend(stretches: &mut Vec<Stretch>, run: Stretch) {
+    match stretches.last_mut() {
+        Some(last) if (last.from + last.length, last.to + last.length) == (run.from, run.to) => last.length += run.length,
+        _ => stretches.push(run),
     }
 }
 

@@ -261,7 +261,7 @@ impl SharedReceiver {
                 tensors.insert(param.name.clone(), tensor);
             }
         }
-        let destination = Destination::new(&plan, tp_rank, &tensors)?;
+        let destination = Destination::by_param(&plan, tp_rank, &tensors)?;
         let held = Held::Nothing;
         Ok(SharedReceiver { plan, tp_rank, trainers, in_place, tensors, destination, held, patience })
     }
@@ -278,7 +278,7 @@ impl SharedReceiver {
         patience: Duration,
     ) -> Result<SharedReceiver> {
         let trainers = checked(&plan, segments)?;
-        let destination = Destination::new(&plan, tp_rank, tensors)?;
+        let destination = Destination::by_param(&plan, tp_rank, tensors)?;
         let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
         let (in_place, held) = (HashMap::new(), Held::Nothing);
         Ok(SharedReceiver { plan, tp_rank, trainers, in_place, tensors, destination, held, patience })
@@ -407,7 +407,7 @@ impl SharedReceiver {
                 return sum.read(from);
             }
             let begin = run.to as usize * size;
-            let to = Place { unit: run.unit, param: run.param, bytes: begin..begin + length };
+            let to = Place { unit: segment.unit, piece: run.param, bytes: begin..begin + length };
             let copied = destination.take(&to, |to| sum.copy(from, to));
             outcome = std::mem::replace(&mut outcome, Ok(())).and(copied);
         });

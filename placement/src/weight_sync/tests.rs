@@ -211,7 +211,7 @@ fn trainers(case: &Case, name: &str, at: &MeetingPoint, rank: usize) -> ProcessG
 fn run<A: Send, B: Send>(
     cases: &[Case],
     trainer: impl Fn(&Case, TrainingState, BroadcastSender) -> A + Sync,
-    generator: impl Fn(&Case, usize, &Tensors, BroadcastReceiver) -> B + Sync,
+    generator: impl Fn(&Case, usize, BroadcastReceiver) -> B + Sync,
 ) -> Vec<(Vec<A>, Vec<B>)> {
     let most = |count: fn(&Case) -> usize| cases.iter().map(count).max().unwrap();
     let (num_trainers, num_generators) = (most(|case| case.trainers), most(|case| case.generators().len()));
@@ -228,10 +228,9 @@ fn run<A: Send, B: Send>(
         else {
             return (None, None);
         };
-        let tensors = case.blank(tp_rank);
         let lanes = lanes(SyncPlace::Generator { replica, tp_rank });
-        let receiver = BroadcastReceiver::new(case.plan(), tp_rank, lanes, &tensors).unwrap();
-        (None, Some(generator(case, tp_rank, &tensors, receiver)))
+        let receiver = BroadcastReceiver::new(case.plan(), tp_rank, lanes, Device::Cpu).unwrap();
+        (None, Some(generator(case, tp_rank, receiver)))
     };
     let mut by_rank: Vec<_> = ranks(num_trainers + num_generators, |rank, at| {
         cases.iter().enumerate().map(|case| in_case(case, rank, at)).collect::<Vec<_>>().into_iter()
@@ -262,10 +261,13 @@ fn broadcast_slices_are_the_exported_state() {
             let bytes = sender.bytes_sent() - before;
             (first, exported(&state), reports, bytes)
         },
-        |_, tp_rank, tensors, mut receiver| {
-            let copy = || tensors.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect::<Tensors>();
-            let first = (receiver.receive(1).unwrap(), copy());
-            let second = (receiver.receive(2).unwrap(), copy());
+        |_, tp_rank, mut receiver| {
+            let mut receive = |version| {
+                let report = receiver.receive(version).unwrap();
+                let copy = |(name, tensor): (&String, &Tensor)| (name.clone(), tensor.copy());
+                (report, receiver.tensors().iter().map(copy).collect::<Tensors>())
+            };
+            let (first, second) = (receive(1), receive(2));
             receiver.check(2).unwrap();
             (tp_rank, [first, second])
         },
@@ -317,7 +319,7 @@ fn a_spoilt_bucket_is_named_and_its_version_refused() {
             sender.spoil = None;
             sender.publish(&state, 3).unwrap();
         },
-        |_, _, _, mut receiver| {
+        |_, _, mut receiver| {
             let refusal = |receiver: &BroadcastReceiver, version| receiver.check(version).unwrap_err().to_string();
             assert!(refusal(&receiver, 1).contains("has got none yet"));
             receiver.receive(1).unwrap();
@@ -348,7 +350,7 @@ fn another_version_is_refused() {
     run(
         &[SMALL],
         |_, state, mut sender| [4, 6].map(|version| sender.publish(&state, version).unwrap()),
-        |_, _, _, mut receiver| {
+        |_, _, mut receiver| {
             let error = receiver.receive(5).unwrap_err().to_string();
             assert!(
                 error.contains("bucket 0 from trainer 0 carries version 4, and version 5 is to be received"),
@@ -374,12 +376,12 @@ fn a_trainer_that_goes_in_the_middle_leaves_nothing_to_sample_with() {
             let published = catch_unwind(AssertUnwindSafe(|| sender.publish(&state, 2)));
             assert_eq!(published.is_err(), state.sharding().group.rank() == 1);
         },
-        |_, _, tensors, mut receiver| {
+        |_, _, mut receiver| {
             receiver.receive(1).unwrap();
-            let before = tensors["embedding"].copy();
+            let before = receiver.tensors()["embedding"].copy();
             let error = receiver.receive(2).unwrap_err().to_string();
             assert!(error.contains("weights of version 2, bucket"), "{error}");
-            assert_eq!(tensors["embedding"], before, "the trainers' weights are the same ones");
+            assert_eq!(receiver.tensors()["embedding"], before, "the trainers' weights are the same ones");
             for version in [1, 2] {
                 let refusal = receiver.check(version).unwrap_err().to_string();
                 assert!(refusal.contains("weights of version 2 arrived only in part"), "{refusal}");
