@@ -210,9 +210,8 @@ fn a_worker_maps_no_file_of_a_role_that_is_elsewhere() {
             let environment = fs::read_to_string(format!("/proc/{process}/environ")).unwrap_or_default();
             let rank = environment.split('\0').find_map(|entry| entry.strip_prefix("RANK=")?.parse().ok());
             let files = mapped(process);
-            let maps = |role: &&str| {
-                files.iter().any(|file| file.starts_with(workplace.path(&format!("model-of-{role}"))))
-            };
+            let maps =
+                |role: &&str| files.iter().any(|file| file.starts_with(workplace.path(&format!("model-of-{role}"))));
             seen[rank.unwrap_or(5)].extend(roles.into_iter().filter(maps));
         }
         num_lines(&metrics) > 1

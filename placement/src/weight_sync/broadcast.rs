@@ -20,7 +20,7 @@ use super::checksum::Checksum;
 use super::destination::{Destination, Place};
 use super::held::Held;
 use super::pack::{Source, bytes_of, bytes_of_mut, check_state};
-use super::plan::{Segment, Stretch, SyncPlan};
+use super::plan::{Stretch, SyncPlan};
 use super::{SyncReport, damaged};
 
 /// Who a process is in a sync.
@@ -124,29 +124,23 @@ impl BroadcastSender {
     fn send(&self, of: &Outgoing, version: u64, lane: &Lane) -> u64 {
         let plan = &self.plan;
         let Outgoing { bucket, trainer, tp_rank, sources } = *of;
-        let segments: Vec<_> = plan.segments(bucket).iter().zip(sources).collect();
-        let stretches = |segment: &Segment| plan.stretches(segment, trainer, tp_rank);
-        // On their way before they are summed.
-        for (segment, source) in &segments {
-            for long in stretches(segment).iter().filter(|stretch| !plan.is_packed(stretch)) {
-                lane.give(Message { bucket, tensor: source.memory(long.from, long.length), is_last: false });
-            }
-        }
         let mut buffer = self.lanes[tp_rank].buffer(bucket, plan.packed_bytes(bucket, trainer, tp_rank));
         let packed = bytes_of_mut(&mut buffer);
         let (mut end, mut trailer) = (0, vec![version]);
-        for (segment, source) in &segments {
-            let mut sum = Checksum::default();
-            for stretch in stretches(segment) {
+        for (segment, source) in plan.segments(bucket).iter().zip(sources) {
+            let mut sums = Sums::default();
+            for stretch in plan.stretches(segment, trainer, tp_rank) {
                 let from = source.bytes(stretch.from, stretch.length);
                 if plan.is_packed(&stretch) {
-                    sum.copy(from, &mut packed[end..end + from.len()]);
+                    sums.short.copy(from, &mut packed[end..end + from.len()]);
                     end += from.len();
                 } else {
-                    sum.read(from);
+                    let tensor = source.memory(stretch.from, stretch.length);
+                    lane.give(Message { bucket, tensor, counts: false });
+                    sums.long.read(from);
                 }
             }
-            trailer.push(sum.value());
+            trailer.push(sums.value());
         }
         let words: Vec<u8> = trailer.iter().flat_map(|word| word.to_le_bytes()).collect();
         packed[end..].copy_from_slice(&words);
@@ -154,7 +148,7 @@ impl BroadcastSender {
         if let Some(spoil) = self.spoil {
             spoil(bucket, packed);
         }
-        lane.give(Message { bucket, tensor: buffer, is_last: true });
+        lane.give(Message { bucket, tensor: buffer, counts: true });
         trailer[1..].iter().fold(0, |all, sum| all.wrapping_add(*sum))
     }
 }
@@ -181,12 +175,7 @@ pub struct BroadcastReceiver {
 
 impl BroadcastReceiver {
     /// With what [`join_lanes`] gave.
-    pub fn new(
-        plan: SyncPlan,
-        tp_rank: usize,
-        lanes: Vec<ProcessGroup>,
-        device: Device,
-    ) -> Result<BroadcastReceiver> {
+    pub fn new(plan: SyncPlan, tp_rank: usize, lanes: Vec<ProcessGroup>, device: Device) -> Result<BroadcastReceiver> {
         let (destination, tensors) = Destination::by_unit(&plan, tp_rank, device)?;
         let lanes = lane_ends(&plan, lanes, |lane| vec![(lane.index, tp_rank)])?;
         Ok(BroadcastReceiver { plan, tp_rank, lanes, tensors, destination, held: Held::Nothing })
@@ -238,15 +227,12 @@ impl BroadcastReceiver {
                 }
                 for index in 0..plan.num_buckets() {
                     for (trainer, lane) in ends.iter().enumerate() {
-                        if !lane.take() {
+                        let Some(sum) = bucket(index, trainer).take_up(version, destination, lane) else {
                             return Ok(()); // the lane's thread says why
-                        }
-                        let sum = |(bytes, checksum): (usize, u64)| {
-                            let sum = bucket(index, trainer).take_up(version, destination)?;
-                            let weights = plan.bucket_weight_bytes(index, trainer, tp_rank);
-                            Ok((bytes + weights, checksum.wrapping_add(sum)))
                         };
-                        arrived = std::mem::replace(&mut arrived, Ok((0, 0))).and_then(sum);
+                        let weights = plan.bucket_weight_bytes(index, trainer, tp_rank);
+                        arrived = std::mem::replace(&mut arrived, Ok((0, 0)))
+                            .and_then(|(bytes, checksum)| Ok((bytes + weights, checksum.wrapping_add(sum?))));
                         if index + 2 < plan.num_buckets() {
                             bucket(index + 2, trainer).expect(destination, lane)?;
                         }
@@ -283,15 +269,36 @@ impl Incoming<'_> {
             let stretches = plan.stretches(segment, self.trainer, self.tp_rank);
             for long in stretches.iter().filter(|stretch| !plan.is_packed(stretch)) {
                 let tensor = destination.memory(&self.place(segment.unit, long))?;
-                lane.give(Message { bucket, tensor, is_last: false });
+                lane.give(Message { bucket, tensor, counts: true });
             }
         }
-        lane.give(Message { bucket, tensor: self.packed, is_last: true });
+        lane.give(Message { bucket, tensor: self.packed, counts: true });
         Ok(())
     }
 
-    /// Copies the short stretches to their places; returns all sums added up.
-    fn take_up(&self, version: u64, destination: &mut Destination) -> Result<u64> {
+    /// Sums the long stretches as they arrive, and copies the short ones to their places: all sums added up. None when the
+    /// lane has failed.
+    fn take_up(&self, version: u64, destination: &mut Destination, lane: &Lane) -> Option<Result<u64>> {
+        let Incoming { plan, bucket, trainer, tp_rank, .. } = *self;
+        let mut outcome = Ok(());
+        let mut sums = Vec::new();
+        for segment in plan.segments(bucket) {
+            let mut of_segment = Sums::default();
+            let stretches = plan.stretches(segment, trainer, tp_rank);
+            for long in stretches.iter().filter(|stretch| !plan.is_packed(stretch)) {
+                if !lane.take() {
+                    return None;
+                }
+                let place = self.place(segment.unit, long);
+                outcome = outcome.and(destination.take(&place, |arrived| of_segment.long.read(arrived)));
+            }
+            sums.push(of_segment);
+        }
+        lane.take().then(|| outcome.and_then(|()| self.unpack(version, sums, destination)))
+    }
+
+    /// Copies the short stretches to their places, and compares the sums.
+    fn unpack(&self, version: u64, sums: Vec<Sums>, destination: &mut Destination) -> Result<u64> {
         let Incoming { plan, bucket, trainer, tp_rank, .. } = *self;
         let packed = bytes_of(&self.packed);
         let (weights, trailer) = packed.split_at(packed.len() - plan.trailer_bytes(bucket));
@@ -305,25 +312,33 @@ impl Incoming<'_> {
             )));
         }
         let (mut begin, mut total) = (0, 0u64);
-        for (segment, &sent) in plan.segments(bucket).iter().zip(&words[1..]) {
-            let mut sum = Checksum::default();
-            for stretch in plan.stretches(segment, trainer, tp_rank) {
-                let place = self.place(segment.unit, &stretch);
-                if plan.is_packed(&stretch) {
-                    let from = &weights[begin..begin + plan.stretch_bytes(&stretch)];
-                    begin += from.len();
-                    destination.take(&place, |to| sum.copy(from, to))?;
-                } else {
-                    destination.take(&place, |arrived| sum.read(arrived))?;
-                }
+        for ((segment, mut sums), &sent) in plan.segments(bucket).iter().zip(sums).zip(&words[1..]) {
+            let stretches = plan.stretches(segment, trainer, tp_rank);
+            for short in stretches.iter().filter(|stretch| plan.is_packed(stretch)) {
+                let from = &weights[begin..begin + plan.stretch_bytes(short)];
+                begin += from.len();
+                destination.take(&self.place(segment.unit, short), |to| sums.short.copy(from, to))?;
             }
-            if sum.value() != sent {
+            if sums.value() != sent {
                 let unit = &plan.shape().units[segment.unit].name;
-                return Err(damaged(format_args!("bucket {bucket}"), unit, trainer, (sent, sum.value())));
+                return Err(damaged(format_args!("bucket {bucket}"), unit, trainer, (sent, sums.value())));
             }
             total = total.wrapping_add(sent);
         }
         Ok(total)
+    }
+}
+
+/// Of a segment's stretches: those that travel by themselves, and those that are packed.
+#[derive(Default)]
+struct Sums {
+    long: Checksum,
+    short: Checksum,
+}
+
+impl Sums {
+    fn value(&self) -> u64 {
+        self.long.value().rotate_left(1).wrapping_add(self.short.value())
     }
 }
 
@@ -374,12 +389,12 @@ impl LaneEnd {
                         Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
                     },
                 };
-                if let Some(Message { bucket, tensor, is_last }) = next {
+                if let Some(Message { bucket, tensor, counts }) = next {
                     let operation = format!("weights of version {version}, bucket {bucket}");
-                    flying.push_back((group.start_broadcast(&operation, &tensor, 0)?, is_last));
-                } else if let Some((pending, is_last)) = flying.pop_front() {
+                    flying.push_back((group.start_broadcast(&operation, &tensor, 0)?, counts));
+                } else if let Some((pending, counts)) = flying.pop_front() {
                     pending.wait()?;
-                    if is_last && done.send(()).is_err() {
+                    if counts && done.send(()).is_err() {
                         return Ok(());
                     }
                 } else {
@@ -398,8 +413,8 @@ const IN_FLIGHT: usize = 3;
 struct Message {
     bucket: usize,
     tensor: Tensor,
-    /// Its bucket's packed message.
-    is_last: bool,
+    /// [`Lane::take`] waits for it.
+    counts: bool,
 }
 
 /// A lane at work: messages given are broadcast in order.
@@ -410,12 +425,12 @@ struct Lane<'scope> {
 }
 
 impl Lane<'_> {
-    /// The message's memory is the lane's until a [`Lane::take`] has counted its bucket.
+    /// The message's memory is the lane's until a [`Lane::take`] has counted it or a later one.
     fn give(&self, message: Message) {
         let _ = self.give.send(message); // a thread that ended early says why at `end`
     }
 
-    /// Waits until the next bucket is through; false when the lane has failed.
+    /// Waits until the next message that counts is through; false when the lane has failed.
     fn take(&self) -> bool {
         self.take.recv().is_ok()
     }

@@ -33,7 +33,18 @@ impl Checksum {
     /// The lengths differ.
     pub fn copy_away(&mut self, from: &[u8], to: &mut [u8]) {
         let past_caches = to.len() >= PAST_CACHES_FROM && to.as_ptr().cast::<u128>().is_aligned();
+        #[cfg(target_arch = "x86_64")]
+        if past_caches && std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: this processor has it.
+            return unsafe { self.copy_by_avx2(from, to) };
+        }
         self.copy_by(from, to, past_caches);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn copy_by_avx2(&mut self, from: &[u8], to: &mut [u8]) {
+        self.copy_by(from, to, true);
     }
 
     #[inline(always)]
@@ -56,6 +67,23 @@ impl Checksum {
 
     /// Adds a run that stays where it is.
     pub fn read(&mut self, run: &[u8]) {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: this processor has it.
+            return unsafe { self.read_by_avx2(run) };
+        }
+        self.read_blocks(run);
+    }
+
+    /// Twice as fast where the run is in the cache.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn read_by_avx2(&mut self, run: &[u8]) {
+        self.read_blocks(run);
+    }
+
+    #[inline(always)]
+    fn read_blocks(&mut self, run: &[u8]) {
         let mut words = Words::default();
         let mut blocks = run.chunks_exact(BLOCK);
         for block in blocks.by_ref() {

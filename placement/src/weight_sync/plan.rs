@@ -239,7 +239,9 @@ impl SyncPlan {
 /// Appends a run, or makes the last stretch longer by it.
 fn extend(stretches: &mut Vec<Stretch>, run: Stretch) {
     match stretches.last_mut() {
-        Some(last) if (last.from + last.length, last.to + last.length) == (run.from, run.to) => last.length += run.length,
+        Some(last) if (last.from + last.length, last.to + last.length) == (run.from, run.to) => {
+            last.length += run.length
+        }
         _ => stretches.push(run),
     }
 }
