@@ -17,6 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status, Streaming};
 
 use super::Limits;
+use super::awake::stay_awake;
 use super::error::ControlError;
 use super::framing::{AnswerTo, Assembly, Outbox, Outgoing, Sending, word};
 use super::heartbeat::Progress;
@@ -291,6 +292,7 @@ impl Reply {
 
     fn give(&mut self, answer: Result<Bytes, String>) {
         let Some(slot) = self.slot.take() else { return };
+        stay_awake();
         let limit = self.body_bytes;
         let (error, body) = match answer {
             Ok(body) if body.len() > limit => {

@@ -14,7 +14,7 @@
 //!
 //! Reading order: [`protocol`] (what is said), [`framing`] (in pieces), [`identity`] (who may speak), [`door`] (who is let
 //! in), [`server`] and [`supervisor`] and [`proxy`] (the driver's end), [`client`] (the worker's end), [`rendezvous`]
-//! (waiting for all), [`heartbeat`] (who is behind).
+//! (waiting for all), [`heartbeat`] (who is behind), `awake` (why a call is quick).
 
 pub mod protocol;
 
@@ -36,6 +36,7 @@ pub mod rendezvous;
 
 pub mod heartbeat;
 
+mod awake;
 mod error;
 
 use std::time::Duration;
@@ -57,7 +58,10 @@ pub use supervisor::Roster;
 /// # Errors
 /// The system grants no thread.
 pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("control").enable_all().build()
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(1).thread_name("control").enable_all().build()?;
+    runtime.spawn(awake::keep_awake());
+    Ok(runtime)
 }
 
 /// Sizes and times of the control plane. Driver and workers may differ in them: each guards itself.

@@ -11,6 +11,7 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::Limits;
+use super::awake::stay_awake;
 use super::door::Hold;
 use super::error::{ControlError, Peer, seconds};
 use super::framing::{CallTo, Outgoing, Sending, order};
@@ -69,6 +70,7 @@ impl RemoteWorker {
         let due = Instant::now().checked_add(deadline);
         let call = Message::Call(OutgoingCall { operation, body, due, slot, room, reply });
         self.0.proxy.cast(call).map_err(|_| self.lost(operation))?;
+        stay_awake();
         match tokio::time::timeout(deadline, answer).await {
             Ok(Ok(Answer::Body(body))) => Ok(body),
             Ok(Ok(Answer::Error(cause))) => {
@@ -202,6 +204,7 @@ impl Line {
         let waiting = self.waiting().remove(&sequence);
         if let Some((reply, slot)) = waiting {
             drop(slot); // first: the caller may ask again at once
+            stay_awake();
             let _ = reply.send(answer);
         }
     }

@@ -7,7 +7,7 @@
 //! way.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Scope, ScopedJoinHandle};
 use std::time::Instant;
 
@@ -384,10 +384,7 @@ impl LaneEnd {
                 let next = match flying.len() {
                     0 => work.recv().ok(),
                     IN_FLIGHT.. => None,
-                    _ => match work.try_recv() {
-                        Ok(message) => Some(message),
-                        Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-                    },
+                    _ => work.try_recv().ok(),
                 };
                 if let Some(Message { bucket, tensor, counts }) = next {
                     let operation = format!("weights of version {version}, bucket {bucket}");
