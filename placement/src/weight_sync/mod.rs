@@ -2,14 +2,14 @@
 //!
 //! In one process nothing moves: the generator computes on the actor's own tensors. On one host trainers write into memory
 //! that generators map ([`shared`]). Elsewhere buckets are broadcast ([`broadcast`]). Trainers hold flat shards of layer
-//! units, generators tensor-parallel slices of parameters; a bucket is resharded, and converted to the generators' dtype,
-//! when it is packed.
+//! units, generators tensor-parallel slices of parameters; weights are resharded, and converted to the generators' dtype,
+//! bucket by bucket on their way.
 //!
 //! * **WS-1** Both sides derive what goes where from shapes alone ([`SyncPlan`]): no layout travels.
 //! * **WS-2** What a generator holds is, bit for bit, the actor's exported weights in the generator's dtype, for every
 //!   number of trainers, ZeRO stage, number of replicas and tensor-parallel size.
-//! * **WS-3** Beside its shard or slices a process holds buckets of a fixed size, two per peer: never a model.
-//! * **WS-4** Every bucket carries its policy version and a sum per unit, made while it is copied on both sides. Where
+//! * **WS-3** Beside its shard or slices a process holds at most buckets of a fixed size, two per peer: never a model.
+//! * **WS-4** Every bucket carries its policy version and a sum per unit, made while it is copied or sent, on both sides. Where
 //!   they differ the receiver fails with bucket, unit, trainer and both sums.
 //! * **WS-5** Weights that arrived in part are not sampled with, until a whole sync has succeeded.
 //! * **WS-6** A generator gives out the version that it is asked for, or refuses.
