@@ -2,11 +2,13 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Workplace, assert_same, copy_folder, num_lines, quickstart, said, send, wait_for};
+
+use serde_json::Value;
 
 mod common;
 
@@ -229,5 +231,64 @@ fn a_worker_maps_no_file_of_a_role_that_is_elsewhere() {
     for (rank, seen) in seen.iter().enumerate() {
         let own = roles.get(rank).into_iter().copied().collect();
         assert!(seen.is_subset(&own), "rank {rank} maps files of {seen:?}, and has the {own:?}");
+    }
+}
+
+/// What a model of a folder says to the held-out prompts, taking the likeliest tokens.
+fn said_by(workplace: &Workplace, model: &Path) -> Vec<String> {
+    let output = workplace.path("generated.jsonl");
+    let done = Command::new(env!("CARGO_BIN_EXE_generate"))
+        .arg("--model")
+        .arg(model)
+        .arg("--prompts")
+        .arg(quickstart().join("prompts-held-out.jsonl"))
+        .arg("--output")
+        .arg(&output)
+        .args(["--temperature", "0", "--max-new-tokens", "12"])
+        .env("OMP_NUM_THREADS", "1")
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", said(&done));
+    let text = fs::read_to_string(&output).unwrap();
+    let row = |line: &str| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_string();
+    text.lines().map(row).collect()
+}
+
+fn evaluated(path: &Path) -> Vec<String> {
+    let evaluation: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let rows = evaluation["responses"].as_array().unwrap();
+    rows.iter().map(|row| row["response"].as_str().unwrap().to_string()).collect()
+}
+
+/// By shared memory, and by broadcast.
+#[test]
+fn a_generator_elsewhere_says_what_the_freshly_loaded_checkpoint_says() {
+    let workplace = Workplace::new();
+    let settings = [
+        "placement.actor.devices=[0]",
+        "placement.critic.colocate_with=actor",
+        "placement.reference.colocate_with=actor",
+        "placement.reward.colocate_with=actor",
+        "placement.generator.devices=[1]",
+        "train.steps=2",
+        "eval.temperature=0",
+        "eval.max_samples=off",
+        "checkpoint.every_steps=off",
+    ];
+    let flags: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+    workplace.finish("shared", &[&TWO[..], &flags].concat());
+    let (driver, address, credentials) = waiting(&workplace, "broadcast", &flags);
+    let workers = [0, 1].map(|rank| worker(rank, &address, &credentials));
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    workers.into_iter().for_each(|worker| assert!(worker.wait_with_output().unwrap().status.success()));
+
+    let before = said_by(&workplace, &quickstart().join("language-model"));
+    for run in ["shared", "broadcast"] {
+        let folder = workplace.path(run);
+        let fresh = said_by(&workplace, &folder.join("actor"));
+        assert_eq!(evaluated(&folder.join("eval_before.json")), before, "{run}");
+        assert_eq!(evaluated(&folder.join("eval_after.json")), fresh, "{run}");
+        assert_ne!(fresh, before, "{run}: two steps change something");
     }
 }
