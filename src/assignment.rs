@@ -9,6 +9,7 @@ use echelon_core::memory::Meter;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
+use echelon_core::store::StoreAddress;
 use echelon_core::zero::OptimizerConfig;
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
@@ -36,6 +37,8 @@ pub struct Assignment {
     pub meeting_port: Option<u16>,
     /// Every worker is a process of the driver's host, started by it: they may share memory.
     pub on_one_host: bool,
+    /// The object store of the driver's host, for those who are on it.
+    pub store: Option<StoreAddress>,
     pub run_folder: PathBuf,
 }
 
@@ -45,6 +48,23 @@ impl Message for Assignment {
         Body::of(self)
     }
     fn from_body(body: &mut Body) -> echelon_core::Result<Assignment> {
+        body.fields()
+    }
+}
+
+/// What a worker says when its roles are built.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Built {
+    /// It reaches the store of the driver's host: batches may lie there.
+    pub shares_memory: bool,
+}
+
+impl Message for Built {
+    const KIND: &'static str = "built";
+    fn to_body(&self) -> Body {
+        Body::of(self)
+    }
+    fn from_body(body: &mut Body) -> echelon_core::Result<Built> {
         body.fields()
     }
 }

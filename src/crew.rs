@@ -10,6 +10,8 @@ use echelon_core::memory::MemoryReport;
 use echelon_core::process_group::MeetingPoint;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::{Endpoint, Role, WorkerGroup};
+use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
+use echelon_core::store::{Store, StoreConfig, StoreServer, available};
 use echelon_core::verb::Memory;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
@@ -24,7 +26,7 @@ use futures_util::future::try_join_all;
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use crate::assignment::{Assignment, HostPlan};
+use crate::assignment::{Assignment, Built, HostPlan};
 use crate::host::DeviceRoles;
 use crate::layout::Layout;
 use crate::program::Failure;
@@ -36,6 +38,9 @@ const FAREWELL: Duration = Duration::from_secs(10);
 const ABANDONED: Duration = Duration::from_secs(1);
 /// After a call has failed: how long the loss of a worker, which may be the cause, has to become known.
 const AFTERMATH: Duration = Duration::from_secs(2);
+
+/// The part of the memory that is there at the start which batches on their way may take.
+const STORE_SHARE: u64 = 4;
 
 /// Who works for this run.
 pub enum Crew {
@@ -74,6 +79,8 @@ pub struct Processes {
     runtime: ControlRuntime,
     /// Served as long as the run: ranks tell each other through it how far they are.
     meeting: MeetingPoint,
+    /// Where batches lie on their way to and from workers of this host.
+    store: Option<StoreServer>,
     /// For workers that others start.
     secret: Option<SecretFile>,
 }
@@ -139,9 +146,11 @@ impl Crew {
         let secret = joining.listen.map(|_| SecretFile::of_this_process());
         let gathering = gather(count, joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
         let (server, local, workers) = runtime.handle().spawn(gathering).await.map_err(Failure::other)??;
-        let ranks: Vec<RemoteRank> = workers.into_iter().map(RemoteRank).collect();
-        let relaying = tokio::spawn(relay(ranks[0].0.clone(), progress));
-        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, secret };
+        let ranks: Vec<RemoteRank> = workers.into_iter().map(|worker| RemoteRank { worker, shared: None }).collect();
+        let relaying = tokio::spawn(relay(ranks[0].worker.clone(), progress));
+        let store = StoreServer::start(StoreConfig::new(available().0 / STORE_SHARE));
+        let store = store.inspect_err(|error| (joining.say)(&format!("batches go over the network: {error}"))).ok();
+        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, store, secret };
         match crew.assign(assignment).await {
             Ok(()) => Ok(Crew::Processes(Box::new(crew))),
             Err(error) => {
@@ -207,12 +216,19 @@ impl Crew {
 impl Processes {
     /// All at once: they meet while they build.
     async fn assign(&mut self, assignment: Assignment) -> echelon_core::Result<()> {
-        let port = self.meeting.port();
+        let (meeting_port, address) = (Some(self.meeting.port()), self.store.as_ref().map(StoreServer::address));
         let builds = self.ranks.iter().enumerate().map(|(worker, rank)| {
-            let assignment = Assignment { worker, meeting_port: Some(port), ..assignment.clone() };
-            async move { rank.ask::<Assignment, ()>(&assignment, DEADLINE).await }
+            let assignment = Assignment { worker, meeting_port, store: address.cloned(), ..assignment.clone() };
+            async move { rank.ask::<Assignment, Built>(&assignment, DEADLINE).await }
         });
-        try_join_all(builds).await.map(|_| ())
+        let built = try_join_all(builds).await?;
+        let Some(address) = address.cloned() else { return Ok(()) };
+        let store = Store::connect(&address, "driver").map_err(|error| Error::other("the driver", error))?;
+        for ((rank, built), number) in self.ranks.iter_mut().zip(built).zip(0..) {
+            rank.shared =
+                built.shares_memory.then(|| Arc::new(SharedMessages::new(store.clone(), number, SHARED_FROM)));
+        }
+        Ok(())
     }
 
     async fn explain(&self, failure: Failure) -> Failure {
@@ -226,14 +242,14 @@ impl Processes {
     }
 
     async fn finish(self, reason: &'static str, patience: Duration) {
-        let Processes { ranks, server, local, relaying, runtime, meeting, secret } = self;
+        let Processes { ranks, server, local, relaying, runtime, meeting, store, secret } = self;
         drop(ranks);
         relaying.abort();
         let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
         }
-        drop((runtime, meeting, secret));
+        drop((runtime, meeting, store, secret));
     }
 }
 

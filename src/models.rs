@@ -243,7 +243,18 @@ pub fn score_statistics(folder: &Path) -> Result<(f64, f64)> {
     Ok((mean, std))
 }
 
-/// Writes a learner's weights as a Hugging Face folder, in the dtype of the folder it started from.
+/// The dtype of a trained folder: as it came, unless that would round what training computed with, so that the folder says
+/// what the evaluated model said. Neither transformers nor vLLM expects f64.
+fn exported_kind(came_in: Option<Kind>, computed_in: Kind) -> Kind {
+    match (came_in, computed_in) {
+        (Some(came_in), computed_in) if came_in == computed_in => came_in,
+        (_, Kind::Float | Kind::Double) | (Some(Kind::Float) | None, _) => Kind::Float,
+        (Some(_), half) => half,
+    }
+}
+
+/// Writes a learner's weights as a Hugging Face folder, in the wider of the dtypes of the folder it started from and of
+/// its passes.
 pub fn export(
     state: &TrainingState,
     head: HeadKind,
@@ -254,7 +265,7 @@ pub fn export(
     let parts = [StatePart::Weights];
     let own = |name: &str| name.strip_prefix("weights.").expect("a part's name").to_string();
     let names: Vec<_> = state.names(&parts).into_iter().map(|(name, shape)| (own(&name), shape)).collect();
-    let kind = DecoderConfig::read(like)?.dtype.unwrap_or(Kind::Float);
+    let kind = exported_kind(DecoderConfig::read(like)?.dtype, state.compute_kind());
     let first = state.sharding().group.rank() == 0;
     let mut writer = first.then(|| save_pretrained(folder, like, head, &names, kind, extra)).transpose()?;
     state.visit(&parts, &mut |name, tensor| match &mut writer {
@@ -286,4 +297,25 @@ pub fn restore_state(state: &mut TrainingState, file: &Path) -> Result<()> {
     let steps =
         steps.ok_or_else(|| Error::Refused(format!("{}: no optimizer_steps in its metadata", file.display())))?;
     state.restore(steps, &mut |name| tensors.tensor(name).map_err(failed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exporting_never_rounds_what_was_computed_with() {
+        use Kind::{BFloat16, Double, Float, Half};
+        let cases = [
+            (Some(BFloat16), Float, Float),
+            (Some(BFloat16), BFloat16, BFloat16),
+            (Some(BFloat16), Double, Float),
+            (Some(Half), BFloat16, BFloat16),
+            (Some(Float), BFloat16, Float),
+            (None, BFloat16, Float),
+        ];
+        for (came_in, computed_in, exported) in cases {
+            assert_eq!(exported_kind(came_in, computed_in), exported, "{came_in:?} {computed_in:?}");
+        }
+    }
 }

@@ -247,6 +247,7 @@ pub async fn wire(
             worker: 0,
             meeting_port: None,
             on_one_host: devices.listen.is_none(),
+            store: None,
             run_folder: absolute(&run_folder),
         };
         let patience = Duration::from_secs_f64(devices.join_timeout_s);

@@ -8,6 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_to_text};
 use echelon_core::progress::Interrupt;
+use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
+use echelon_core::store::{Store, StoreAddress};
 use echelon_core::verb::*;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::{Call, ControlError, Credentials, Hello, Limits, Session, join};
@@ -15,7 +17,7 @@ use echelon_placement::launch::{Place, place};
 use echelon_placement::remote::{InHeartbeats, serve};
 use echelon_placement::{Worker, start_worker};
 
-use crate::assignment::{Assignment, HostPlan};
+use crate::assignment::{Assignment, Built, HostPlan};
 use crate::host::DeviceRoles;
 use crate::program::Failure;
 use crate::recipe::Recipe;
@@ -102,20 +104,24 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
     let mut session = join(&joining.driver, &credentials, hello, limits, joining.patience).await.map_err(refused)?;
     let watched = Watched::default();
     let watching = tokio::spawn(watch(watched.clone(), session.progress()));
-    let mut worker: Option<Worker<DeviceRoles>> = None;
+    let mut worker: Option<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>)> = None;
     let ended = loop {
         match session.next().await {
             Ok(Some(call)) if call.verb == Assignment::KIND => {
                 let built = build(&call.body, &joining, &place, &session, &watched).await;
-                let answer = built.map(|built| worker = Some(built));
+                let answer = built.map(|(built, shared)| {
+                    let shares_memory = shared.is_some();
+                    worker = Some((built, shared));
+                    Built { shares_memory }
+                });
                 let failed = answer.is_err();
-                call.reply.send(answer.map(|()| Bytes::from(encode(&()))).map_err(|error| error_to_text(&error)));
+                call.reply.send(answer.map(|built| Bytes::from(encode(&built))).map_err(|error| error_to_text(&error)));
                 if failed {
                     continue; // the driver lets this worker go
                 }
             }
             Ok(Some(call)) => match &worker {
-                Some(worker) => answer(worker, call),
+                Some((worker, shared)) => answer(worker, call, shared.as_ref()),
                 None => call.reply.send(Err(format!("`{}` before `{}`", call.verb, Assignment::KIND))),
             },
             Ok(None) => break Ok(()),
@@ -137,7 +143,7 @@ async fn build(
     place: &Place,
     session: &Session,
     watched: &Watched,
-) -> echelon_core::Result<Worker<DeviceRoles>> {
+) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>)> {
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
     let recipe = Recipe::read_text(&assignment.recipe).map_err(|error| refused(error.into()))?.resolve();
@@ -150,12 +156,24 @@ async fn build(
     let meeting = meeting.map(|meeting| Meeting { on_one_host: assignment.on_one_host, ..meeting });
     let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder);
     let (number, layout) = (assignment.worker, assignment.layout);
+    let shared = assignment.store.and_then(|address| reach(&address, number as u32));
     let (watched, progress) = (watched.clone(), Arc::new(InHeartbeats(session.progress())));
     let build = move || {
         let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };
-    Ok(start_worker(&format!("device {number}"), build).await?.0)
+    Ok((start_worker(&format!("device {number}"), build).await?.0, shared.map(Arc::new)))
+}
+
+/// The driver's store, where this worker is on its host.
+fn reach(address: &StoreAddress, worker: u32) -> Option<SharedMessages> {
+    match Store::connect(address, &format!("worker {worker}")) {
+        Ok(store) => Some(SharedMessages::new(store, worker, SHARED_FROM)),
+        Err(error) => {
+            tracing::debug!("{error}; batches go over the network");
+            None
+        }
+    }
 }
 
 /// The other workers reach this one at the address from which it reaches the driver.
@@ -173,11 +191,11 @@ fn meeting(driver: &str, port: u16) -> echelon_core::Result<Meeting> {
 }
 
 /// Hands a call to the device thread by the name of its verb.
-fn answer(worker: &Worker<DeviceRoles>, call: Call) {
+fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMessages>>) {
     macro_rules! verbs {
         ($($verb:ident),*) => {
             match call.verb.as_str() {
-                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call),)*
+                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call, shared),)*
                 other => {
                     let unknown = format!("no verb is called `{other}`");
                     call.reply.send(Err(unknown));

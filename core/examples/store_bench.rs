@@ -104,10 +104,10 @@ fn second_process() -> Result<()> {
         let tensors: Vec<Tensor> =
             object.names().iter().map(|name| object.tensor(name)).collect::<std::result::Result<_, _>>()?;
         let usable_ms = ms(begun);
-        if let ObjectId::Batch { step, part, .. } = id {
+        if let ObjectId::Batch { rank, number, .. } = id {
             let named: Vec<(&str, &Tensor)> = object.names().iter().map(String::as_str).zip(&tensors).collect();
             answers.clear();
-            answers.push(store.put(&ObjectId::batch(step, "answer", part), &named, &[])?);
+            answers.push(store.put(&ObjectId::batch("answer", rank, number), &named, &[])?);
         }
         let begun = Instant::now();
         black_box(object.bytes().iter().step_by(4096).map(|byte| u64::from(*byte)).sum::<u64>());
@@ -181,7 +181,7 @@ fn small_objects(store: &Store) -> Result<(f64, f64)> {
     let tensor = Tensor::zeros([256], (Kind::Float, Device::Cpu));
     let (mut puts, mut gets) = (Vec::new(), Vec::new());
     for step in 0..2000 {
-        let id = ObjectId::batch(step, "small", 0);
+        let id = ObjectId::batch("small", 0, step);
         let begun = Instant::now();
         let put = store.put(&id, &[("x", &tensor)], &[])?;
         puts.push(ms(begun) * 1e3);
@@ -203,10 +203,10 @@ fn batches(store: &Store, other: &mut Other) -> Result<f64> {
     let mut times = Vec::new();
     for step in 0..50 {
         let begun = Instant::now();
-        let id = ObjectId::batch(step, "rollout", 0);
+        let id = ObjectId::batch("rollout", 0, step);
         let _batch = store.put(&id, &named, &[])?;
         say(other, &serde_json::to_string(&id)?)?;
-        let answer = store.wait_for(&ObjectId::batch(step, "answer", 0), PATIENCE)?;
+        let answer = store.wait_for(&ObjectId::batch("answer", 0, step), PATIENCE)?;
         for name in answer.names() {
             drop(black_box(answer.tensor(name)?));
         }

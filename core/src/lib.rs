@@ -2,7 +2,7 @@
 //! talk, and how a model's training state is laid out over them.
 //!
 //! Reading order: [`rollout`] and [`experience`] (the data), [`role`] and [`verb`] (who is asked for what), [`message`] (as
-//! bytes), [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state),
+//! bytes; [`shared_message`] where they lie in memory that processes share), [`shape`] (what a model looks like from outside), [`pack`] (rows without padding), [`zero`] (training state),
 //! [`store`] (memory that the processes of a host share).
 
 pub mod rollout;
@@ -16,6 +16,8 @@ pub mod verb;
 pub mod divide;
 
 pub mod message;
+
+pub mod shared_message;
 
 pub mod shape;
 

@@ -47,11 +47,7 @@ const KIND: &str = "kind";
 /// # Panics
 /// A tensor has a dtype that no message has.
 pub fn encode<M: Message>(message: &M) -> Vec<u8> {
-    let Body { fields, tensors } = message.to_body();
-    let metadata = HashMap::from([(KIND.to_string(), M::KIND.to_string()), (FIELDS.to_string(), fields.to_string())]);
-    let mut tensors: Vec<(String, Bytes)> = tensors.into_iter().map(|(name, t)| (name, Bytes::of(&t))).collect();
-    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
-    serialize(tensors, Some(metadata)).expect("tensors of their own shapes and sizes")
+    message.to_body().to_bytes(M::KIND)
 }
 
 /// The message in `bytes`.
@@ -60,14 +56,7 @@ pub fn encode<M: Message>(message: &M) -> Vec<u8> {
 /// The bytes are damaged or hold another message.
 pub fn decode<M: Message>(bytes: &[u8]) -> Result<M> {
     let damaged = |cause: String| Error::Refused(format!("a `{}` message cannot be read: {cause}", M::KIND));
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| damaged(error.to_string()))?;
-    let metadata = header.metadata().clone().unwrap_or_default();
-    let kind = metadata.get(KIND).map_or("nothing", String::as_str);
-    if kind != M::KIND {
-        return Err(damaged(format!("it holds `{kind}`")));
-    }
-    let fields = metadata.get(FIELDS).ok_or_else(|| damaged("it has no fields".into()))?;
-    let fields = serde_json::from_str(fields).map_err(|error| damaged(error.to_string()))?;
+    let metadata = metadata(bytes).map_err(damaged)?;
     let parsed = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
     let mut tensors = HashMap::new();
     for (name, view) in parsed.iter() {
@@ -75,10 +64,54 @@ pub fn decode<M: Message>(bytes: &[u8]) -> Result<M> {
         let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
         tensors.insert(name.to_string(), Tensor::f_from_data_size(view.data(), &shape, kind)?);
     }
+    of_parts(|key| metadata.get(key).map(String::as_str), tensors)
+}
+
+/// The kind of the message in `bytes`, where they hold one.
+pub fn kind_of_message(bytes: &[u8]) -> Option<String> {
+    metadata(bytes).ok()?.remove(KIND)
+}
+
+fn metadata(bytes: &[u8]) -> std::result::Result<HashMap<String, String>, String> {
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| error.to_string())?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
+/// The message whose metadata and tensors these are.
+///
+/// # Errors
+/// They are another message's, or something of it is missing.
+pub(crate) fn of_parts<'a, M: Message>(
+    metadata: impl Fn(&str) -> Option<&'a str>,
+    tensors: HashMap<String, Tensor>,
+) -> Result<M> {
+    let damaged = |cause: String| Error::Refused(format!("a `{}` message cannot be read: {cause}", M::KIND));
+    let kind = metadata(KIND).unwrap_or("nothing");
+    if kind != M::KIND {
+        return Err(damaged(format!("it holds `{kind}`")));
+    }
+    let fields = metadata(FIELDS).ok_or_else(|| damaged("it has no fields".into()))?;
+    let fields = serde_json::from_str(fields).map_err(|error| damaged(error.to_string()))?;
     M::from_body(&mut Body { fields, tensors }).map_err(|error| damaged(error.to_string()))
 }
 
 impl Body {
+    pub(crate) fn to_bytes(&self, kind: &str) -> Vec<u8> {
+        let metadata = self.metadata(kind).map(|(key, value)| (key.to_string(), value));
+        let mut tensors: Vec<(&String, Bytes)> = self.tensors.iter().map(|(name, t)| (name, Bytes::of(t))).collect();
+        tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+        serialize(tensors, Some(metadata.into())).expect("tensors of their own shapes and sizes")
+    }
+
+    /// What goes with the tensors of a message of `kind`.
+    pub(crate) fn metadata(&self, kind: &str) -> [(&'static str, String); 2] {
+        [(KIND, kind.into()), (FIELDS, self.fields.to_string())]
+    }
+
+    pub(crate) fn tensors(&self) -> &HashMap<String, Tensor> {
+        &self.tensors
+    }
+
     /// # Panics
     /// `fields` holds what JSON cannot: a map whose keys are no text.
     pub fn of(fields: impl Serialize) -> Body {

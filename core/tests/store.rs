@@ -95,7 +95,7 @@ fn numbers(numel: i64) -> Tensor {
 }
 
 fn id(step: u64) -> ObjectId {
-    ObjectId::batch(step, "rollout", 0)
+    ObjectId::batch("rollout", 0, step)
 }
 
 /// An object that takes `pages` whole pages.
@@ -273,12 +273,35 @@ fn an_id_is_used_once_and_removed_for_all() {
     assert!(first.tensor("x").is_ok());
     drop(first);
     until("it goes with its last reference", || store.report().unwrap().used_bytes == 0);
-    let long = ObjectId::batch(1, &"x".repeat(5000), 0);
+    let long = ObjectId::batch(&"x".repeat(5000), 0, 1);
     refused(store.get(&long));
     refused(store.create(&long, 8));
     // A writer that gives up leaves room and id.
     drop(store.create(&id(2), 1 << 20).unwrap());
     drop(store.create(&id(2), 1 << 20).unwrap());
+}
+
+/// OS-6: what was handed over waits for its reader, and goes with it.
+#[test]
+fn what_is_handed_over_is_taken_once() {
+    let (_server, store) = server(4 * 4096);
+    let tensor = numbers(1000);
+    let hand_over = |step| store.write(&id(step), &[("x", &tensor)], &[]).unwrap().hand_over();
+    hand_over(1).unwrap();
+    hand_over(2).unwrap();
+    assert!(matches!(refused(store.write(&id(3), &[("x", &tensor)], &[])), Refusal::Full { .. }), "nothing is evicted");
+    let taken = store.take(&id(1)).unwrap();
+    assert_eq!(taken.tensor("x").unwrap(), tensor);
+    for gone in [store.take(&id(1)), store.get(&id(1))] {
+        assert!(matches!(refused(gone), Refusal::Unknown { fate: Fate::Removed, .. }), "nobody else gets it");
+    }
+    let kept = taken.tensor("x").unwrap();
+    drop(taken);
+    assert_eq!(store.report().unwrap().num_held, 2, "a tensor holds it");
+    drop(kept);
+    assert_eq!(store.report().unwrap().num_objects, 1);
+    store.remove(&id(2)).unwrap();
+    assert_eq!(store.report().unwrap().used_bytes, 0, "what is never taken can be removed");
 }
 
 #[test]
@@ -382,7 +405,7 @@ fn damaged_objects_are_errors_on_both_sides() {
         let segment = segment.seal().unwrap();
         let name = serde_json::to_string(&id(step)).unwrap();
         ask(&socket, &format!(r#"{{"Reserve":{{"id":{name},"bytes":{}}}}}"#, bytes.len()), None, "Done");
-        ask(&socket, &format!(r#"{{"Commit":{{"id":{name}}}}}"#), Some(segment.as_fd()), "Done");
+        ask(&socket, &format!(r#"{{"Commit":{{"id":{name},"hand_over":false}}}}"#), Some(segment.as_fd()), "Done");
     }
     assert!(matches!(store.get(&id(2)).unwrap_err(), StoreError::Damaged { .. }));
     let error = store.get(&id(3)).unwrap().tensor("x").unwrap_err().to_string();
@@ -392,7 +415,7 @@ fn damaged_objects_are_errors_on_both_sides() {
     let live = SegmentWriter::create("live", 4096).unwrap().share().unwrap();
     let name = serde_json::to_string(&id(4)).unwrap();
     ask(&socket, &format!(r#"{{"Reserve":{{"id":{name},"bytes":4096}}}}"#), None, "Done");
-    let commit = format!(r#"{{"Commit":{{"id":{name}}}}}"#);
+    let commit = format!(r#"{{"Commit":{{"id":{name},"hand_over":false}}}}"#);
     ask(&socket, &commit, Some(live.segment().as_fd()), "not sealed");
     ask(&socket, &commit, None, "no memory came with it");
     let small = SegmentWriter::create("small", 1).unwrap().seal().unwrap();
@@ -403,7 +426,7 @@ fn damaged_objects_are_errors_on_both_sides() {
 fn greeted(address: &StoreAddress) -> PacketSocket {
     let socket = PacketSocket::connect(&address.socket, soon()).unwrap();
     let token = serde_json::to_string(&address.token).unwrap();
-    ask(&socket, &format!(r#"{{"Hello":{{"version":1,"token":{token},"name":"hostile"}}}}"#), None, "Done");
+    ask(&socket, &format!(r#"{{"Hello":{{"version":2,"token":{token},"name":"hostile"}}}}"#), None, "Done");
     socket
 }
 
@@ -442,10 +465,10 @@ fn strangers_and_bad_clients_cost_little_and_hang_nobody() {
     let wrong = format!("\"{}\"", "0".repeat(64));
     let long_name = "n".repeat(100);
     for message in [
-        hello(&wrong, 1, "x"),
-        hello("\"\"", 1, "x"),
-        hello(&token, 2, "x"),
-        hello(&token, 1, &long_name),
+        hello(&wrong, 2, "x"),
+        hello("\"\"", 2, "x"),
+        hello(&token, 1, "x"),
+        hello(&token, 2, &long_name),
         br#""Report""#.to_vec(),
         vec![0; 8000],
         vec![b'['; 100_000],
@@ -460,7 +483,7 @@ fn strangers_and_bad_clients_cost_little_and_hang_nobody() {
     socket.send(format!(r#"{{"Release":{{"id":{name}}}}}"#).as_bytes(), None, soon()).unwrap();
     gone(&socket);
     let socket = greeted(address);
-    let flood = format!(r#"{{"Get":{{"id":{name},"wait_ms":0,"claim":false}}}}"#);
+    let flood = format!(r#"{{"Get":{{"id":{name},"wait_ms":0,"claim":false,"take":false}}}}"#);
     until("the flood ends", || socket.send(flood.as_bytes(), None, soon()).is_err());
     drop(socket);
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_from_text, error_to_text};
 use echelon_core::progress::Progress;
 use echelon_core::role::{Answer, Endpoint};
+use echelon_core::shared_message::SharedMessages;
 use echelon_core::verb::{Serve, Verb};
 use echelon_core::{Error, Result};
 
@@ -18,7 +19,11 @@ pub const DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// A worker in another process. Clones address the same one.
 #[derive(Clone)]
-pub struct RemoteRank(pub RemoteWorker);
+pub struct RemoteRank {
+    pub worker: RemoteWorker,
+    /// Where the worker shares memory with this process.
+    pub shared: Option<Arc<SharedMessages>>,
+}
 
 impl RemoteRank {
     /// One request of any kind.
@@ -26,8 +31,14 @@ impl RemoteRank {
     /// # Errors
     /// The worker's own, or [`Error::WorkerGone`] when there is no answer to come.
     pub async fn ask<M: Message, R: Message>(&self, request: &M, deadline: Duration) -> Result<R> {
-        match self.0.call(M::KIND, Bytes::from(encode(request)), deadline).await {
-            Ok(answer) => decode(&answer),
+        let shared = self.shared.as_deref();
+        let body = Bytes::from(shared.map_or_else(|| encode(request), |shared| shared.encode(request)));
+        let answer = self.worker.call(M::KIND, body.clone(), deadline).await;
+        if let (Err(_), Some(shared)) = (&answer, shared) {
+            shared.forget(&body);
+        }
+        match answer {
+            Ok(answer) => shared.map_or_else(|| decode(&answer), |shared| shared.decode(&answer)),
             Err(ControlError::Worker { cause, .. }) => Err(error_from_text(&cause)),
             Err(error @ (ControlError::Busy { .. } | ControlError::TooLarge { .. })) => {
                 Err(Error::Refused(error.to_string()))
@@ -46,20 +57,21 @@ where
     }
 }
 
-/// Hands a call to the device thread, in the order of calls, and its answer to the driver when it is there.
-pub fn serve<H, V>(worker: &Worker<H>, call: Call)
+/// Hands a call to the device thread, in the order of calls, and its answer to the driver when it is there. Both go by the
+/// host's store where the driver shares it.
+pub fn serve<H, V>(worker: &Worker<H>, call: Call, shared: Option<&Arc<SharedMessages>>)
 where
     H: Serve<V> + 'static,
     V: Verb + Message,
     V::Reply: Message,
 {
     let Call { body, reply, .. } = call;
-    let request: V = match decode(&body) {
-        Ok(request) => request,
-        Err(error) => return reply.send(Err(error_to_text(&error))),
-    };
-    // Also encoded there: a tensor's bytes may be on the device.
-    let answer = worker.submit(move |host: &mut H| host.serve(request).map(|answer| encode(&answer)));
+    let shared = shared.cloned();
+    // Also read and written there: a tensor's bytes may be on the device, and a store's calls wait.
+    let answer = worker.submit(move |host: &mut H| match &shared {
+        Some(shared) => host.serve(shared.decode(&body)?).map(|answer| shared.encode(&answer)),
+        None => host.serve(decode(&body)?).map(|answer| encode(&answer)),
+    });
     tokio::spawn(async move {
         let answer = answer.await;
         reply.send(answer.map(Bytes::from).map_err(|error| error_to_text(&error)));

@@ -89,7 +89,19 @@ impl Store {
     /// # Errors
     /// It is not there after `timeout`; the error names who was bringing it.
     pub fn wait_for(&self, id: &ObjectId, timeout: Duration) -> Result<Object, StoreError> {
-        match self.look(id, timeout, false)? {
+        self.found(id, timeout, false)
+    }
+
+    /// The object, for this reader alone: it goes when this reader lets go of it.
+    ///
+    /// # Errors
+    /// It is not there: never put, or taken before.
+    pub fn take(&self, id: &ObjectId) -> Result<Object, StoreError> {
+        self.found(id, Duration::ZERO, true)
+    }
+
+    fn found(&self, id: &ObjectId, timeout: Duration, take: bool) -> Result<Object, StoreError> {
+        match self.look(id, timeout, false, take)? {
             Looked::Object(object) => Ok(object),
             Looked::Claimed(_) => Err(self.0.misspoke("get")),
         }
@@ -106,7 +118,7 @@ impl Store {
         timeout: Duration,
         fetch: impl FnOnce(Claim) -> Result<ObjectWriter, Box<dyn std::error::Error + Send + Sync>>,
     ) -> Result<Object, StoreError> {
-        match self.look(id, timeout, true)? {
+        match self.look(id, timeout, true, false)? {
             Looked::Object(object) => Ok(object),
             Looked::Claimed(claim) => {
                 let writer = fetch(claim).map_err(|source| StoreError::Fetch { id: id.clone(), source })?;
@@ -144,10 +156,10 @@ impl Store {
         }
     }
 
-    fn look(&self, id: &ObjectId, timeout: Duration, claim: bool) -> Result<Looked, StoreError> {
+    fn look(&self, id: &ObjectId, timeout: Duration, claim: bool, take: bool) -> Result<Looked, StoreError> {
         let lease = self.0.lease()?;
         let wait_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-        let request = Request::Get { id: id.clone(), wait_ms, claim };
+        let request = Request::Get { id: id.clone(), wait_ms, claim, take };
         let (reply, fd) = lease.call(&request, None, timeout.saturating_add(ANSWER_TIMEOUT))?;
         match (reply, fd) {
             (Reply::Object, Some(fd)) => {
@@ -195,9 +207,19 @@ impl Claim {
 
     /// Hands the complete object over to the server.
     pub(super) fn commit(mut self, segment: &Segment) -> Result<Reference, StoreError> {
-        self.lease.done(&Request::Commit { id: self.id.clone() }, Some(segment))?;
-        self.done = true;
+        self.give(segment, false)?;
         Ok(self.lease.reference(&self.id))
+    }
+
+    /// The same, for its reader.
+    pub(super) fn hand_over(mut self, segment: &Segment) -> Result<(), StoreError> {
+        self.give(segment, true)
+    }
+
+    fn give(&mut self, segment: &Segment, hand_over: bool) -> Result<(), StoreError> {
+        self.lease.done(&Request::Commit { id: self.id.clone(), hand_over }, Some(segment))?;
+        self.done = true;
+        Ok(())
     }
 }
 

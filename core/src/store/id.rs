@@ -12,8 +12,8 @@ pub(super) const MAX_TEXT_BYTES: usize = 1024;
 /// Names an object. An id is used once: what it stands for never changes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum ObjectId {
-    /// Rows on their way between roles: the step, what they are (`rollout`, `experience`), and which part of them.
-    Batch { step: u64, what: String, part: u32 },
+    /// Rows on their way to or from a rank: what they are (`rollout`, `update_actor`), and which of those.
+    Batch { what: String, rank: u32, number: u64 },
     /// Weights that a role published.
     Weights { role: String, policy_version: u64 },
     /// One file of a model's weights. A file that changed has another `state`.
@@ -21,8 +21,8 @@ pub enum ObjectId {
 }
 
 impl ObjectId {
-    pub fn batch(step: u64, what: &str, part: u32) -> ObjectId {
-        ObjectId::Batch { step, what: what.into(), part }
+    pub fn batch(what: &str, rank: u32, number: u64) -> ObjectId {
+        ObjectId::Batch { what: what.into(), rank, number }
     }
 
     pub fn weights(role: crate::role::Role, policy_version: u64) -> ObjectId {
@@ -52,7 +52,7 @@ impl ObjectId {
 impl fmt::Display for ObjectId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            ObjectId::Batch { step, what, part } => write!(f, "batch {what} of step {step}, part {part}"),
+            ObjectId::Batch { what, rank, number } => write!(f, "batch `{what}` {number} of rank {rank}"),
             ObjectId::Weights { role, policy_version } => write!(f, "weights of {role}, version {policy_version}"),
             ObjectId::ModelFile { file, .. } => write!(f, "model file {file}"),
         }

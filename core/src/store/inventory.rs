@@ -38,8 +38,9 @@ enum State {
     Writing { by: Client, len: Option<u64> },
     Ready {
         segment: Segment,
+        /// Nobody, when it is on its way to its reader, or idle.
         holders: HashMap<Client, u32>,
-        /// Its key in `idle`, when there are no holders.
+        /// Its key in `idle`, when it may be evicted.
         idle_since: Option<u64>,
         /// It goes with its last holder, and nobody new gets it.
         removed: bool,
@@ -181,12 +182,19 @@ impl Inventory {
         if listed.is_empty() { "nobody".into() } else { listed.join(", ") }
     }
 
-    /// Takes in the memory of an object that `client` reserved room for, and gives it the first reference.
-    pub(super) fn commit(&mut self, client: Client, id: &ObjectId, segment: Segment) -> Result<(), Refusal> {
+    /// Takes in the memory of an object that `client` reserved room for, and gives it the first reference; with `hand_over`
+    /// nobody, and the object waits for its reader.
+    pub(super) fn commit(
+        &mut self,
+        client: Client,
+        id: &ObjectId,
+        segment: Segment,
+        hand_over: bool,
+    ) -> Result<(), Refusal> {
         let by = self.name(client);
         match self.entries.get_mut(id).map(|entry| &mut entry.state) {
             Some(state) if state.is_reserved(client, segment.len() as u64) => {
-                let holders = HashMap::from([(client, 1)]);
+                let holders = if hand_over { HashMap::new() } else { HashMap::from([(client, 1)]) };
                 *state = State::Ready { segment, holders, idle_since: None, removed: false };
                 Ok(())
             }
@@ -204,8 +212,8 @@ impl Inventory {
         writes
     }
 
-    /// The object, with one more reference for `client` when it is there.
-    pub(super) fn get(&mut self, client: Client, id: &ObjectId) -> Found<'_> {
+    /// The object, with one more reference for `client` when it is there. With `take` it goes with its last reference.
+    pub(super) fn get(&mut self, client: Client, id: &ObjectId, take: bool) -> Found<'_> {
         // Looked up twice, because a borrow that may be returned would last for the whole function.
         match self.entries.get(id) {
             None => return Found::Absent(self.fate(id)),
@@ -214,7 +222,10 @@ impl Inventory {
             Some(_) => {}
         }
         let entry = self.entries.get_mut(id).expect("seen above");
-        let State::Ready { segment, holders, idle_since, .. } = &mut entry.state else { unreachable!("seen above") };
+        let State::Ready { segment, holders, idle_since, removed } = &mut entry.state else {
+            unreachable!("seen above")
+        };
+        *removed |= take;
         if let Some(since) = idle_since.take() {
             self.idle.remove(&since);
             self.idle_bytes -= entry.bytes;

@@ -12,7 +12,7 @@
 //! * **OS-4** Objects are safetensors. Their bytes are checked before the store takes them and again by each reader: bytes that
 //!   are damaged or made to harm are an error, never a panic and never a read outside of them.
 //! * **OS-5** References are counted by connection, and a connection goes with its process: who is killed holds nothing.
-//! * **OS-6** What is held is never evicted. Room is made from what nobody holds, least recently let go first; when that is
+//! * **OS-6** What is held, or handed over and not taken yet, is never evicted. Room is made from what nobody holds, least recently let go first; when that is
 //!   not enough nothing is evicted, and the error says who holds what.
 //! * **OS-7** An id stands for one object and is used once. Of several who miss it at once, one brings it; when that one
 //!   fails or dies, the next.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::id::ObjectId;
 
 /// Both sides must have the same.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// The longest message of the protocol, in bytes.
 pub(super) const MAX_MESSAGE: usize = 8 << 10;
@@ -29,19 +29,23 @@ pub(super) enum Request {
         id: ObjectId,
         bytes: u64,
     },
-    /// The object, complete: its memory comes with the message. The connection holds one reference to it from now on.
+    /// The object, complete: its memory comes with the message. The connection holds one reference to it from now on; with
+    /// `hand_over` none, and the object waits for its reader.
     Commit {
         id: ObjectId,
+        hand_over: bool,
     },
     /// The object will not come.
     Abandon {
         id: ObjectId,
     },
-    /// A reference to an object, waiting for it. With `claim`, whoever finds it absent and unclaimed is to bring it.
+    /// A reference to an object, waiting for it. With `claim`, whoever finds it absent and unclaimed is to bring it. With
+    /// `take` nobody else gets it any more, and it goes with its last reference.
     Get {
         id: ObjectId,
         wait_ms: u64,
         claim: bool,
+        take: bool,
     },
     /// One reference less.
     Release {

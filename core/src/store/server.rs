@@ -135,6 +135,7 @@ struct Waiting {
     since: Instant,
     until: Instant,
     claim: bool,
+    take: bool,
 }
 
 /// What is to be done about a connection after its message.
@@ -291,8 +292,8 @@ impl Server {
                 (Err(Refusal::Protocol("an id of more than 1024 bytes".into())), false)
             }
             Request::Reserve { id, bytes } => (self.inventory.reserve(client, &id, bytes), false),
-            Request::Commit { id } => match memory {
-                Some(Ok(segment)) => (self.inventory.commit(client, &id, segment), true),
+            Request::Commit { id, hand_over } => match memory {
+                Some(Ok(segment)) => (self.inventory.commit(client, &id, segment, hand_over), true),
                 Some(Err(error)) => (Err(Refusal::Protocol(format!("{id}: {error}"))), false),
                 None => (Err(Refusal::Protocol(format!("{id}: no memory came with it"))), false),
             },
@@ -302,11 +303,11 @@ impl Server {
                 let report = Reply::Report(self.report());
                 return self.reply(client, &report, None);
             }
-            Request::Get { id, wait_ms, claim } => {
+            Request::Get { id, wait_ms, claim, take } => {
                 let now = Instant::now();
                 // A year is for ever, and cannot overflow.
                 let wait = Duration::from_millis(wait_ms).min(Duration::from_secs(31_536_000));
-                return self.find(client, Waiting { id, since: now, until: now + wait, claim });
+                return self.find(client, Waiting { id, since: now, until: now + wait, claim, take });
             }
             Request::Hello { .. } | Request::Release { .. } => unreachable!("taken before"),
         };
@@ -342,7 +343,7 @@ impl Server {
     /// Answers a `Get`, now or later.
     fn find(&mut self, client: Client, wanted: Waiting) -> Next {
         let over = wanted.until <= Instant::now();
-        let (fate, by) = match self.inventory.get(client, &wanted.id) {
+        let (fate, by) = match self.inventory.get(client, &wanted.id, wanted.take) {
             Found::Ready(segment) => {
                 let connection = &self.connections[&client];
                 return sent(connection.socket.try_send(&encode(&Reply::Object), Some(segment.as_fd())));

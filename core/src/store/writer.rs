@@ -53,6 +53,17 @@ impl ObjectWriter {
         let reference = claim.commit(&segment)?;
         Object::new(id.clone(), map, reference)
     }
+
+    /// Seals the object and puts it into the store for its reader, who takes it with [`Store::take`]: nobody holds it until
+    /// then, and it is not evicted.
+    ///
+    /// # Errors
+    /// The store does not take it.
+    pub fn hand_over(self) -> Result<(), StoreError> {
+        let ObjectWriter { id, segment, claim } = self;
+        let segment = segment.seal().map_err(|source| StoreError::Segment { id, source })?;
+        claim.hand_over(&segment)
+    }
 }
 
 impl Store {
@@ -66,6 +77,19 @@ impl Store {
         tensors: &[(&str, &Tensor)],
         metadata: &[(&str, &str)],
     ) -> Result<Object, StoreError> {
+        self.write(id, tensors, metadata)?.finish()
+    }
+
+    /// The same, to be finished or handed over.
+    ///
+    /// # Errors
+    /// As [`Store::put`].
+    pub fn write(
+        &self,
+        id: &ObjectId,
+        tensors: &[(&str, &Tensor)],
+        metadata: &[(&str, &str)],
+    ) -> Result<ObjectWriter, StoreError> {
         let layout = Layout::new(id, tensors, metadata)?;
         let mut writer = self.create(id, layout.len)?;
         writer.bytes()[..layout.header.len()].copy_from_slice(&layout.header);
@@ -81,7 +105,7 @@ impl Store {
                     .map_err(torch)?;
             tch::no_grad(|| to.f_copy_(tensor)).map_err(torch)?;
         }
-        writer.finish()
+        Ok(writer)
     }
 
     /// The file at `path`, a whole safetensors file, as an object: copied in once per host, whoever asks.

@@ -84,6 +84,10 @@ impl FlatUnit {
         params.iter().zip(&self.views).map(|(p, view)| (p.name.clone(), view.shallow_clone())).collect()
     }
 
+    pub fn compute_kind(&self) -> Kind {
+        self.weights.whole.kind()
+    }
+
     pub fn accumulate_kind(&self) -> Kind {
         self.grads.kind()
     }

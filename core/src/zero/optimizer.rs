@@ -105,6 +105,11 @@ impl TrainingState {
         self.units.first().map_or(Kind::Float, FlatUnit::accumulate_kind)
     }
 
+    /// The dtype the passes compute in.
+    pub fn compute_kind(&self) -> Kind {
+        self.units.first().map_or(Kind::Float, FlatUnit::compute_kind)
+    }
+
     pub fn sharding(&self) -> &Sharding {
         &self.sharding
     }
