@@ -11,6 +11,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use echelon_core::message::{Message, decode, encode};
+use echelon_core::shared_message::SharedMessages;
+use echelon_core::store::{Store, StoreConfig, StoreServer};
 use echelon_placement::control::server::ControlConfig;
 use echelon_placement::control::{
     Call, ControlServer, Credentials, Hello, Limits, RemoteWorker, Rendezvous, RunAuthority, Session,
@@ -19,6 +22,7 @@ use echelon_placement::control::{
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
 
 type Outcome<T> = Result<T, Box<dyn Error + Send + Sync>>;
 
@@ -49,6 +53,7 @@ async fn measure(joining: u32) -> Outcome<Value> {
     let one_process_s = joined.elapsed().as_secs_f64();
     let between = between_processes(worker).await?;
     let bodies = bodies(worker).await?;
+    let batches = batches(worker).await?;
     server.finish("measured", Duration::from_secs(5)).await;
     let (server, _processes, joined) = start(joining, joining).await?;
     rendezvous(&server, Rendezvous::STARTED_HERE, |_| {}).await?;
@@ -60,6 +65,7 @@ async fn measure(joining: u32) -> Outcome<Value> {
         "mailbox_call_us": in_process,
         "process_call": between,
         "bodies": bodies,
+        "batch_there_and_back": batches,
         "start_of_one_worker_process_to_joined_s": one_process_s,
         "joining_workers": joining,
         "start_of_their_process_to_all_joined_s": join_s,
@@ -109,10 +115,21 @@ async fn simulate(driver: String, count: u32) -> Outcome<()> {
     Ok(())
 }
 
-/// Answers every call with the length of its body.
+/// Answers a store's address by connecting to it, a tensor with itself, and every other call with the length of its body.
 async fn serve(mut session: Session) -> Outcome<()> {
-    while let Some(Call { body, reply, .. }) = session.next().await? {
-        reply.send(Ok(Bytes::copy_from_slice(&body.len().to_be_bytes())));
+    let mut shared = None;
+    while let Some(Call { verb, body, reply, .. }) = session.next().await? {
+        let answer = match (verb.as_str(), &shared) {
+            ("store", _) => {
+                let store = Store::connect(&serde_json::from_slice(&body)?, "second process")?;
+                shared = Some(SharedMessages::new(store, 0, 0));
+                Bytes::new()
+            }
+            (Tensor::KIND, None) => encode(&decode::<Tensor>(&body)?).into(),
+            (Tensor::KIND, Some(shared)) => shared.encode(&shared.decode::<Tensor>(&body)?).into(),
+            _ => Bytes::copy_from_slice(&body.len().to_be_bytes()),
+        };
+        reply.send(Ok(answer));
     }
     Ok(())
 }
@@ -200,6 +217,36 @@ async fn bodies(worker: &RemoteWorker) -> Outcome<Value> {
         }
         let mib_per_s = (mib * calls) as f64 / begun.elapsed().as_secs_f64();
         report[format!("{mib}_mib")] = json!({ "mib_per_s": mib_per_s.round() });
+    }
+    Ok(report)
+}
+
+/// Microseconds for a batch there and back, from tensor to tensor: over the stream, then by the host's store.
+async fn batches(worker: &RemoteWorker) -> Outcome<Value> {
+    let server = StoreServer::start(StoreConfig::new(1 << 30))?;
+    let mut report = json!({});
+    let mut shared = None;
+    for way in ["stream", "store"] {
+        if way == "store" {
+            worker.call("store", serde_json::to_vec(server.address())?.into(), MINUTE).await?;
+            shared = Some(SharedMessages::new(Store::connect(server.address(), "driver")?, 0, 0));
+        }
+        for (kib, calls) in [(16, 300), (64, 300), (256, 200), (1024, 100), (8192, 30), (65536, 5)] {
+            let tensor = Tensor::ones([kib << 8], (Kind::Float, Device::Cpu));
+            let mut times = Vec::new();
+            for _ in 0..calls {
+                let begun = Instant::now();
+                let body = shared.as_ref().map_or_else(|| encode(&tensor), |shared| shared.encode(&tensor));
+                let answer = worker.call(Tensor::KIND, body.into(), MINUTE).await?;
+                let back: Tensor = match &shared {
+                    Some(shared) => shared.decode(&answer)?,
+                    None => decode(&answer)?,
+                };
+                times.push(begun.elapsed());
+                assert_eq!(back.size(), tensor.size());
+            }
+            report[way][format!("{kib}_kib_us")] = percentiles(&mut times);
+        }
     }
     Ok(report)
 }

@@ -24,7 +24,16 @@ impl Checksum {
     /// # Panics
     /// The lengths differ.
     pub fn copy(&mut self, from: &[u8], to: &mut [u8]) {
-        self.copy_by(from, to, false);
+        assert_eq!(from.len(), to.len(), "a run and the place for it");
+        let mut words = Words::default();
+        let mut blocks = from.chunks_exact(BLOCK);
+        let mut places = to.chunks_exact_mut(BLOCK);
+        for (block, place) in blocks.by_ref().zip(places.by_ref()) {
+            words.add(block.try_into().expect("a block's length"));
+            place.copy_from_slice(block);
+        }
+        places.into_remainder().copy_from_slice(blocks.remainder());
+        self.end_run(words, blocks.remainder());
     }
 
     /// The same, past this processor's caches where the run is long: for what is read later.
@@ -32,37 +41,47 @@ impl Checksum {
     /// # Panics
     /// The lengths differ.
     pub fn copy_away(&mut self, from: &[u8], to: &mut [u8]) {
-        let past_caches = to.len() >= PAST_CACHES_FROM && to.as_ptr().cast::<u128>().is_aligned();
         #[cfg(target_arch = "x86_64")]
-        if past_caches && std::arch::is_x86_feature_detected!("avx2") {
+        if to.len() >= PAST_CACHES_FROM
+            && (to.as_ptr() as usize).is_multiple_of(32)
+            && std::arch::is_x86_feature_detected!("avx2")
+        {
             // SAFETY: this processor has it.
             return unsafe { self.copy_by_avx2(from, to) };
         }
-        self.copy_by(from, to, past_caches);
+        self.copy(from, to);
     }
 
+    /// As [`Checksum::copy`], to a multiple of 32 bytes. Blocks are written past the caches, so that their places need not
+    /// be read first, as libc's memcpy knows too.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
     fn copy_by_avx2(&mut self, from: &[u8], to: &mut [u8]) {
-        self.copy_by(from, to, true);
-    }
-
-    #[inline(always)]
-    fn copy_by(&mut self, from: &[u8], to: &mut [u8], past_caches: bool) {
+        use std::arch::x86_64::{
+            __m256i, _mm_sfence, _mm256_add_epi64, _mm256_lddqu_si256, _mm256_setzero_si256, _mm256_stream_si256,
+        };
         assert_eq!(from.len(), to.len(), "a run and the place for it");
-        let mut words = Words::default();
-        let mut blocks = from.chunks_exact(BLOCK);
-        let mut places = to.chunks_exact_mut(BLOCK);
-        for (block, place) in blocks.by_ref().zip(places.by_ref()) {
-            let block: &[u8; BLOCK] = block.try_into().expect("a block's length");
-            words.add(block);
-            store(place.try_into().expect("a block's length"), block, past_caches);
+        assert!((to.as_ptr() as usize).is_multiple_of(32), "streaming stores need aligned places");
+        let whole = from.len() - from.len() % BLOCK;
+        let mut sums = [_mm256_setzero_si256(); 2];
+        let mut weighed = sums;
+        for at in (0..whole).step_by(BLOCK) {
+            for half in 0..2 {
+                // SAFETY: `at + BLOCK` is within both, and the place is at a multiple of 32.
+                let words = unsafe {
+                    let words = _mm256_lddqu_si256(from.as_ptr().add(at + 32 * half).cast::<__m256i>());
+                    _mm256_stream_si256(to.as_mut_ptr().add(at + 32 * half).cast::<__m256i>(), words);
+                    words
+                };
+                sums[half] = _mm256_add_epi64(sums[half], words);
+                weighed[half] = _mm256_add_epi64(weighed[half], sums[half]);
+            }
         }
-        if past_caches {
-            stores_are_seen();
-        }
-        places.into_remainder().copy_from_slice(blocks.remainder());
-        self.end_run(words, blocks.remainder());
+        _mm_sfence(); // who sees what is written after this sees the blocks too
+        to[whole..].copy_from_slice(&from[whole..]);
+        // SAFETY: eight words of 64 bits each, any bits are words.
+        let words = unsafe { Words { sums: std::mem::transmute(sums), weighed: std::mem::transmute(weighed) } };
+        self.end_run(words, &from[whole..]);
     }
 
     /// Adds a run that stays where it is.
@@ -110,32 +129,6 @@ impl Checksum {
     fn mix(&mut self, word: u64) {
         self.0 = (self.0.rotate_left(29) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
-}
-
-/// Writes a block; past the caches where it is one of many: its place need not be read first, as libc's memcpy knows too.
-#[inline(always)]
-fn store(place: &mut [u8; BLOCK], block: &[u8; BLOCK], past_caches: bool) {
-    #[cfg(target_arch = "x86_64")]
-    if past_caches {
-        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-        let (from, to) = (block.as_ptr().cast::<__m128i>(), place.as_mut_ptr().cast::<__m128i>());
-        for lane in 0..BLOCK / 16 {
-            // SAFETY: both are of a block's length, and `to` is aligned: the run is, and blocks are multiples of 16.
-            unsafe { _mm_stream_si128(to.add(lane), _mm_loadu_si128(from.add(lane))) };
-        }
-        return;
-    }
-    let _ = past_caches;
-    place.copy_from_slice(block);
-}
-
-/// Others that see what is written after this see the blocks of [`store`] too.
-fn stores_are_seen() {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: every x86-64 processor has it.
-    unsafe {
-        std::arch::x86_64::_mm_sfence()
-    };
 }
 
 impl Words {
