@@ -57,6 +57,11 @@ impl Message for Assignment {
 pub struct Built {
     /// It reaches the store of the driver's host: batches may lie there.
     pub shares_memory: bool,
+    /// What its node has, for tasks.
+    pub num_cpus: usize,
+    pub num_gpus: usize,
+    /// Its roles compute on one of these GPUs.
+    pub holds_gpu: bool,
 }
 
 impl Message for Built {
@@ -98,6 +103,10 @@ impl HostPlan {
             folders,
             run_folder,
         }
+    }
+
+    pub fn on_gpu(&self) -> bool {
+        self.held.pass.device.is_cuda()
     }
 
     /// Runs on the device thread: the roles of `seat`'s worker. Only the actor is loaded now: the first rollout needs no

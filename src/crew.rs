@@ -21,6 +21,7 @@ use echelon_placement::control::{
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use echelon_placement::remote::{DEADLINE, RemoteRank, relay};
+use echelon_placement::task::{NodeConfig, Reservation};
 use echelon_placement::{Worker, start_worker};
 use futures_util::future::try_join_all;
 use tokio::runtime::Runtime;
@@ -29,6 +30,7 @@ use tokio::task::JoinHandle;
 use crate::assignment::{Assignment, Built, HostPlan};
 use crate::host::DeviceRoles;
 use crate::layout::Layout;
+use crate::node;
 use crate::program::Failure;
 use crate::seat::{Seat, Watched};
 use crate::worker::BUILD;
@@ -45,7 +47,7 @@ const STORE_SHARE: u64 = 4;
 /// Who works for this run.
 pub enum Crew {
     /// One device thread.
-    Here { worker: Worker<DeviceRoles>, ended: JoinHandle<()> },
+    Here { worker: Worker<DeviceRoles>, ended: JoinHandle<()>, _held: Reservation },
     /// A process per device.
     Processes(Box<Processes>),
 }
@@ -83,6 +85,8 @@ pub struct Processes {
     store: Option<StoreServer>,
     /// For workers that others start.
     secret: Option<SecretFile>,
+    /// What the roles hold of their nodes.
+    held: Vec<Reservation>,
 }
 
 /// The credentials of workers that others start, for this user alone; gone with the run.
@@ -122,12 +126,13 @@ impl Crew {
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
     ) -> echelon_core::Result<Crew> {
+        let held = node::reserve(&layout.roles_of(0), None, plan.on_gpu())?;
         let build = move || {
             let seat = Seat::take(0, layout, None, &Watched::default())?;
             plan.build(seat, tokenizer, interrupt, progress)
         };
         let (worker, ended) = start_worker("device 0", build).await?;
-        Ok(Crew::Here { worker, ended })
+        Ok(Crew::Here { worker, ended, _held: held })
     }
 
     /// Worker processes, each with its assignment; `assignment` gives that of worker 0.
@@ -150,7 +155,7 @@ impl Crew {
         let relaying = tokio::spawn(relay(ranks[0].worker.clone(), progress));
         let store = StoreServer::start(StoreConfig::new(available().0 / STORE_SHARE));
         let store = store.inspect_err(|error| (joining.say)(&format!("batches go over the network: {error}"))).ok();
-        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, store, secret };
+        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, store, secret, held: Vec::new() };
         match crew.assign(assignment).await {
             Ok(()) => Ok(Crew::Processes(Box::new(crew))),
             Err(error) => {
@@ -204,7 +209,7 @@ impl Crew {
     pub async fn finish(self, failed: bool) {
         let patience = if failed { ABANDONED } else { FAREWELL };
         match self {
-            Crew::Here { worker, ended } => {
+            Crew::Here { worker, ended, .. } => {
                 worker.stop();
                 let _ = ended.await;
             }
@@ -216,17 +221,34 @@ impl Crew {
 impl Processes {
     /// All at once: they meet while they build.
     async fn assign(&mut self, assignment: Assignment) -> echelon_core::Result<()> {
-        let (meeting_port, address) = (Some(self.meeting.port()), self.store.as_ref().map(StoreServer::address));
+        let (meeting_port, address) =
+            (Some(self.meeting.port()), self.store.as_ref().map(|store| store.address().clone()));
         let builds = self.ranks.iter().enumerate().map(|(worker, rank)| {
-            let assignment = Assignment { worker, meeting_port, store: address.cloned(), ..assignment.clone() };
+            let assignment = Assignment { worker, meeting_port, store: address.clone(), ..assignment.clone() };
             async move { rank.ask::<Assignment, Built>(&assignment, DEADLINE).await }
         });
         let built = try_join_all(builds).await?;
-        let Some(address) = address.cloned() else { return Ok(()) };
+        self.enter_nodes(&assignment.layout, &built)?;
+        let Some(address) = address else { return Ok(()) };
         let store = Store::connect(&address, "driver").map_err(|error| Error::other("the driver", error))?;
         for ((rank, built), number) in self.ranks.iter_mut().zip(built).zip(0..) {
             rank.shared =
                 built.shares_memory.then(|| Arc::new(SharedMessages::new(store.clone(), number, SHARED_FROM)));
+        }
+        Ok(())
+    }
+
+    /// Enters the workers' nodes into the books of tasks: what they have, and what their roles hold of it.
+    fn enter_nodes(&mut self, layout: &Layout, built: &[Built]) -> echelon_core::Result<()> {
+        let (tasks, own) = (node::tasks()?, host_name());
+        let _within = self.runtime.handle().enter();
+        for ((number, rank), built) in self.ranks.iter().enumerate().zip(built) {
+            let host = &rank.worker.hello().host;
+            if *host != own {
+                let config = NodeConfig::new(host.clone(), built.num_cpus as f64, built.num_gpus);
+                tasks.add_worker(&config, rank.worker.clone())?;
+            }
+            self.held.push(node::reserve(&layout.roles_of(number), Some(host), built.holds_gpu)?);
         }
         Ok(())
     }
@@ -242,14 +264,14 @@ impl Processes {
     }
 
     async fn finish(self, reason: &'static str, patience: Duration) {
-        let Processes { ranks, server, local, relaying, runtime, meeting, store, secret } = self;
+        let Processes { ranks, server, local, relaying, runtime, meeting, store, secret, held } = self;
         drop(ranks);
         relaying.abort();
         let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
         }
-        drop((runtime, meeting, store, secret));
+        drop((runtime, meeting, store, secret, held));
     }
 }
 

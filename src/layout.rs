@@ -66,6 +66,12 @@ impl Layout {
         self.groups.iter().find(|group| group.role == role && group.workers.contains(&worker))
     }
 
+    /// The roles of a worker, such as `actor, generator`.
+    pub fn roles_of(&self, worker: usize) -> String {
+        let groups = self.groups.iter().filter(|group| group.workers.contains(&worker));
+        groups.map(|group| group.role.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
     /// The places of the roles as a recipe would give them by hand, device by worker.
     pub fn by_hand(&self) -> Vec<ByHand> {
         let place =

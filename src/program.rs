@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use echelon_core::progress::Interrupt;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
 
 use crate::monitor::MonitorError;
 use crate::recipe::RecipeError;
@@ -86,6 +88,7 @@ pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
     echelon_core::shim::install_cpu_allocator();
+    show_warnings();
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
@@ -99,6 +102,20 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
             ExitCode::from(failure.exit_code())
         }
     }
+}
+
+/// Warnings of all parts go to stderr; `RUST_LOG=echelon=debug` shows more.
+fn show_warnings() {
+    let filter = EnvFilter::builder().with_default_directive(LevelFilter::ERROR.into());
+    let ours =
+        ["echelon", "echelon_core", "echelon_models", "echelon_generation", "echelon_placement", "echelon_tasks"];
+    let by_default = ours.map(|part| format!("{part}=warn")).join(",");
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(wanted) => filter.parse_lossy(wanted),
+        Err(_) => filter.parse_lossy(by_default),
+    };
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let _set_before = lines.with_target(false).without_time().try_init();
 }
 
 /// `PROGRAM RECIPE [--set table.key=value]… [--output-dir DIR] [--plan[=json]] [--resume]`.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use echelon_algorithms::reward_shaping::normalize_scores;
@@ -11,11 +11,12 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
 use echelon_core::rollout::{FinishReason, Rollout};
 use echelon_core::{Error, Result};
-use echelon_placement::task::{RowTasks, TaskError};
+use echelon_placement::task::{Function, RowTasks, TaskError};
 use echelon_tasks::reward::{
     CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
 };
 use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::node;
@@ -29,7 +30,16 @@ pub enum Source {
         /// Mean and standard deviation that its scores are normalised by before they are weighted.
         normalization: Option<(f64, f64)>,
     },
-    Task(Arc<dyn RewardSource>),
+    Task(Task),
+}
+
+/// What scores without a model.
+#[derive(Clone)]
+pub enum Task {
+    /// A rule, which any node can apply.
+    Anywhere(Rule),
+    /// A program, a server, or a rule that reads a file of this host.
+    Here(Arc<dyn RewardSource>),
 }
 
 /// Sources with weights.
@@ -81,15 +91,59 @@ impl Source {
     }
 }
 
-/// Rules on all CPUs of this node, a part of the rows each; a program or server in one task, which keeps its order.
-fn start_scoring(source: Arc<dyn RewardSource>, requests: Vec<RewardRequest>) -> Result<RowTasks<f64>> {
-    let count = requests.len();
+/// Rules on all CPUs of the run's nodes, a part of the rows each; a program or server in one task, which keeps its order.
+fn start_scoring(task: Task, requests: Vec<RewardRequest>) -> Result<RowTasks<f64>> {
+    let (count, tasks) = (requests.len(), node::tasks()?);
+    let source = match task {
+        Task::Anywhere(rule) if tasks.nodes().len() > 1 => {
+            let part = |part: Range<usize>| RulePart {
+                rule: rule.clone(),
+                first: part.start,
+                count,
+                requests: requests[part].to_vec(),
+            };
+            return Ok(tasks.call_over_rows(&SCORE_BY_RULE, count, REQUESTS_PER_TASK, part)?);
+        }
+        Task::Anywhere(rule) => built(&rule)?,
+        Task::Here(source) => source,
+    };
     let least = if source.is_per_request() { REQUESTS_PER_TASK } else { count };
     let score = move |part: Range<usize>| {
         let scored = score_checked(source.as_ref(), &requests[part.clone()]);
         scored.map_err(|error| Error::other("reward", error.in_batch(part.start, count)))
     };
-    Ok(node::tasks()?.over_rows("reward", count, least, score)?)
+    Ok(tasks.over_rows("reward", count, least, score)?)
+}
+
+/// Scores a part of a batch on whichever node has room.
+pub const SCORE_BY_RULE: Function<RulePart, Vec<f64>> = Function::new("score_by_rule", score_part);
+
+/// A part of a batch, and the rule that judges it.
+#[derive(Serialize, Deserialize)]
+pub struct RulePart {
+    rule: Rule,
+    requests: Vec<RewardRequest>,
+    /// Which of the batch its first is, and how many the batch has: for errors.
+    first: usize,
+    count: usize,
+}
+
+fn score_part(RulePart { rule, requests, first, count }: RulePart) -> Result<Vec<f64>> {
+    let scored = score_checked(built(&rule)?.as_ref(), &requests);
+    scored.map_err(|error| Error::other("reward", error.in_batch(first, count)))
+}
+
+/// The rule, made once per process: parts of every step need it.
+fn built(rule: &Rule) -> Result<Arc<dyn RewardSource>> {
+    static BUILT: Mutex<Vec<(Rule, Arc<dyn RewardSource>)>> = Mutex::new(Vec::new());
+    let mut known = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, source)) = known.iter().find(|(known, _)| known == rule) {
+        return Ok(source.clone());
+    }
+    let source = rule_config(rule).build(std::path::Path::new(""));
+    let source: Arc<dyn RewardSource> = source.map_err(|error| Error::other("reward", error))?.into();
+    known.push((rule.clone(), source.clone()));
+    Ok(source)
 }
 
 /// Fewer are not worth a task.
@@ -124,13 +178,19 @@ fn requests(rollout: &Rollout) -> Vec<RewardRequest> {
 }
 
 /// A source and its name in metrics.
-pub type NamedTask = (String, Arc<dyn RewardSource>);
+pub type NamedTask = (String, Task);
 
 /// Starts a source that needs no model, with its name for metrics; `None` for a reward model.
 pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
     let task: Arc<dyn RewardSource> = match source {
         ScoreSource::Model(_) => return Ok(None),
-        ScoreSource::Rule(rule) => rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?.into(),
+        ScoreSource::Rule(rule) => {
+            let source = rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?;
+            let name = source.name();
+            let reads_a_file = matches!(rule, Rule::Sentiment { .. });
+            let task = if reads_a_file { Task::Here(source.into()) } else { Task::Anywhere(rule.clone()) };
+            return Ok(Some((name, task)));
+        }
         ScoreSource::Url { url, timeout_s, retries } => {
             let timeout = Duration::from_secs_f64(*timeout_s);
             let config = UrlConfig { attempts: retries + 1, timeout, ..UrlConfig::default() };
@@ -143,7 +203,7 @@ pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
             Arc::new(CommandReward::start(config).map_err(Failure::input)?)
         }
     };
-    Ok(Some((task.name(), task)))
+    Ok(Some((task.name(), Task::Here(task))))
 }
 
 /// The names of several sources in metrics; equal ones are numbered from 1.
@@ -192,14 +252,15 @@ mod tests {
         let in_parts = |requests: &[RewardRequest]| {
             start_scoring(task.clone(), requests.to_vec()).unwrap().wait(Duration::from_secs(20))
         };
-        let whole = task.score(&requests).unwrap();
+        let rule = built(&Rule::Math { tolerance: 1e-6 }).unwrap();
+        let whole = rule.score(&requests).unwrap();
         assert!(whole.contains(&0.0) && whole.contains(&1.0));
         assert_eq!(in_parts(&requests).unwrap(), whole);
         for row in [321, 499] {
             requests[row].label = None;
         }
         let error = in_parts(&requests).unwrap_err().into_cause().to_string();
-        assert_eq!(error, format!("reward: {}", task.score(&requests).unwrap_err()));
+        assert_eq!(error, format!("reward: {}", rule.score(&requests).unwrap_err()));
         assert!(error.contains("request 322 of 500 (prompt \"prompt 321\")"), "{error}");
     }
 
@@ -217,7 +278,7 @@ mod tests {
         };
         for retries in [0, 1] {
             let source = ScoreSource::Url { url: url.clone(), timeout_s: 5.0, retries };
-            let (_, task) = task_source(&source).unwrap().expect("a server is no model");
+            let Some((_, Task::Here(task))) = task_source(&source).unwrap() else { panic!("a server is of this host") };
             let message = task.score(std::slice::from_ref(&request)).unwrap_err().to_string();
             let attempts = retries + 1;
             assert!(message.contains(&format!("attempt {attempts} of {attempts},")), "{message}");

@@ -12,13 +12,16 @@ use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreAddress};
 use echelon_core::verb::*;
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::control::{Call, ControlError, Credentials, Hello, Limits, Session, join};
+use echelon_placement::control::{Call, ControlError, Credentials, Hello, Limits, Session, join_with};
+use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{Place, place};
 use echelon_placement::remote::{InHeartbeats, serve};
+use echelon_placement::task::TaskServer;
 use echelon_placement::{Worker, start_worker};
 
 use crate::assignment::{Assignment, Built, HostPlan};
 use crate::host::DeviceRoles;
+use crate::node;
 use crate::program::Failure;
 use crate::recipe::Recipe;
 use crate::seat::{Meeting, Seat, Watched};
@@ -101,7 +104,9 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
         ..Hello::of_this_process(place.rank, place.world_size, place.attempt, "not chosen yet")
     };
     let limits = Limits::default();
-    let mut session = join(&joining.driver, &credentials, hello, limits, joining.patience).await.map_err(refused)?;
+    let tasks = TaskServer::start(node::functions()).map_err(Failure::other)?;
+    let session = join_with(&joining.driver, &credentials, hello, limits, joining.patience, Some(Arc::new(tasks)));
+    let mut session = session.await.map_err(refused)?;
     let watched = Watched::default();
     let watching = tokio::spawn(watch(watched.clone(), session.progress()));
     let mut worker: Option<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>)> = None;
@@ -109,10 +114,9 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
         match session.next().await {
             Ok(Some(call)) if call.verb == Assignment::KIND => {
                 let built = build(&call.body, &joining, &place, &session, &watched).await;
-                let answer = built.map(|(built, shared)| {
-                    let shares_memory = shared.is_some();
-                    worker = Some((built, shared));
-                    Built { shares_memory }
+                let answer = built.map(|(roles, shared, built)| {
+                    worker = Some((roles, shared));
+                    built
                 });
                 let failed = answer.is_err();
                 call.reply.send(answer.map(|built| Bytes::from(encode(&built))).map_err(|error| error_to_text(&error)));
@@ -143,7 +147,7 @@ async fn build(
     place: &Place,
     session: &Session,
     watched: &Watched,
-) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>)> {
+) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>, Built)> {
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
     let recipe = Recipe::read_text(&assignment.recipe).map_err(|error| refused(error.into()))?.resolve();
@@ -162,7 +166,13 @@ async fn build(
         let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };
-    Ok((start_worker(&format!("device {number}"), build).await?.0, shared.map(Arc::new)))
+    let built = Built {
+        shares_memory: shared.is_some(),
+        num_cpus: available_threads(),
+        num_gpus: node::num_gpus(),
+        holds_gpu: held.pass.device.is_cuda(),
+    };
+    Ok((start_worker(&format!("device {number}"), build).await?.0, shared.map(Arc::new), built))
 }
 
 /// The driver's store, where this worker is on its host.

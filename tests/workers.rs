@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Workplace, assert_same, copy_folder, num_lines, quickstart, said, send, wait_for};
+use common::{SMALL, Workplace, assert_same, copy_folder, num_lines, quickstart, said, send, wait_for};
 
 use serde_json::Value;
 
@@ -105,7 +105,19 @@ fn an_interrupted_run_of_workers_goes_on_as_if_nothing_had_been() {
 
 /// Starts a worker as a person or a scheduler would.
 fn worker(rank: usize, address: &str, credentials: &str) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_worker"))
+    started_as(Command::new(env!("CARGO_BIN_EXE_worker")), rank, address, credentials)
+}
+
+/// Starts a worker that takes its host for another: host names are the kernel's, by namespace.
+fn worker_elsewhere(rank: usize, address: &str, credentials: &str) -> Child {
+    let mut command = Command::new("unshare");
+    let script = format!("hostname elsewhere && exec {} \"$@\"", env!("CARGO_BIN_EXE_worker"));
+    command.args(["--uts", "sh", "-c", &script, "worker"]).env("RUST_LOG", "echelon_placement=debug");
+    started_as(command, rank, address, credentials)
+}
+
+fn started_as(mut command: Command, rank: usize, address: &str, credentials: &str) -> Child {
+    command
         .args(["--join", address, "--credentials", credentials, "--join-timeout-s", "30"])
         .env("RANK", rank.to_string())
         .env("LOCAL_RANK", rank.to_string())
@@ -147,6 +159,26 @@ fn workers_started_by_hand_do_what_those_started_here_do() {
     }
     assert_same(&workplace.path("by-hand"), &workplace.path("here"), "workers started by hand");
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
+}
+
+/// A rule is a task, and a node that has room for tasks gets some.
+#[test]
+fn rules_are_applied_on_the_nodes_of_the_workers() {
+    if !Command::new("unshare").args(["--uts", "true"]).status().is_ok_and(|status| status.success()) {
+        return eprintln!("not tested: this user may not name hosts");
+    }
+    let workplace = Workplace::new();
+    let model = "model = \"QUICKSTART/reward-model\"\nnormalize = true";
+    workplace.write("small.toml", &SMALL.replace(model, "rule = \"length\"\nmin_tokens = 2\nmax_tokens = 9"));
+    let large = ["--set", "rollout.batch_size=256", "--set", "ppo.mini_batch_size=256", "--set", "train.steps=1"];
+    workplace.finish("here", &[&TWO[..], &large].concat());
+    let (driver, address, credentials) = waiting(&workplace, "elsewhere", &large);
+    let workers = [0, 1].map(|rank| worker_elsewhere(rank, &address, &credentials));
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    let heard = workers.map(|worker| said(&worker.wait_with_output().unwrap())).concat();
+    assert!(heard.contains("tasks of another node") && heard.contains("score_by_rule"), "{heard}");
+    assert_same(&workplace.path("elsewhere"), &workplace.path("here"), "scored elsewhere");
 }
 
 #[test]

@@ -94,7 +94,7 @@ pub enum ScoreSource {
 }
 
 /// A built-in rule with its parameters.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum Rule {
     /// The response's number equals the label's, up to `tolerance` times its size.
     Math { tolerance: f64 },

@@ -114,7 +114,7 @@ impl Actor for Supervisor {
             let seated = roster.workers.iter().find(|(_, worker)| worker.proxy().get_id() == gone.get_id());
             let Some((&rank, worker)) = seated else { return };
             if let Some(loss) = worker.loss().filter(|_| !state.finished && roster.losses.len() < LOSSES) {
-                tracing::warn!(%loss, "worker lost");
+                tracing::debug!(%loss, "worker lost"); // the driver says why the run ends
                 roster.losses.push(loss);
             }
             roster.workers.remove(&rank);

@@ -1,4 +1,4 @@
-//! Rows divided among the CPUs of this node, and their results in row order.
+//! Rows divided among the CPUs of this node, or of all, and their results in row order.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,7 +8,9 @@ use echelon_core::{Error, Result};
 
 use super::demand::Demand;
 use super::error::TaskError;
+use super::function::Function;
 use super::handle::TaskHandle;
+use super::schedule::NodeReport;
 use super::tasks::Tasks;
 
 /// Parts per CPU: rows are not alike, and an early part must not leave its CPU idle for long.
@@ -31,11 +33,8 @@ impl Tasks {
         least: usize,
         work: impl Fn(Range<usize>) -> Result<Vec<R>> + Send + Sync + 'static,
     ) -> Result<RowTasks<R>, TaskError> {
-        let cpus = self.nodes()[0].total.num_cpus.max(1.0) as usize;
-        let num_parts = (num_rows / least.max(1)).clamp(1, PARTS_PER_CPU * cpus);
         let work = Arc::new(work);
-        let parts = (0..num_parts).map(|part| {
-            let rows = part * num_rows / num_parts..(part + 1) * num_rows / num_parts;
+        let parts = divided(num_rows, least, &self.nodes()[..1]).map(|rows| {
             let (work, own) = (work.clone(), rows.clone());
             let counted = move || {
                 let (count, results) = (own.len(), work(own)?);
@@ -47,6 +46,31 @@ impl Tasks {
         });
         parts.collect::<Result<_, _>>().map(RowTasks)
     }
+
+    /// The same over all nodes: `function` is called with what `arguments` makes of a part.
+    ///
+    /// # Errors
+    /// As [`Tasks::try_call`].
+    pub fn call_over_rows<A, R: Send + 'static>(
+        &self,
+        function: &Function<A, Vec<R>>,
+        num_rows: usize,
+        least: usize,
+        arguments: impl Fn(Range<usize>) -> A,
+    ) -> Result<RowTasks<R>, TaskError> {
+        let parts = divided(num_rows, least, &self.nodes()).map(|rows| {
+            let part = self.try_call(function, Demand::CPU, &arguments(rows.clone()))?;
+            Ok((rows, part))
+        });
+        parts.collect::<Result<_, _>>().map(RowTasks)
+    }
+}
+
+/// Contiguous parts of at least `least` rows, for the CPUs of these nodes.
+fn divided(num_rows: usize, least: usize, nodes: &[NodeReport]) -> impl Iterator<Item = Range<usize>> + use<> {
+    let cpus: f64 = nodes.iter().filter(|node| node.alive).map(|node| node.total.num_cpus).sum();
+    let num_parts = (num_rows / least.max(1)).clamp(1, PARTS_PER_CPU * cpus.max(1.0) as usize);
+    (0..num_parts).map(move |part| part * num_rows / num_parts..(part + 1) * num_rows / num_parts)
 }
 
 impl<R> RowTasks<R> {

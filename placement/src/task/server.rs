@@ -61,6 +61,7 @@ fn run_batch(functions: &Functions, body: Bytes) -> Result<Bytes, String> {
     let unknown = || format!("this worker knows no function {function}; it knows {}", functions.names());
     let run = functions.find(&function).ok_or_else(unknown)?;
     super::handle::enter_task(Some(gpus.into_iter().map(|gpu| gpu as usize).collect()));
+    tracing::debug!(function, calls = arguments.len(), "tasks of another node");
     let begun = Instant::now();
     let outcome = |arguments: &Bytes| {
         let ending = match catch_unwind(AssertUnwindSafe(|| run(arguments))) {

@@ -28,8 +28,10 @@ pub use rule::RuleConfig;
 pub use sentiment::{Lexicon, SentimentRule};
 pub use url::{UrlConfig, UrlReward};
 
+use serde::{Deserialize, Serialize};
+
 /// One response to score.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RewardRequest {
     /// The prompt as the policy saw it, decoded.
     pub prompt: String,
