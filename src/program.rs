@@ -1,7 +1,7 @@
 //! What all programs share: arguments, exit codes, signals, and the process's settings.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use echelon_core::progress::Interrupt;
@@ -86,22 +86,26 @@ pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
 }
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
-pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ExitCode {
+pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     echelon_core::shim::install_cpu_allocator();
     show_warnings();
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    match work() {
-        Ok(()) => ExitCode::SUCCESS,
+    let code = match work() {
+        Ok(()) => 0,
         Err(failure) => {
             match &failure {
                 Failure::Interrupted(_) => eprintln!("{failure}"),
                 failure => eprintln!("error: {failure}"),
             }
-            ExitCode::from(failure.exit_code())
+            failure.exit_code()
         }
-    }
+    };
+    let _ = std::io::stdout().flush();
+    // A device may still be at work, for a driver that is gone: libtorch's exit handlers would take away what it uses.
+    // SAFETY: ends the process at once.
+    unsafe { libc::_exit(i32::from(code)) }
 }
 
 /// Warnings of all parts go to stderr; `RUST_LOG=echelon=debug` shows more.

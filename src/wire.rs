@@ -310,6 +310,15 @@ pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
             devices.nodes
         )));
     }
+    if let Some(address) = devices.listen {
+        // Before anything is started: the address is this machine's, and free.
+        std::net::TcpListener::bind(address).map_err(|error| {
+            Failure::Input(format!(
+                "placement.listen: cannot listen at {address}: {error}; give an address of this machine and a free port \
+                 (port 0 finds one)"
+            ))
+        })?;
+    }
     if workers == 1 {
         return Ok(Layout::together(1, 0, recipe.train.compute.adam_offload));
     }

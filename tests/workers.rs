@@ -203,15 +203,18 @@ fn missing_and_surplus_workers_are_named() {
 }
 
 #[test]
-fn a_port_in_use_is_refused() {
+fn an_address_that_is_taken_or_another_machines_is_refused() {
     let workplace = Workplace::new();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = taken.local_addr().unwrap().to_string();
-    let listen = format!("placement.listen={address}");
-    let output = workplace.ppo("run", &["--set", "placement.workers=2", "--set", &listen]).output().unwrap();
-    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
-    assert!(said(&output).contains(&address), "{}", said(&output));
-    assert!(!workplace.path("run").exists());
+    let in_use = taken.local_addr().unwrap().to_string();
+    for (address, cause) in [(in_use.as_str(), "in use"), ("203.0.113.7:7401", "assign requested address")] {
+        let listen = format!("placement.listen={address}");
+        let output = workplace.ppo("run", &["--set", "placement.workers=2", "--set", &listen]).output().unwrap();
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("placement.listen") && text.contains(address) && text.contains(cause), "{text}");
+        assert!(!workplace.path("run").exists());
+    }
 }
 
 /// Files that a process maps.

@@ -43,7 +43,7 @@ impl RemoteRank {
             Err(error @ (ControlError::Busy { .. } | ControlError::TooLarge { .. })) => {
                 Err(Error::Refused(error.to_string()))
             }
-            Err(error) => Err(Error::WorkerGone(error.to_string())),
+            Err(error) => Err(Error::WorkerGone(error.without_operation())),
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
-use std::process::ExitCode;
 
 use echelon::options::{Options, Usage};
 use echelon::program::{self, Failure};
@@ -18,7 +17,7 @@ const USAGE: Usage = Usage {
     words: &["SOURCE"],
 };
 
-fn main() -> ExitCode {
+fn main() -> ! {
     program::main(import)
 }
 

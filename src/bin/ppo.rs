@@ -1,11 +1,9 @@
 //! `ppo RECIPE`: reinforcement learning from a reward, as a recipe describes it.
 
-use std::process::ExitCode;
-
 use echelon::program::{self, Arguments};
 use echelon::worker;
 
-fn main() -> ExitCode {
+fn main() -> ! {
     let arguments = worker::arguments();
     program::main(|| match worker::is_asked(&arguments) {
         true => worker::main(&arguments), // started by a driver

@@ -1,9 +1,7 @@
 //! `reward RECIPE`: reward-model training, as a recipe describes it.
 
-use std::process::ExitCode;
-
 use echelon::program::{self, Arguments};
 
-fn main() -> ExitCode {
+fn main() -> ! {
     program::main(|| echelon::supervised::reward(&Arguments::read("reward")?))
 }

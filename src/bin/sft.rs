@@ -1,9 +1,7 @@
 //! `sft RECIPE`: supervised fine-tuning, as a recipe describes it.
 
-use std::process::ExitCode;
-
 use echelon::program::{self, Arguments};
 
-fn main() -> ExitCode {
+fn main() -> ! {
     program::main(|| echelon::supervised::sft(&Arguments::read("sft")?))
 }

@@ -1,9 +1,7 @@
 //! `worker --join HOST:PORT`: a worker started by hand or by a scheduler.
 
-use std::process::ExitCode;
-
 use echelon::{program, worker};
 
-fn main() -> ExitCode {
+fn main() -> ! {
     program::main(|| worker::main(&worker::arguments()))
 }

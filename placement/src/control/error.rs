@@ -100,6 +100,16 @@ pub enum ControlError {
     Stopped,
 }
 
+impl ControlError {
+    /// The loss of a worker in the words of an error that names the call itself.
+    pub fn without_operation(&self) -> String {
+        match self {
+            ControlError::Lost { peer, cause, stderr, .. } => format!("{peer}: {cause}{}", last_lines(stderr)),
+            error => error.to_string(),
+        }
+    }
+}
+
 fn last_lines(lines: &[String]) -> String {
     if lines.is_empty() { String::new() } else { format!("; its last lines:\n    {}", lines.join("\n    ")) }
 }

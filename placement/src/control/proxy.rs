@@ -169,6 +169,9 @@ impl RemoteWorker {
     }
 }
 
+/// How a cause begins that says no more than that.
+pub const STREAM_BROKE: &str = "its stream broke";
+
 impl Line {
     pub fn new(peer: Peer, output: Option<Arc<dyn LocalOutput>>) -> Line {
         let now = Instant::now();
@@ -219,6 +222,8 @@ impl Line {
         for _ in 0..PATIENCE {
             match self.report() {
                 None => return cause,
+                // A process that ends breaks its stream.
+                Some((_, Some(ending))) if cause.starts_with(STREAM_BROKE) => return ending,
                 Some((_, Some(ending))) => return format!("{ending} ({cause})"),
                 Some((_, None)) => tokio::time::sleep(Duration::from_millis(10)).await,
             }

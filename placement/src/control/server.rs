@@ -23,7 +23,7 @@ use super::error::{ControlError, Peer, RefusalKind};
 use super::framing::{Assembly, Outbox, order};
 use super::identity::{RunAuthority, allows_rank};
 use super::protocol::{self, DriverCodec, FromWorker, Hello, MESSAGE_BYTES, Order, ToWorker, Welcome, Word};
-use super::proxy::{self, Answer, Line, RemoteWorker, Seating};
+use super::proxy::{self, Answer, Line, RemoteWorker, STREAM_BROKE, Seating};
 use super::supervisor::{self, Claim, Claimed, Roster, Supervisor};
 
 /// HTTP/2 window of a worker's stream, bytes: 10 Gb/s over 3 ms.
@@ -312,7 +312,7 @@ async fn listen(mut words: Streaming<FromWorker>, line: Arc<Line>, proxy: ActorR
 
 /// Why a stream broke, down to the operating system's word.
 fn ended(status: &Status) -> String {
-    let mut text = format!("its stream broke: {}", status.message());
+    let mut text = format!("{STREAM_BROKE}: {}", status.message());
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
         let cause = error.to_string();
@@ -321,7 +321,7 @@ fn ended(status: &Status) -> String {
         }
         source = error.source();
     }
-    text
+    text.split(": https://").next().unwrap_or_default().into() // rustls refers to its manual
 }
 
 /// Text from outside, safe to repeat.
