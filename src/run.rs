@@ -64,7 +64,7 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         let mut run = Run::prepare(recipe, folder, arguments.resume).await?;
         let outcome = match run.steps().await {
-            Err(failure) => Err(run.wired.crew.explain(failure).await),
+            Err(failure) => Err(run.with_next_step(run.wired.crew.explain(failure).await)),
             done => done,
         };
         run.wired.crew.finish(outcome.is_err()).await;
@@ -269,6 +269,16 @@ impl Run {
         self.saved = Some((self.step, path.clone()));
         self.checkpoints.prune(self.step)?;
         Ok(path)
+    }
+
+    /// A lost worker, and how the run goes on without it.
+    fn with_next_step(&self, failure: Failure) -> Failure {
+        let Failure::Worker(cause) = failure else { return failure };
+        let next = match &self.saved {
+            Some((step, _)) => format!("--resume goes on from the checkpoint of step {step}"),
+            None => "there is no checkpoint yet: --resume begins this run again".into(),
+        };
+        Failure::Worker(format!("{cause}\n{next}"))
     }
 
     /// After a signal: the last finished step is saved. Before the first there is nothing to save, only to begin again.

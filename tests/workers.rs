@@ -59,6 +59,10 @@ fn a_killed_worker_ends_the_run_with_its_name() {
     let text = said(&output);
     assert_eq!(output.status.code(), Some(3), "{text}");
     assert!(text.contains("killed by signal 9") && text.contains(&format!("pid {}", workers[1])), "{text}");
+    let mut last = text.trim_end().lines().rev();
+    let (next, cause) = (last.next().unwrap(), last.next().unwrap());
+    assert!(next.contains("--resume"), "what to do: {next}");
+    assert_eq!(cause.matches("rank 1").count(), 2, "once of the role, once of the worker: {cause}");
     assert!(!workers.iter().any(|&worker| exists(worker)), "nothing is left running");
 }
 
@@ -161,7 +165,8 @@ fn workers_started_by_hand_do_what_those_started_here_do() {
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
 }
 
-/// A rule is a task, and a node that has room for tasks gets some.
+/// A rule is a task, and a node that has room for tasks gets some. This one takes long to compile, so that the driver's own
+/// CPUs are taken when the others are asked.
 #[test]
 fn rules_are_applied_on_the_nodes_of_the_workers() {
     if !Command::new("unshare").args(["--uts", "true"]).status().is_ok_and(|status| status.success()) {
@@ -169,7 +174,7 @@ fn rules_are_applied_on_the_nodes_of_the_workers() {
     }
     let workplace = Workplace::new();
     let model = "model = \"QUICKSTART/reward-model\"\nnormalize = true";
-    workplace.write("small.toml", &SMALL.replace(model, "rule = \"length\"\nmin_tokens = 2\nmax_tokens = 9"));
+    workplace.write("small.toml", &SMALL.replace(model, "rule = \"regex\"\npattern = '''a|\\w{180}'''"));
     let large = ["--set", "rollout.batch_size=256", "--set", "ppo.mini_batch_size=256", "--set", "train.steps=1"];
     workplace.finish("here", &[&TWO[..], &large].concat());
     let (driver, address, credentials) = waiting(&workplace, "elsewhere", &large);
