@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use bytes::Bytes;
 use echelon_core::Error;
 use echelon_core::memory::MemoryReport;
 use echelon_core::process_group::MeetingPoint;
@@ -16,14 +17,14 @@ use echelon_core::verb::Memory;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
-    ControlConfig, ControlError, ControlServer, Limits, LocalOutput, Rendezvous, RunAuthority, rendezvous,
+    ControlConfig, ControlError, ControlServer, Limits, LocalOutput, RemoteWorker, Rendezvous, RunAuthority, rendezvous,
 };
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use echelon_placement::remote::{DEADLINE, RemoteRank, relay};
 use echelon_placement::task::{NodeConfig, Reservation};
 use echelon_placement::{Worker, start_worker};
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
@@ -33,7 +34,7 @@ use crate::layout::Layout;
 use crate::node;
 use crate::program::Failure;
 use crate::seat::{Seat, Watched};
-use crate::worker::BUILD;
+use crate::worker::{BUILD, INTERRUPT};
 
 /// How long workers have to end after the run; and after a failure, when one may never hear of it.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -78,6 +79,7 @@ pub struct Processes {
     server: ControlServer,
     local: Option<LocalWorkers>,
     relaying: JoinHandle<()>,
+    interrupting: JoinHandle<()>,
     runtime: ControlRuntime,
     /// Served as long as the run: ranks tell each other through it how far they are.
     meeting: MeetingPoint,
@@ -142,7 +144,7 @@ impl Crew {
     pub async fn of_processes(
         assignment: Assignment,
         joining: &Joining,
-        progress: Arc<dyn Progress>,
+        (interrupt, progress): (Interrupt, Arc<dyn Progress>),
     ) -> Result<Crew, Failure> {
         let runtime = ControlRuntime::start()?;
         let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
@@ -153,9 +155,22 @@ impl Crew {
         let (server, local, workers) = runtime.handle().spawn(gathering).await.map_err(Failure::other)??;
         let ranks: Vec<RemoteRank> = workers.into_iter().map(|worker| RemoteRank { worker, shared: None }).collect();
         let relaying = tokio::spawn(relay(ranks[0].worker.clone(), progress));
+        let workers = ranks.iter().map(|rank| rank.worker.clone()).collect();
+        let interrupting = tokio::spawn(pass_on(interrupt, workers));
         let store = StoreServer::start(StoreConfig::new(available().0 / STORE_SHARE));
         let store = store.inspect_err(|error| (joining.say)(&format!("batches go over the network: {error}"))).ok();
-        let mut crew = Processes { ranks, server, local, relaying, runtime, meeting, store, secret, held: Vec::new() };
+        let mut crew = Processes {
+            ranks,
+            server,
+            local,
+            relaying,
+            interrupting,
+            runtime,
+            meeting,
+            store,
+            secret,
+            held: Vec::new(),
+        };
         match crew.assign(assignment).await {
             Ok(()) => Ok(Crew::Processes(Box::new(crew))),
             Err(error) => {
@@ -264,9 +279,10 @@ impl Processes {
     }
 
     async fn finish(self, reason: &'static str, patience: Duration) {
-        let Processes { ranks, server, local, relaying, runtime, meeting, store, secret, held } = self;
+        let Processes { ranks, server, local, relaying, interrupting, runtime, meeting, store, secret, held } = self;
         drop(ranks);
         relaying.abort();
+        interrupting.abort();
         let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
@@ -275,7 +291,19 @@ impl Processes {
     }
 }
 
-type Gathered = (ControlServer, Option<LocalWorkers>, Vec<echelon_placement::control::RemoteWorker>);
+/// Tells the workers of an interrupt, once it may stop something.
+async fn pass_on(interrupt: Interrupt, workers: Vec<RemoteWorker>) {
+    const LOOK: Duration = Duration::from_millis(50);
+    while interrupt.check().is_ok() {
+        tokio::time::sleep(LOOK).await;
+    }
+    let told = workers.iter().map(|worker| worker.call(INTERRUPT, Bytes::new(), FAREWELL));
+    for lost in join_all(told).await.into_iter().filter_map(Result::err) {
+        tracing::debug!("{lost}"); // the call that it stops says so too
+    }
+}
+
+type Gathered = (ControlServer, Option<LocalWorkers>, Vec<RemoteWorker>);
 
 /// Listens, starts the workers where nobody else does, and waits for all.
 async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {

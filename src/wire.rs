@@ -251,7 +251,8 @@ pub async fn wire(
             run_folder: absolute(&run_folder),
         };
         let patience = Duration::from_secs_f64(devices.join_timeout_s);
-        Crew::of_processes(assignment, &Joining { listen: devices.listen, patience, say }, progress).await?
+        let joining = Joining { listen: devices.listen, patience, say };
+        Crew::of_processes(assignment, &joining, (interrupt.clone(), progress)).await?
     };
     let sources = tasks.into_iter().map(|task| match task {
         Some((_, task)) => Source::Task(task),

@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_to_text};
-use echelon_core::progress::Interrupt;
+use echelon_core::progress::{Interrupt, Interrupts};
 use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreAddress};
 use echelon_core::verb::*;
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::control::{Call, ControlError, Credentials, Hello, Limits, Session, join_with};
+use echelon_placement::control::{Beside, Call, ControlError, Credentials, Hello, Limits, Session, join_with};
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{Place, place};
 use echelon_placement::remote::{InHeartbeats, serve};
@@ -105,7 +105,9 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
     };
     let limits = Limits::default();
     let tasks = TaskServer::start(node::functions()).map_err(Failure::other)?;
-    let session = join_with(&joining.driver, &credentials, hello, limits, joining.patience, Some(Arc::new(tasks)));
+    let interrupts = Arc::new(Interrupts::default());
+    let beside = Arc::new(BesideDevice { tasks, interrupts: interrupts.clone() });
+    let session = join_with(&joining.driver, &credentials, hello, limits, joining.patience, Some(beside));
     let mut session = session.await.map_err(refused)?;
     let watched = Watched::default();
     let watching = tokio::spawn(watch(watched.clone(), session.progress()));
@@ -113,7 +115,7 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
     let ended = loop {
         match session.next().await {
             Ok(Some(call)) if call.verb == Assignment::KIND => {
-                let built = build(&call.body, &joining, &place, &session, &watched).await;
+                let built = build(&call.body, (&joining, &place, &session, &watched)).await;
                 let answer = built.map(|(roles, shared, built)| {
                     worker = Some((roles, shared));
                     built
@@ -125,7 +127,7 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
                 }
             }
             Ok(Some(call)) => match &worker {
-                Some((worker, shared)) => answer(worker, call, shared.as_ref()),
+                Some((worker, shared)) => answer(worker, call, shared.as_ref(), interrupts.of_new_call()),
                 None => call.reply.send(Err(format!("`{}` before `{}`", call.verb, Assignment::KIND))),
             },
             Ok(None) => break Ok(()),
@@ -137,16 +139,33 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
     ended
 }
 
+/// Asks a worker's device to stop what it is at, where it can be stopped.
+pub const INTERRUPT: &str = "interrupt";
+
+/// What a worker answers while its device is at work.
+struct BesideDevice {
+    tasks: TaskServer,
+    interrupts: Arc<Interrupts>,
+}
+
+impl Beside for BesideDevice {
+    fn offer(&self, call: Call) -> Option<Call> {
+        if call.verb != INTERRUPT {
+            return self.tasks.offer(call);
+        }
+        self.interrupts.raise_all();
+        call.reply.send(Ok(Bytes::new()));
+        None
+    }
+}
+
 fn refused(error: ControlError) -> Failure {
     Failure::Worker(error.to_string())
 }
 
 async fn build(
     body: &[u8],
-    joining: &Joining,
-    place: &Place,
-    session: &Session,
-    watched: &Watched,
+    (joining, place, session, watched): (&Joining, &Place, &Session, &Watched),
 ) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>, Built)> {
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
@@ -201,11 +220,12 @@ fn meeting(driver: &str, port: u16) -> echelon_core::Result<Meeting> {
 }
 
 /// Hands a call to the device thread by the name of its verb.
-fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMessages>>) {
+fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMessages>>, interrupt: Interrupt) {
+    let begin = move |roles: &mut DeviceRoles| roles.interrupt = interrupt;
     macro_rules! verbs {
         ($($verb:ident),*) => {
             match call.verb.as_str() {
-                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call, shared),)*
+                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call, shared, begin),)*
                 other => {
                     let unknown = format!("no verb is called `{other}`");
                     call.reply.send(Err(unknown));

@@ -107,6 +107,22 @@ fn an_interrupted_run_of_workers_goes_on_as_if_nothing_had_been() {
     assert_same(&workplace.path("run"), &workplace.path("undisturbed"), "resumed");
 }
 
+/// A phase that would take minutes is left when a person asks.
+#[test]
+fn workers_stop_in_the_middle_of_a_phase() {
+    let workplace = Workplace::new();
+    let long = ["--set", "rollout.samples_per_prompt=20000", "--set", "ppo.mini_batch_size=80000"];
+    let mut driver = workplace.ppo("run", &[&TWO[..], &long].concat()).spawn().unwrap();
+    assert!(wait_for(&mut driver, || workplace.path("run/eval_before.json").exists()));
+    std::thread::sleep(Duration::from_secs(1));
+    send(&driver, libc::SIGTERM);
+    let asked = Instant::now();
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143), "{}", said(&output));
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    assert!(!said(&output).contains("step  1"), "it was in the middle of the first: {}", said(&output));
+}
+
 /// Starts a worker as a person or a scheduler would.
 fn worker(rank: usize, address: &str, credentials: &str) -> Child {
     started_as(Command::new(env!("CARGO_BIN_EXE_worker")), rank, address, credentials)

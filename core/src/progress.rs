@@ -1,7 +1,7 @@
 //! What a long phase tells whoever watches it, and how it is asked to stop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use crate::error::{Error, Result};
 
@@ -25,6 +25,28 @@ pub struct Interrupt(Arc<Flags>);
 struct Flags {
     raised: AtomicBool,
     deferred: AtomicBool,
+}
+
+/// The requests to stop of a worker's calls: one that is raised reaches the calls that are there, and none that comes later.
+#[derive(Default)]
+pub struct Interrupts(Mutex<Vec<Weak<Flags>>>);
+
+impl Interrupts {
+    pub fn of_new_call(&self) -> Interrupt {
+        let interrupt = Interrupt::default();
+        let mut calls = self.calls();
+        calls.retain(|call| call.strong_count() > 0);
+        calls.push(Arc::downgrade(&interrupt.0));
+        interrupt
+    }
+
+    pub fn raise_all(&self) {
+        self.calls().iter().filter_map(Weak::upgrade).for_each(|call| Interrupt(call).raise());
+    }
+
+    fn calls(&self) -> MutexGuard<'_, Vec<Weak<Flags>>> {
+        self.0.lock().expect("never held over a panic")
+    }
 }
 
 /// While it lives, phases are not stopped; the request stays raised for whoever asks after it.
@@ -63,6 +85,18 @@ impl Interrupt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn calls_that_come_later_are_not_interrupted() {
+        let calls = Interrupts::default();
+        let [first, second] = [calls.of_new_call(), calls.of_new_call()];
+        calls.raise_all();
+        let third = calls.of_new_call();
+        assert!(first.is_raised() && second.is_raised() && !third.is_raised());
+        drop((first, second));
+        let _fourth = calls.of_new_call();
+        assert_eq!(calls.calls().len(), 2, "what is over is forgotten");
+    }
 
     #[test]
     fn a_deferred_interrupt_stops_nothing_until_it_is_due() {

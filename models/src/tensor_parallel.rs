@@ -109,7 +109,7 @@ impl TensorParallel {
         if self.is_solo() {
             return Ok(mine);
         }
-        Ok(self.group.max(operation, i64::from(mine))? > 0)
+        self.group.any(operation, mine)
     }
 
     /// What this rank made of a call, once it is known that every rank made something of the same call: `call` is equal on

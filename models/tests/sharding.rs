@@ -278,6 +278,39 @@ fn one_ranks_bad_loss_is_everyones() {
     });
 }
 
+/// One rank that is asked to stop stops all before the same pass, also those that only pass by, and they stay in step.
+#[test]
+fn ranks_stop_together() {
+    let folder = Path::new(GOLDEN).join("llama_tied_f32");
+    let point = MeetingPoint::serve("127.0.0.1", 0).unwrap();
+    let (port, folder) = (point.port(), &folder);
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            scope.spawn(move || {
+                let patience = Patience::default();
+                let point = MeetingPoint::join("127.0.0.1", port, patience).unwrap();
+                let group = ProcessGroup::join(&point, "test", (rank, 2), "127.0.0.1", patience).unwrap();
+                let stage = ZeroStage::Three;
+                let case = Case { ranks: 2, stage, checkpointing: false, tokens_per_micro_batch: 9 };
+                let mut policy = policy(folder, Kind::Float, &Sharding { group, stage, offload: false }, case);
+                let all = rows(1);
+                let mine = Tokens::from_rows(if rank == 0 { &all[..] } else { &all[..1] });
+                let interrupt = Interrupt::default();
+                let mut passes = 0;
+                let each = |_: &[i64], _| {
+                    passes += 1;
+                    if passes == 2 {
+                        interrupt.raise(); // rank 0 alone comes to this
+                    }
+                };
+                let stopped = policy.forward_rows(&mine, &interrupt, each).unwrap_err();
+                assert!(matches!(stopped, echelon_core::Error::Interrupted), "{stopped}");
+                policy.forward_rows(&mine, &Interrupt::default(), |_, _| ()).unwrap();
+            });
+        }
+    });
+}
+
 /// Peers and heartbeats learn which micro-batch a rank is in, and that it is in none between mini-batches.
 #[test]
 fn a_pass_tells_its_micro_batch() {

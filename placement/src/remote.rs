@@ -58,9 +58,13 @@ where
 }
 
 /// Hands a call to the device thread, in the order of calls, and its answer to the driver when it is there. Both go by the
-/// host's store where the driver shares it.
-pub fn serve<H, V>(worker: &Worker<H>, call: Call, shared: Option<&Arc<SharedMessages>>)
-where
+/// host's store where the driver shares it. `begin` comes before the call on the device thread.
+pub fn serve<H, V>(
+    worker: &Worker<H>,
+    call: Call,
+    shared: Option<&Arc<SharedMessages>>,
+    begin: impl FnOnce(&mut H) + Send + 'static,
+) where
     H: Serve<V> + 'static,
     V: Verb + Message,
     V::Reply: Message,
@@ -68,9 +72,12 @@ where
     let Call { body, reply, .. } = call;
     let shared = shared.cloned();
     // Also read and written there: a tensor's bytes may be on the device, and a store's calls wait.
-    let answer = worker.submit(move |host: &mut H| match &shared {
-        Some(shared) => host.serve(shared.decode(&body)?).map(|answer| shared.encode(&answer)),
-        None => host.serve(decode(&body)?).map(|answer| encode(&answer)),
+    let answer = worker.submit(move |host: &mut H| {
+        begin(host);
+        match &shared {
+            Some(shared) => host.serve(shared.decode(&body)?).map(|answer| shared.encode(&answer)),
+            None => host.serve(decode(&body)?).map(|answer| encode(&answer)),
+        }
     });
     tokio::spawn(async move {
         let answer = answer.await;

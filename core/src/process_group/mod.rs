@@ -238,6 +238,11 @@ impl ProcessGroup {
         Ok(all.max().int64_value(&[]))
     }
 
+    /// Whether it holds on any rank.
+    pub fn any(&self, operation: &str, mine: bool) -> Result<bool> {
+        Ok(self.max(operation, i64::from(mine))? > 0)
+    }
+
     /// Starts to fill the flat `gathered` with the ranks' flat `shard`s, in order.
     pub fn start_all_gather(&self, operation: &str, gathered: &Tensor, shard: &Tensor) -> Result<Pending> {
         if self.inner.peers.is_none() {

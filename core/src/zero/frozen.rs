@@ -95,4 +95,8 @@ impl Units for FrozenState {
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(self.group.max("micro-batches", passes as i64)? as usize)
     }
+
+    fn any_stops(&self, stop: bool) -> Result<bool> {
+        self.group.any("stop", stop)
+    }
 }

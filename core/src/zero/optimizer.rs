@@ -318,6 +318,10 @@ impl Units for TrainingState {
         Ok(if together { self.sharding.group.max("micro-batches", passes as i64)? as usize } else { passes })
     }
 
+    fn any_stops(&self, stop: bool) -> Result<bool> {
+        if self.sharding.gradients() { self.sharding.group.any("stop", stop) } else { Ok(stop) }
+    }
+
     fn at_micro_batch(&self, number: usize) {
         self.sharding.group.at_micro_batch(number as u64);
     }

@@ -54,6 +54,8 @@ pub trait Units {
     fn reduce(&mut self, unit: usize) -> Result<()>;
     /// How many passes all ranks make when this one has `passes`.
     fn agree(&self, passes: usize) -> Result<usize>;
+    /// Whether any rank wants to stop before the next pass; `stop` is this one's wish. They stop together.
+    fn any_stops(&self, stop: bool) -> Result<bool>;
     /// A pass over this micro-batch begins, numbered from 1; 0 when the last one is over. Those who wait are told.
     fn at_micro_batch(&self, number: usize);
 }
@@ -83,6 +85,9 @@ impl Units for WholeModel {
     }
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(passes)
+    }
+    fn any_stops(&self, stop: bool) -> Result<bool> {
+        Ok(stop)
     }
     fn at_micro_batch(&self, _number: usize) {}
 }

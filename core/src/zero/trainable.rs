@@ -122,17 +122,19 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
 ) -> Result<()> {
     let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
     let passes = units.agree(batches.len())?; // before the first pass: ranks are in step
-    for (index, batch) in batches.iter().enumerate() {
-        if model.any_stops(interrupt.check().is_err())? {
+    for index in 0..passes {
+        let stop = model.any_stops(interrupt.check().is_err())?;
+        if units.any_stops(stop)? {
             return Err(Error::Interrupted);
         }
         units.at_micro_batch(index + 1);
-        let packed = PackedRows::new(&rows.select(batch), pass.device);
-        each(batch, forward_units(units, (model, head), &packed)?);
-    }
-    for index in batches.len()..passes {
-        units.at_micro_batch(index + 1);
-        idle_pass(units, model.num_layers(), false)?;
+        match batches.get(index) {
+            Some(batch) => {
+                let packed = PackedRows::new(&rows.select(batch), pass.device);
+                each(batch, forward_units(units, (model, head), &packed)?);
+            }
+            None => idle_pass(units, model.num_layers(), false)?,
+        }
     }
     units.at_micro_batch(0);
     Ok(())
