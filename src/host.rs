@@ -12,7 +12,7 @@ use echelon_core::rollout::{Rollout, Tokens};
 use echelon_core::shim;
 use echelon_core::verb::*;
 use echelon_core::zero::{
-    Head, PolicyOutput, ScalarValues, Trainable, Units, forward_rows_through, stack_rows, write_tensors,
+    Head, PolicyOutput, ScalarValues, Trainable, TrainingState, Units, forward_rows_through, stack_rows, write_tensors,
 };
 use echelon_core::{Error, Result};
 use echelon_generation::Engine;
@@ -96,6 +96,11 @@ impl<T> Deferred<T> {
         }
     }
 
+    /// What was loaded, if it was.
+    fn loaded(&mut self) -> Option<&mut T> {
+        if let DeferredState::Loaded(value, _) = &mut self.0 { Some(value) } else { None }
+    }
+
     /// Bytes that loading left in tensors, mapped ones among them: a frozen model's weights.
     fn weights(&self) -> StateBytes {
         let weights = if let DeferredState::Loaded(_, bytes) = &self.0 { *bytes } else { 0 };
@@ -117,6 +122,45 @@ impl DeviceRoles {
 
     fn critic(&mut self) -> Result<&mut LearningCritic> {
         self.critic.as_mut().ok_or_else(|| not_here(Role::Critic))?.get()
+    }
+
+    /// Node reuse: before the generator works, what the plan moves goes to host memory. The actor's weights stay where it
+    /// computes on them.
+    fn set_aside(&mut self) -> Result<()> {
+        let (layout, worker) = (self.seat.layout.clone(), self.seat.worker);
+        let moves = |role| layout.of_worker(worker, role).is_some_and(|group| group.moves_to_host);
+        let whole = |state: &TrainingState| !state.sharding().parameters();
+        if let Some(actor) = self.actor.as_mut().filter(|_| moves(Role::Actor)) {
+            let kept = layout.shares_weights() && whole(&actor.policy.state);
+            actor.policy.state.set_aside(!kept)?;
+        }
+        if let Some(critic) = self.critic.as_mut().filter(|_| moves(Role::Critic)).and_then(Deferred::loaded) {
+            critic.model.state.set_aside(true)?;
+        }
+        if let Some(frozen) = self.reference.as_mut().filter(|_| moves(Role::Reference)).and_then(Deferred::loaded) {
+            frozen.units.set_aside()?;
+        }
+        if let Some(frozen) = self.reward.as_mut().filter(|_| moves(Role::Reward)).and_then(Deferred::loaded) {
+            frozen.model.units.set_aside()?;
+        }
+        Ok(())
+    }
+
+    /// Ends [`DeviceRoles::set_aside`], if there was one: before anything but the generator works.
+    fn bring_back(&mut self) -> Result<()> {
+        if let Some(actor) = &mut self.actor {
+            actor.policy.state.bring_back()?;
+        }
+        if let Some(critic) = self.critic.as_mut().and_then(Deferred::loaded) {
+            critic.model.state.bring_back()?;
+        }
+        if let Some(frozen) = self.reference.as_mut().and_then(Deferred::loaded) {
+            frozen.units.bring_back()?;
+        }
+        if let Some(frozen) = self.reward.as_mut().and_then(Deferred::loaded) {
+            frozen.model.units.bring_back()?;
+        }
+        Ok(())
     }
 
     /// What a forward pass without learning needs beside a model.
@@ -213,16 +257,19 @@ impl Serve<Generate> for DeviceRoles {
     fn serve(&mut self, request: Generate) -> Result<Rollout> {
         let generator = self.generator.as_ref().ok_or_else(|| not_here(Role::Generator))?;
         generator.check(self.policy_version)?;
+        let metering = self.meter.begin(Role::Generator, Phase::Generate);
+        if let (Generator::OnActor, Some(actor)) = (generator, &mut self.actor) {
+            actor.policy.state.bring_back()?; // a part that is away cannot be gathered
+            actor.policy.state.gather_all()?;
+        }
+        self.set_aside()?;
+        let generator = self.generator.as_ref().expect("seen above");
         let own = match generator {
             Generator::OnActor => None,
             Generator::Beside(weights) => Some((&weights.model, &weights.head)),
             Generator::Apart(apart) => Some((&apart.weights.model, &apart.weights.head)),
         };
-        let metering = self.meter.begin(Role::Generator, Phase::Generate);
-        let mut actor = if own.is_none() { self.actor.as_mut() } else { None };
-        if let Some(actor) = &mut actor {
-            actor.policy.state.gather_all()?;
-        }
+        let actor = if own.is_none() { self.actor.as_mut() } else { None };
         let (model, head) = match (own, &actor) {
             (Some(own), _) => own,
             (None, Some(actor)) => (&actor.policy.model, actor.policy.head.weight()),
@@ -244,6 +291,7 @@ impl Serve<Generate> for DeviceRoles {
 
 impl Serve<Logprobs> for DeviceRoles {
     fn serve(&mut self, request: Logprobs) -> Result<Tensor> {
+        self.bring_back()?;
         let tokens = &request.tokens;
         let read = |output: &LogprobOutput| output.logprobs().shallow_clone();
         let load = self.pass_load(tokens);
@@ -273,6 +321,7 @@ impl Serve<Logprobs> for DeviceRoles {
 
 impl Serve<Values> for DeviceRoles {
     fn serve(&mut self, request: Values) -> Result<Tensor> {
+        self.bring_back()?;
         let asking = self.asking("values");
         let read = |output: &ScalarOutput| output.values().shallow_clone();
         self.critic()?; // loaded before it is metered
@@ -287,6 +336,7 @@ impl Serve<Values> for DeviceRoles {
 
 impl Serve<Scores> for DeviceRoles {
     fn serve(&mut self, request: Scores) -> Result<Tensor> {
+        self.bring_back()?;
         let asking = self.asking("scores");
         let deferred = self.reward.as_mut().ok_or_else(|| not_here(Role::Reward))?;
         let reward = deferred.get()?;
@@ -320,6 +370,7 @@ fn encode_texts(tokenizer: &Tokenizer, prompts: &[String], responses: &[String])
 
 impl Serve<UpdateActor> for DeviceRoles {
     fn serve(&mut self, request: UpdateActor) -> Result<ActorReport> {
+        self.bring_back()?;
         let UpdateActor { experience, num_tokens, kl_coef } = request;
         let metering = self.meter.begin(Role::Actor, Phase::TrainActor);
         let actor = self.actor()?;
@@ -333,6 +384,7 @@ impl Serve<UpdateActor> for DeviceRoles {
 
 impl Serve<UpdateCritic> for DeviceRoles {
     fn serve(&mut self, request: UpdateCritic) -> Result<CriticReport> {
+        self.bring_back()?;
         let UpdateCritic { experience, num_tokens } = request;
         self.critic()?; // loaded before it is metered
         let metering = self.meter.begin(Role::Critic, Phase::TrainCritic);
@@ -347,6 +399,7 @@ impl Serve<UpdateCritic> for DeviceRoles {
 
 impl Serve<Publish> for DeviceRoles {
     fn serve(&mut self, Publish { policy_version }: Publish) -> Result<()> {
+        self.bring_back()?;
         let mut actor = self.actor.as_mut();
         if let (Some(sender), Some(actor)) = (&mut self.sender, &actor) {
             sender.publish(&actor.policy.state, policy_version)?;
@@ -367,6 +420,7 @@ impl Serve<Memory> for DeviceRoles {
 
 impl Serve<Save> for DeviceRoles {
     fn serve(&mut self, request: Save) -> Result<()> {
+        self.bring_back()?;
         match request.role {
             Role::Critic => save_state(&self.critic()?.model.state, &request.file),
             _ => save_state(&self.actor()?.policy.state, &request.file),
@@ -376,6 +430,7 @@ impl Serve<Save> for DeviceRoles {
 
 impl Serve<Restore> for DeviceRoles {
     fn serve(&mut self, request: Restore) -> Result<()> {
+        self.bring_back()?;
         match request.role {
             Role::Critic => restore_state(&mut self.critic()?.model.state, &request.file),
             _ => restore_state(&mut self.actor()?.policy.state, &request.file),
@@ -385,6 +440,7 @@ impl Serve<Restore> for DeviceRoles {
 
 impl Serve<Export> for DeviceRoles {
     fn serve(&mut self, request: Export) -> Result<()> {
+        self.bring_back()?;
         let Export { role, folder } = request;
         match role {
             Role::Critic => {

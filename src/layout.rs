@@ -22,6 +22,8 @@ pub struct RoleGroup {
     /// What a trained role divides over its ranks; frozen ones divide their parameters at 3.
     pub zero_stage: u8,
     pub adam_offload: bool,
+    /// What it holds leaves the devices while the generator works there.
+    pub moves_to_host: bool,
     /// Neighbouring ranks of the generator that share one copy of its weights.
     pub tensor_parallel: usize,
 }
@@ -32,7 +34,14 @@ impl Layout {
     /// Every role on every one of `num_workers`.
     pub fn together(num_workers: usize, zero_stage: u8, adam_offload: bool) -> Layout {
         let workers: Vec<usize> = (0..num_workers).collect();
-        let group = |role| RoleGroup { role, workers: workers.clone(), zero_stage, adam_offload, tensor_parallel: 1 };
+        let group = |role| RoleGroup {
+            role,
+            workers: workers.clone(),
+            zero_stage,
+            adam_offload,
+            moves_to_host: false,
+            tensor_parallel: 1,
+        };
         Layout { num_workers, groups: ROLES.map(group).to_vec() }
     }
 
@@ -48,6 +57,7 @@ impl Layout {
                 workers: workers.clone(),
                 zero_stage: held.zero_stage,
                 adam_offload: held.adam_offload,
+                moves_to_host: group.moves_to_host && held.role != Role::Generator,
                 tensor_parallel: held.tensor_parallel,
             }));
         }
@@ -163,6 +173,7 @@ mod tests {
             workers: workers.to_vec(),
             zero_stage: 3,
             adam_offload: false,
+            moves_to_host: false,
             tensor_parallel,
         };
         let groups = vec![

@@ -5,8 +5,8 @@ use std::path::Path;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::zero::{
-    FrozenState, OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile, TensorWriter, Trainable,
-    TrainingState, Units, WholeModel, ZeroStage,
+    FrozenState, FrozenWhole, OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile,
+    TensorWriter, Trainable, TrainingState, Units, WholeModel, ZeroStage,
 };
 use echelon_core::{Error, Result};
 use echelon_models::ModelError;
@@ -15,7 +15,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::decoder::Decoder;
 use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::calibration::probe_parameter;
 
@@ -202,9 +202,18 @@ impl FrozenParams {
         let (kind, device) = (held.kind, held.pass.device);
         if sharding.stage < ZeroStage::Three || sharding.group.size() == 1 {
             let config = config.clone();
-            // The mapping lives in the tensors.
-            let load = move |name: &str| checkpoint.loader(&config, kind, device)(name);
-            return Ok(FrozenParams { load: Box::new(load), units: Box::new(WholeModel) });
+            if device == Device::Cpu {
+                // The mapping lives in the tensors.
+                let load = move |name: &str| checkpoint.loader(&config, kind, device)(name);
+                return Ok(FrozenParams { load: Box::new(load), units: Box::new(WholeModel) });
+            }
+            let mut loader = checkpoint.loader(&config, kind, device);
+            let params = config.shape().units.into_iter().flat_map(|unit| unit.params);
+            let weights: std::collections::HashMap<String, Tensor> =
+                params.map(|param| Ok((param.name.clone(), loader(&param.name)?))).collect::<Result<_>>()?;
+            let units = FrozenWhole::new(weights.values().map(Tensor::shallow_clone).collect());
+            let load = move |name: &str| Ok(weights[name].shallow_clone());
+            return Ok(FrozenParams { load: Box::new(load), units: Box::new(units) });
         }
         let shape = config.shape();
         let params = shape.units.iter().flat_map(|unit| &unit.params);

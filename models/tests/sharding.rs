@@ -311,6 +311,54 @@ fn ranks_stop_together() {
     });
 }
 
+/// Node reuse: a state that was in host memory between two steps goes on as one that stayed, and at stage 3 the gathered
+/// weights outlive the part that left.
+#[test]
+fn a_state_comes_back_as_it_went() {
+    let folder = Path::new(GOLDEN).join("llama_tied_f32");
+    for stage in [ZeroStage::Zero, ZeroStage::One, ZeroStage::Two, ZeroStage::Three] {
+        let point = MeetingPoint::serve("127.0.0.1", 0).unwrap();
+        let (port, folder) = (point.port(), &folder);
+        std::thread::scope(|scope| {
+            for rank in 0..2 {
+                scope.spawn(move || {
+                    let patience = Patience::default();
+                    let point = MeetingPoint::join("127.0.0.1", port, patience).unwrap();
+                    let group = ProcessGroup::join(&point, "test", (rank, 2), "127.0.0.1", patience).unwrap();
+                    let case = Case { ranks: 2, stage, checkpointing: false, tokens_per_micro_batch: 1000 };
+                    let learn = |aside: bool| {
+                        let sharding = Sharding { group: group.clone(), stage, offload: false };
+                        let mut policy = policy(folder, Kind::Float, &sharding, case);
+                        for step in 0..3 {
+                            let mine = Tokens::from_rows(&rows(step)[rank..=rank]);
+                            for batch in policy.micro_batches(&mine.lengths).unwrap() {
+                                let loss_of = |output: &LogprobOutput| Ok(output.logprobs.sum(Kind::Double));
+                                policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
+                            }
+                            policy.optimizer_step(1e-2).unwrap();
+                            policy.state.gather_all().unwrap();
+                            let norm =
+                                |state: &TrainingState| state.params()["model.norm.weight"].weight.detach().copy();
+                            let before = norm(&policy.state);
+                            if aside {
+                                policy.state.set_aside(stage == ZeroStage::Three).unwrap();
+                                policy.state.set_aside(stage == ZeroStage::Three).unwrap(); // it is away already
+                            }
+                            assert_eq!(norm(&policy.state), before, "a generator computes on it");
+                            policy.state.release_all().unwrap();
+                            policy.state.bring_back().unwrap();
+                        }
+                        policy.state.tensors().unwrap()
+                    };
+                    for ((name, stayed), (_, moved)) in learn(false).iter().zip(learn(true)) {
+                        assert_eq!(*stayed, moved, "{name} at {stage:?}");
+                    }
+                });
+            }
+        });
+    }
+}
+
 /// Peers and heartbeats learn which micro-batch a rank is in, and that it is in none between mini-batches.
 #[test]
 fn a_pass_tells_its_micro_batch() {

@@ -82,7 +82,7 @@ impl MemoryLedger {
             tensor_parallel: group.tensor_parallel,
             slots: self.workload.slots_wanted(ranks / group.tensor_parallel, 0),
             shares_weights: self.layout.shares_weights(),
-            moves_to_host: false,
+            moves_to_host: group.moves_to_host,
             on_cpu: self.on_cpu,
         })
     }

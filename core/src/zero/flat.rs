@@ -169,6 +169,30 @@ impl FlatUnit {
         Ok(())
     }
 
+    /// Gives the gradients' memory back between steps, when they hold nothing. On a CPU gradients that are whole keep it.
+    pub fn drop_grads(&mut self) -> Result<()> {
+        match &mut self.grads_shard {
+            Some(shard) => *shard = Tensor::f_empty([0], (shard.kind(), shard.device()))?,
+            None if self.grads.device() != Device::Cpu => free_storage(&self.grads)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Room for them again.
+    pub fn take_grads_up(&mut self) -> Result<()> {
+        let (kind, device, part) = (self.grads.kind(), self.grads.device(), self.weights.part());
+        match &mut self.grads_shard {
+            Some(shard) => *shard = shim::zeros_on_demand(part.end - part.start, kind, device)?,
+            None if device != Device::Cpu => {
+                allocate_storage(&self.grads)?;
+                let _ = unversioned(&self.grads)?.f_zero_()?;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
     /// All of a flat buffer of which each rank has its part; every rank calls this.
     pub fn whole(&self, shard: &Tensor) -> Result<Tensor> {
         if shard.size()[0] == self.weights.length() {

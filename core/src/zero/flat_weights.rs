@@ -123,6 +123,11 @@ impl FlatWeights {
         Ok(())
     }
 
+    /// The buffer that stays between passes.
+    pub fn kept(&self) -> &Tensor {
+        if self.sharding.parameters() { &self.shard } else { &self.whole }
+    }
+
     /// After this rank's part of the weights has changed: brings the others' parts, where weights are whole.
     pub fn spread(&mut self) -> Result<()> {
         if self.sharding.optimizer() && !self.sharding.parameters() {
@@ -141,7 +146,7 @@ impl FlatWeights {
 
     /// Bytes that stay between passes.
     pub fn bytes(&self) -> usize {
-        let kept = if self.sharding.parameters() { &self.shard } else { &self.whole };
+        let kept = self.kept();
         kept.numel() * kept.kind().elt_size_in_bytes()
     }
 }

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::aside::Aside;
 use super::flat_weights::FlatWeights;
 use super::pass::Units;
 use super::sharding::Sharding;
@@ -24,6 +25,30 @@ pub struct FrozenState {
     views: Vec<Vec<Tensor>>,
     group: ProcessGroup,
     head_units: Vec<usize>,
+    aside: Aside,
+}
+
+/// The weights of a model that does not learn, whole on this rank's device.
+pub struct FrozenWhole {
+    weights: Vec<Tensor>,
+    aside: Aside,
+}
+
+impl FrozenWhole {
+    /// `weights` own their memory, and are all of the model's.
+    pub fn new(weights: Vec<Tensor>) -> FrozenWhole {
+        FrozenWhole { weights, aside: Aside::default() }
+    }
+}
+
+impl Units for FrozenWhole {
+    fn set_aside(&mut self) -> Result<()> {
+        self.aside.take_all(&self.weights)
+    }
+
+    fn bring_back(&mut self) -> Result<()> {
+        self.aside.bring_back()
+    }
 }
 
 impl FrozenState {
@@ -43,7 +68,8 @@ impl FrozenState {
             Ok((weights, views))
         };
         let (units, views) = shape.units.iter().map(unit).collect::<Result<Vec<_>>>()?.into_iter().unzip();
-        Ok(FrozenState { units, views, group: group.clone(), head_units: shape.head_units() })
+        let (group, head_units) = (group.clone(), shape.head_units());
+        Ok(FrozenState { units, views, group, head_units, aside: Aside::default() })
     }
 
     /// Every parameter by name: what the model is built from. They have memory while their unit is gathered.
@@ -98,5 +124,13 @@ impl Units for FrozenState {
 
     fn any_stops(&self, stop: bool) -> Result<bool> {
         self.group.any("stop", stop)
+    }
+
+    fn set_aside(&mut self) -> Result<()> {
+        self.aside.take_all(self.units.iter().map(FlatWeights::kept))
+    }
+
+    fn bring_back(&mut self) -> Result<()> {
+        self.aside.bring_back()
     }
 }

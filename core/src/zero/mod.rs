@@ -7,6 +7,7 @@
 //! Over several ranks, [`Sharding`] says what is divided. A unit's parameters are gathered when a pass comes to it and
 //! released behind it; its gradients are handed to their ranks as soon as its backward pass is over.
 
+mod aside;
 mod flat;
 mod flat_weights;
 mod frozen;
@@ -16,9 +17,10 @@ mod sharding;
 mod state_file;
 mod trainable;
 
+pub use aside::Aside;
 pub use flat::{FlatUnit, ParamWithGrad};
 pub use flat_weights::{FlatLayout, FlatWeights};
-pub use frozen::FrozenState;
+pub use frozen::{FrozenState, FrozenWhole};
 pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
 pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
 pub use sharding::{Sharding, ZeroStage};

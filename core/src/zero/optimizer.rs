@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
+use super::aside::{Aside, in_host_memory};
 use super::flat::{FlatUnit, ParamWithGrad};
 use super::pass::Units;
 use super::sharding::Sharding;
@@ -42,6 +43,8 @@ pub struct TrainingState {
     /// The unit whose gradients are on their way to their ranks.
     reducing: Option<usize>,
     head_units: Vec<usize>,
+    /// Weights in host memory; with them are all moments, and gradients have no room.
+    aside: Option<Aside>,
 }
 
 /// What the optimizer keeps of its part of a unit.
@@ -92,7 +95,7 @@ impl TrainingState {
         }
         let head_units = shape.head_units();
         let sharding = sharding.clone();
-        Ok(TrainingState { role, units, moments, steps: 0, config, sharding, reducing: None, head_units })
+        Ok(TrainingState { role, units, moments, steps: 0, config, sharding, reducing: None, head_units, aside: None })
     }
 
     /// Every parameter by name: what the model is built from.
@@ -262,6 +265,40 @@ impl TrainingState {
         self.units.iter_mut().try_for_each(|unit| unit.weights.release())
     }
 
+    /// Moves what learning keeps to host memory, where a generator needs the device: moments, master weights and, with
+    /// `weights`, those that passes compute with. Gradients hold nothing between steps: they have no room until then.
+    pub fn set_aside(&mut self, weights: bool) -> Result<()> {
+        if self.aside.is_some() {
+            return Ok(());
+        }
+        let mut aside = Aside::default();
+        for (unit, moments) in self.units.iter_mut().zip(&mut self.moments) {
+            unit.drop_grads()?;
+            if !self.sharding.offload {
+                moments.tensors().try_for_each(|tensor| in_host_memory(tensor).map(|host| *tensor = host))?;
+            }
+            if weights {
+                aside.take(unit.weights.kept())?;
+            }
+        }
+        self.aside = Some(aside);
+        Ok(())
+    }
+
+    /// Ends [`TrainingState::set_aside`], if there was one.
+    pub fn bring_back(&mut self) -> Result<()> {
+        let Some(mut aside) = self.aside.take() else { return Ok(()) };
+        aside.bring_back()?;
+        for (unit, moments) in self.units.iter_mut().zip(&mut self.moments) {
+            if !self.sharding.offload {
+                let device = unit.weights.whole.device();
+                moments.tensors().try_for_each(|tensor| tensor.f_to_device(device).map(|back| *tensor = back))?;
+            }
+            unit.take_grads_up()?;
+        }
+        Ok(())
+    }
+
     /// Bytes of weights, gradients, master copy and moments that this rank keeps between passes.
     pub fn bytes(&self) -> usize {
         self.bytes_by_part().total() as usize
@@ -322,6 +359,14 @@ impl Units for TrainingState {
         if self.sharding.gradients() { self.sharding.group.any("stop", stop) } else { Ok(stop) }
     }
 
+    fn set_aside(&mut self) -> Result<()> {
+        TrainingState::set_aside(self, true)
+    }
+
+    fn bring_back(&mut self) -> Result<()> {
+        TrainingState::bring_back(self)
+    }
+
     fn at_micro_batch(&self, number: usize) {
         self.sharding.group.at_micro_batch(number as u64);
     }
@@ -344,6 +389,10 @@ impl Moments {
             None
         };
         Ok(Moments { master, exp_avg: zeros()?, exp_avg_sq: zeros()? })
+    }
+
+    fn tensors(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.master.iter_mut().chain([&mut self.exp_avg, &mut self.exp_avg_sq])
     }
 
     fn part<'a>(&'a self, part: StatePart, unit: &'a FlatUnit) -> &'a Tensor {

@@ -38,59 +38,57 @@ pub trait Head {
     fn backward(&self, hidden: &Tensor, batch: &PackedRows, output: &Self::Output) -> Result<Tensor>;
 }
 
-/// What a pass does to the units it goes through: nothing where they are whole, collectives where they are divided. Unit
-/// 0 is the embedding, unit i + 1 layer i, the last the final norm with the head.
+/// What a pass does to the units it goes through: nothing where they are whole, which is what the defaults do, collectives
+/// where they are divided. Unit 0 is the embedding, unit i + 1 layer i, the last the final norm with the head.
 pub trait Units {
     /// The units that norm and head read.
-    fn head_units(&self) -> &[usize];
-    /// Begins to bring a unit's weights.
-    fn prefetch(&mut self, unit: usize) -> Result<()>;
-    /// A unit's weights are here when this returns.
-    fn gather(&mut self, unit: usize) -> Result<()>;
-    fn release(&mut self, unit: usize) -> Result<()>;
-    /// Room for a unit's gradients is here when this returns.
-    fn open_grads(&mut self, unit: usize) -> Result<()>;
-    /// All gradients of a unit are there.
-    fn reduce(&mut self, unit: usize) -> Result<()>;
-    /// How many passes all ranks make when this one has `passes`.
-    fn agree(&self, passes: usize) -> Result<usize>;
-    /// Whether any rank wants to stop before the next pass; `stop` is this one's wish. They stop together.
-    fn any_stops(&self, stop: bool) -> Result<bool>;
-    /// A pass over this micro-batch begins, numbered from 1; 0 when the last one is over. Those who wait are told.
-    fn at_micro_batch(&self, number: usize);
-}
-
-/// A model that is whole on this rank and does not learn.
-#[derive(Debug)]
-pub struct WholeModel;
-
-impl Units for WholeModel {
     fn head_units(&self) -> &[usize] {
         &[]
     }
+    /// Begins to bring a unit's weights.
     fn prefetch(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
+    /// A unit's weights are here when this returns.
     fn gather(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
     fn release(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
+    /// Room for a unit's gradients is here when this returns.
     fn open_grads(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
+    /// All gradients of a unit are there.
     fn reduce(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
+    /// How many passes all ranks make when this one has `passes`.
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(passes)
     }
+    /// Whether any rank wants to stop before the next pass; `stop` is this one's wish. They stop together.
     fn any_stops(&self, stop: bool) -> Result<bool> {
         Ok(stop)
     }
+    /// A pass over this micro-batch begins, numbered from 1; 0 when the last one is over. Those who wait are told.
     fn at_micro_batch(&self, _number: usize) {}
+    /// Moves what is kept between passes from the device to host memory: there is no pass until it was brought back.
+    fn set_aside(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// Ends [`Units::set_aside`], if there was one.
+    fn bring_back(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
+
+/// A model that is whole on this rank and does not learn.
+#[derive(Debug)]
+pub struct WholeModel;
+
+impl Units for WholeModel {}
 
 /// The head's output without a graph, of a model that is whole on this rank.
 pub fn forward<B: Backbone, H: Head>(model: &B, head: &H, batch: &PackedRows) -> Result<H::Output> {

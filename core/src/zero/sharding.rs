@@ -57,7 +57,7 @@ impl Sharding {
         self.divides(ZeroStage::Two)
     }
 
-    pub(super) fn parameters(&self) -> bool {
+    pub fn parameters(&self) -> bool {
         self.divides(ZeroStage::Three)
     }
 

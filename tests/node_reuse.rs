@@ -1,0 +1,64 @@
+//! Node reuse: what learns leaves the device while the generator works there and comes back, and nothing else changes.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{SMALL, Workplace};
+use echelon::layout::Layout;
+use echelon::recipe::Recipe;
+use echelon::wire::{self, RunInputs, Wired};
+use echelon_algorithms::ppo::{self, Moment, StepReport};
+use echelon_core::progress::{Interrupt, Unwatched};
+use echelon_core::role::Role;
+use echelon_core::rollout::{Prompt, Prompts};
+use echelon_models::tokenizer::Tokenizer;
+
+mod common;
+
+const STEPS: u64 = 3;
+
+/// What the steps of a run with everything on one worker report.
+async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<StepReport> {
+    let recipe = Recipe::load(recipe, &[]).unwrap().resolve();
+    let folders = wire::model_folders(&recipe).unwrap();
+    let (held, _) = wire::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
+    let mut layout = Layout::together(1, 0, false);
+    for group in layout.groups.iter_mut().filter(|group| group.role != Role::Generator) {
+        group.moves_to_host = moves_to_host;
+    }
+    let tokenizer = Arc::new(Tokenizer::load(&folders.actor).unwrap());
+    let inputs = RunInputs { folders, held, tokenizer: tokenizer.clone(), layout, run_folder: folder.into() };
+    let parts = (Interrupt::default(), Arc::new(Unwatched) as _);
+    let Wired { roles, ppo, crew } = wire::wire(&recipe, inputs, parts, Arc::new(|_| ())).await.unwrap();
+    let texts = ["the food at the", "a film about", "my room was", "we waited and"];
+    let mut reports = Vec::new();
+    for step in 1..=STEPS {
+        let row = |(index, text): (usize, &str)| Prompt {
+            id: 4 * step + index as u64,
+            token_ids: tokenizer.encode(text).unwrap(),
+            text: text.into(),
+            label: None,
+        };
+        let rows = texts.iter().copied().enumerate().map(row).collect();
+        let prompts = Prompts { rows, samples_per_prompt: 2, seed: step, evaluation: false };
+        let now = Moment { step, kl_coef: 0.1, interrupt: &Interrupt::default() };
+        // Twice in a row, as an evaluation and a rollout.
+        roles.generator.generate(prompts.clone(), &ppo.sampling).await.unwrap();
+        reports.push(ppo::step(&ppo, &roles, prompts, now).await.unwrap());
+    }
+    crew.finish(false).await;
+    reports
+}
+
+#[test]
+fn state_that_was_moved_learns_the_same() {
+    let workplace = Workplace::new();
+    let recipe = workplace.write("recipe.toml", SMALL);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let [stays, moves] = [false, true].map(|moves| runtime.block_on(run(&recipe, &workplace.path("run"), moves)));
+    for (stays, moves) in stays.iter().zip(&moves) {
+        assert!(stays.actor.iter().all(|report| report.grad_norm > 0.0));
+        assert_eq!((&stays.actor, &stays.critic), (&moves.actor, &moves.critic));
+        assert_eq!((&stays.scores, stays.kl), (&moves.scores, moves.kl));
+    }
+}
