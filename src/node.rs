@@ -37,14 +37,40 @@ pub fn reserve(roles: &str, host: Option<&str>, holds_gpu: bool) -> Result<Reser
     Ok(tasks()?.reserve(roles, Some(host.unwrap_or(&own)), demand)?)
 }
 
-/// Devices of this node, by the driver's management library: nothing is started on them.
-pub fn num_gpus() -> usize {
-    match Cluster::discover() {
-        Ok(Discovery::Found { cluster, .. }) => cluster.num_devices(),
-        Ok(Discovery::NoDevice { .. }) => 0,
+/// The GPUs of this node that this process may use, by the driver's management library: nothing is started on them.
+pub fn gpus() -> Option<&'static Cluster> {
+    static GPUS: LazyLock<Option<Cluster>> = LazyLock::new(|| match Cluster::discover() {
+        Ok(Discovery::Found { cluster, notes }) => {
+            notes.iter().for_each(|note| tracing::warn!("{note}"));
+            let visible = std::env::var("CUDA_VISIBLE_DEVICES").map_or(usize::MAX, |list| num_listed(&list));
+            cluster.repeated(1, cluster.num_devices().min(visible))
+        }
+        Ok(Discovery::NoDevice { .. }) => None,
         Err(error) => {
             tracing::warn!("{error}");
-            0
+            None
+        }
+    });
+    GPUS.as_ref()
+}
+
+pub fn num_gpus() -> usize {
+    gpus().map_or(0, Cluster::num_devices)
+}
+
+/// Devices in a list such as `0,3` or of identifiers; it ends at the first that means none.
+fn num_listed(list: &str) -> usize {
+    list.split(',').map(str::trim).take_while(|device| !device.is_empty() && !device.starts_with('-')).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visible_devices_are_counted() {
+        for (list, count) in [("0,3", 2), ("", 0), ("-1", 0), ("GPU-5a1e, GPU-77b0", 2), ("1,-1,2", 1)] {
+            assert_eq!(num_listed(list), count, "{list:?}");
         }
     }
 }

@@ -10,8 +10,9 @@ use echelon_placement::planner::{ByHand, Constraints, Plan, plan};
 use echelon_placement::rates::Rates;
 use echelon_placement::tier::Tier;
 
+use crate::node;
 use crate::program::Failure;
-use crate::recipe::{self, Device, Devices, Dtype, ModelSource, ResolvedRecipe, ScoreSource, StartModel};
+use crate::recipe::{self, Auto, Device, Devices, Dtype, ModelSource, ResolvedRecipe, ScoreSource, StartModel};
 
 /// The GPUs that a recipe without a kind is planned for.
 const USUAL_GPU: &str = "H100-80GB";
@@ -31,6 +32,18 @@ pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
     plan(&cluster, &workload, &constraints, &Rates::of(&cluster)).map(Some).map_err(Failure::input)
 }
 
+/// Counts this machine's GPUs where the recipe leaves it to us: several are then planned for, and the resolved recipe says
+/// how many. One needs no plan.
+pub fn count_gpus(recipe: &mut ResolvedRecipe) {
+    let devices = &mut recipe.placement.devices;
+    if devices.device != Device::Cpu
+        && devices.count().is_none()
+        && let Some(found) = node::gpus().map(|here| here.num_devices()).filter(|&found| found > 1)
+    {
+        devices.gpus_per_node = Auto::Fixed(found);
+    }
+}
+
 fn on_cpu(devices: &Devices) -> bool {
     devices.device == Device::Cpu || (devices.device == Device::Auto && devices.count().is_none())
 }
@@ -43,8 +56,13 @@ fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
     }
     let per_node = devices.gpus_per_node.fixed();
     let per_node = per_node.or(devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes)));
-    let kind = devices.gpu.as_deref().unwrap_or(USUAL_GPU);
     let per_node = per_node.unwrap_or(USUAL_GPUS_PER_NODE);
+    // Hardware that is here is known better than by a name.
+    let here = node::gpus().filter(|_| devices.gpu.is_none());
+    if let Some(cluster) = here.and_then(|here| here.repeated(devices.nodes, per_node)) {
+        return Ok(cluster);
+    }
+    let kind = devices.gpu.as_deref().unwrap_or(USUAL_GPU);
     Cluster::of(devices.nodes, per_node, kind).map_err(|error| Failure::Input(format!("placement.gpu: {error}")))
 }
 

@@ -41,7 +41,8 @@ use metrics::{Work, samples_of, step_metrics};
 /// See [`Failure`].
 pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     if let Some(format) = arguments.plan {
-        let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
+        let mut recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
+        plan::count_gpus(&mut recipe);
         let plan = plan::of(&recipe)?;
         match format {
             PlanFormat::Text => {
@@ -57,7 +58,8 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
         }
         return Ok(());
     }
-    let recipe = Recipe::load(&arguments.recipe, &arguments.sets)?.resolve();
+    let mut recipe = Recipe::load(&arguments.recipe, &arguments.sets)?.resolve();
+    plan::count_gpus(&mut recipe);
     let folder = run_folder(&recipe.name, arguments)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
     // The driver's tensors are Send but not Sync: the loop stays on this thread.

@@ -170,7 +170,7 @@ pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held)
     {
         return Err(error);
     }
-    check_budget(&engine_config(recipe), (&shape(&folders.actor)?, held.kind), prompt, response)
+    check_budget(&engine_config(recipe), (&shape(&folders.actor)?, held.kind, tensor_parallel_size), prompt, response)
         .map_err(|error| Failure::Input(format!("generation.{error}")))
 }
 

@@ -181,6 +181,37 @@ fn workers_started_by_hand_do_what_those_started_here_do() {
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
 }
 
+/// A Python with PyTorch; one that was named has to have it.
+fn python_with_torchrun() -> Option<String> {
+    let named = std::env::var("ECHELON_PYTHON").ok();
+    let python = named.clone().unwrap_or_else(|| "python3".into());
+    let imports = Command::new(&python).args(["-c", "import torch.distributed.run"]).output();
+    let found = imports.is_ok_and(|output| output.status.success());
+    assert!(found || named.is_none(), "ECHELON_PYTHON={python} has no PyTorch");
+    found.then_some(python)
+}
+
+#[test]
+fn workers_started_by_torchrun_do_what_those_started_here_do() {
+    let Some(python) = python_with_torchrun() else {
+        return eprintln!("not tested: no Python with PyTorch; ECHELON_PYTHON names one");
+    };
+    let workplace = Workplace::new();
+    workplace.finish("here", &TWO);
+    let (driver, address, credentials) = waiting(&workplace, "torchrun", &[]);
+    let launched = Command::new(python)
+        .args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"])
+        .args([env!("CARGO_BIN_EXE_worker"), "--join", &address, "--credentials", &credentials])
+        .env("OMP_NUM_THREADS", "1")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(launched.status.success(), "{}", said(&launched));
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    assert_same(&workplace.path("torchrun"), &workplace.path("here"), "workers started by torchrun");
+}
+
 /// A rule is a task, and a node that has room for tasks gets some. This one takes long to compile, so that the driver's own
 /// CPUs are taken when the others are asked.
 #[test]

@@ -169,19 +169,20 @@ fn bytes_per_token(config: &DecoderConfig, num_kv_heads: i64, kind: Kind) -> usi
     2 * config.num_layers * (num_kv_heads * config.head_dim) as usize * kind.elt_size_in_bytes()
 }
 
-/// Whether the budget of `engine` holds the longest sequence there can be, beside its prompt kept for other samples, on a
-/// rank that has the whole model.
+/// Whether the budget of `engine` holds the longest sequence there can be, beside its prompt kept for other samples, on
+/// each of the ranks that share a model.
 ///
 /// # Errors
 /// It does not; the message has both sizes.
 pub fn check_budget(
     engine: &EngineConfig,
-    (config, kind): (&DecoderConfig, Kind),
+    (config, kind, tensor_parallel_size): (&DecoderConfig, Kind, usize),
     prompt_tokens: usize,
     max_new_tokens: usize,
 ) -> Result<()> {
     let Some(budget) = engine.kv_cache_bytes else { return Ok(()) };
-    let bytes_per_token = bytes_per_token(config, config.num_kv_heads, kind);
+    let heads = (config.num_kv_heads / tensor_parallel_size as i64).max(1); // of each rank, as its cache
+    let bytes_per_token = bytes_per_token(config, heads, kind);
     slots_within(budget, bytes_per_token, prompt_tokens + max_new_tokens - 1, prompt_tokens).map(drop)
 }
 
@@ -208,10 +209,14 @@ mod tests {
         let config = DecoderConfig::read(&folder).unwrap();
         let bytes = bytes_per_token(&config, config.num_kv_heads, Kind::Float);
         let engine = |tokens: usize| EngineConfig { kv_cache_bytes: Some(tokens * bytes), ..EngineConfig::default() };
-        let check = |tokens| check_budget(&engine(tokens), (&config, Kind::Float), 32, 12);
+        let check = |tokens| check_budget(&engine(tokens), (&config, Kind::Float, 1), 32, 12);
         check(43 + 32).unwrap();
         let refused = check(43 + 31).unwrap_err().to_string();
         assert!(refused.contains(&format!("one sequence needs {}", (43 + 32) * bytes)), "{refused}");
+        // Each of several ranks keeps its heads alone.
+        let ranks = config.num_kv_heads as usize;
+        let of_each = EngineConfig { kv_cache_bytes: Some((43 + 32) * bytes / ranks), ..EngineConfig::default() };
+        check_budget(&of_each, (&config, Kind::Float, ranks), 32, 12).unwrap();
     }
 
     #[test]

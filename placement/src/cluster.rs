@@ -125,6 +125,13 @@ impl Cluster {
         Ok(Cluster { kinds: vec![kind], nodes: vec![node], between_nodes })
     }
 
+    /// `nodes` nodes like this one's first, each with its first `devices` devices; None where it has fewer.
+    pub fn repeated(&self, nodes: usize, devices: usize) -> Option<Cluster> {
+        let first = self.nodes.first().filter(|node| (1..=node.devices.len()).contains(&devices))?;
+        let node = Node { devices: first.devices[..devices].to_vec(), ..first.clone() };
+        Some(Cluster { nodes: vec![node; nodes], ..self.clone() })
+    }
+
     /// This cluster and the nodes of another after its own; the slower link between nodes holds for all.
     pub fn joined(mut self, other: Cluster) -> Cluster {
         let renamed: Vec<usize> = other.kinds.into_iter().map(|kind| self.index_of(kind)).collect();
@@ -314,6 +321,14 @@ mod tests {
     fn joining_equal_nodes_keeps_one_kind() {
         let one = Cluster::of(1, 8, "H200").unwrap();
         assert_eq!(one.clone().joined(one), Cluster::of(2, 8, "H200").unwrap());
+    }
+
+    #[test]
+    fn a_node_that_was_found_stands_for_others_like_it() {
+        let found = Cluster::of(1, 8, "H200").unwrap();
+        assert_eq!(found.repeated(4, 8), Some(Cluster::of(4, 8, "H200").unwrap()));
+        assert_eq!(found.repeated(1, 2), Some(Cluster::of(1, 2, "H200").unwrap()));
+        assert_eq!((found.repeated(1, 9), found.repeated(1, 0)), (None, None));
     }
 
     #[test]
