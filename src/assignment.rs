@@ -9,7 +9,7 @@ use echelon_core::memory::Meter;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
-use echelon_core::store::StoreAddress;
+use echelon_core::store::{Store, StoreAddress};
 use echelon_core::zero::OptimizerConfig;
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::generator::{Generator, sender};
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
-use crate::layout::Layout;
+use crate::layout::{Layout, RoleGroup};
 use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use crate::recipe::ResolvedRecipe;
 use crate::seat::Seat;
@@ -87,6 +87,8 @@ pub struct HostPlan {
     critic_optimizer: OptimizerConfig,
     engine: EngineConfig,
     run_folder: PathBuf,
+    /// The object store of this host, where there is one.
+    store: Option<Store>,
 }
 
 impl HostPlan {
@@ -102,7 +104,14 @@ impl HostPlan {
             engine: engine_config(recipe),
             folders,
             run_folder,
+            store: None,
         }
+    }
+
+    /// With the object store of this host: what several ranks convert is converted once.
+    #[must_use]
+    pub fn sharing(self, store: Option<Store>) -> HostPlan {
+        HostPlan { store, ..self }
     }
 
     pub fn on_gpu(&self) -> bool {
@@ -120,6 +129,7 @@ impl HostPlan {
     ) -> echelon_core::Result<DeviceRoles> {
         let HostPlan { folders, held, seed, temperature, .. } = self;
         let here = |role| seat.layout.of_worker(seat.worker, role);
+        let shared_by = |group: &RoleGroup| self.store.clone().filter(|_| group.workers.len() > 1);
         let actor = match here(Role::Actor) {
             None => None,
             Some(group) => {
@@ -147,15 +157,17 @@ impl HostPlan {
         });
         let reference = here(Role::Reference).zip(folders.reference).map(|(group, folder)| {
             let sharding = seat.sharding(group);
-            Deferred::new(move || frozen_policy(&folder, held, temperature, &sharding))
+            let store = shared_by(group);
+            Deferred::new(move || frozen_policy(&folder, held, temperature, (&sharding, store.as_ref())))
         });
         let actor_tokenizer = tokenizer.clone();
         let reward = here(Role::Reward).zip(folders.reward).map(|(group, folder)| {
-            let sharding = seat.sharding(group);
+            let (sharding, store) = (seat.sharding(group), shared_by(group));
             Deferred::new(move || {
                 let own = Tokenizer::load(&folder).map_err(|error| Error::other("reward model", error))?;
                 let same = own.fingerprint() == actor_tokenizer.fingerprint();
-                Ok(RewardModel { model: frozen_scorer(&folder, held, &sharding)?, tokenizer: (!same).then_some(own) })
+                let model = frozen_scorer(&folder, held, (&sharding, store.as_ref()))?;
+                Ok(RewardModel { model, tokenizer: (!same).then_some(own) })
             })
         });
         Ok(DeviceRoles {

@@ -90,7 +90,7 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
     let prompts = Prompts { rows, samples_per_prompt: 1, seed, evaluation: false };
     let mut output = LineWriter::create(files.output)?;
 
-    let policy = frozen_policy(&reader.folder, held, 1.0, &Sharding::whole()).map_err(Failure::input)?;
+    let policy = frozen_policy(&reader.folder, held, 1.0, (&Sharding::whole(), None)).map_err(Failure::input)?;
     let policy = Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
     let engine = Engine::new(EngineConfig { max_sequences, ..defaults });
     let (sequences, report) =
@@ -133,7 +133,7 @@ fn write_logprobs(
     interrupt: &Interrupt,
     output: &mut LineWriter,
 ) -> Result<(), Failure> {
-    let policy = frozen_policy(folder, held, 1.0, &Sharding::whole()).map_err(Failure::input)?;
+    let policy = frozen_policy(folder, held, 1.0, (&Sharding::whole(), None)).map_err(Failure::input)?;
     let mut outputs = Vec::new();
     forward_rows((&policy.model, &policy.head), &held.pass, rows, interrupt, |batch, read| {
         outputs.extend(batch.iter().zip(0..).map(|(&row, place)| (row, numbers(&read.logprobs.get(place)))));
@@ -154,7 +154,7 @@ fn write_scores(
     interrupt: &Interrupt,
     output: &mut LineWriter,
 ) -> Result<(), Failure> {
-    let scorer = frozen_scorer(folder, held, &Sharding::whole()).map_err(Failure::input)?;
+    let scorer = frozen_scorer(folder, held, (&Sharding::whole(), None)).map_err(Failure::input)?;
     let mut scores = Vec::new();
     forward_rows((&scorer.model, &scorer.head), &held.pass, rows, interrupt, |_, read| {
         scores.extend(numbers(&read.values));

@@ -1,9 +1,11 @@
 //! Roles' models from Hugging Face folders: trainable ones in flat buffers, frozen ones around the mapped file.
 
 use std::path::Path;
+use std::time::Duration;
 
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
+use echelon_core::store::Store;
 use echelon_core::zero::{
     FrozenState, FrozenWhole, OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile,
     TensorWriter, Trainable, TrainingState, Units, WholeModel, ZeroStage,
@@ -159,10 +161,19 @@ pub struct FrozenPolicy {
     pub units: Box<dyn Units>,
 }
 
-/// Wraps the mapped file where dtype and device allow, or keeps this rank's part of it where `sharding` divides parameters.
-pub fn frozen_policy(folder: &Path, held: Held, temperature: f64, sharding: &Sharding) -> Result<FrozenPolicy> {
+/// How long a rank waits for another of its host to convert a model for both.
+const CONVERTING: Duration = Duration::from_secs(600);
+
+/// Wraps the mapped file where dtype and device allow, else what the ranks of this host share by `store`, where it is given;
+/// or keeps this rank's part where `sharding` divides parameters.
+pub fn frozen_policy(
+    folder: &Path,
+    held: Held,
+    temperature: f64,
+    (sharding, store): (&Sharding, Option<&Store>),
+) -> Result<FrozenPolicy> {
     let config = DecoderConfig { head: HeadKind::Logits, ..DecoderConfig::read(folder)? };
-    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, sharding)?;
+    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, (sharding, store))?;
     let model = Decoder::new(&config, &mut *load)?;
     let weight = if config.tied_embeddings { model.embedding().shallow_clone() } else { load("lm_head.weight")? };
     Ok(FrozenPolicy { model, head: LogprobHead::frozen(weight, temperature), units })
@@ -176,13 +187,17 @@ pub struct FrozenScorer {
 }
 
 /// As [`frozen_policy`].
-pub fn frozen_scorer(folder: &Path, held: Held, sharding: &Sharding) -> Result<FrozenScorer> {
+pub fn frozen_scorer(
+    folder: &Path,
+    held: Held,
+    (sharding, store): (&Sharding, Option<&Store>),
+) -> Result<FrozenScorer> {
     let config = DecoderConfig::read(folder)?;
     if config.head != HeadKind::Score {
         let what = "a reward model needs a ForSequenceClassification architecture with one label (score.weight)";
         return Err(Error::Refused(format!("{}: {what}", folder.display())));
     }
-    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, sharding)?;
+    let FrozenParams { mut load, units } = FrozenParams::open(folder, &config, held, (sharding, store))?;
     let model = Decoder::new(&config, &mut *load)?;
     let head = ScalarHead::frozen(load("score.weight")?, ScalarRows::LastTokens);
     Ok(FrozenScorer { model, head, units })
@@ -197,12 +212,25 @@ struct FrozenParams {
 }
 
 impl FrozenParams {
-    fn open(folder: &Path, config: &DecoderConfig, held: Held, sharding: &Sharding) -> Result<FrozenParams> {
+    fn open(
+        folder: &Path,
+        config: &DecoderConfig,
+        held: Held,
+        (sharding, store): (&Sharding, Option<&Store>),
+    ) -> Result<FrozenParams> {
         let checkpoint = Checkpoint::open(folder)?;
         let (kind, device) = (held.kind, held.pass.device);
         if sharding.stage < ZeroStage::Three || sharding.group.size() == 1 {
             let config = config.clone();
             if device == Device::Cpu {
+                let shared = match store {
+                    Some(store) => checkpoint.shared_in(&config, kind, store, CONVERTING)?,
+                    None => None,
+                };
+                if let Some(shared) = shared {
+                    let load = move |name: &str| Ok(shared[name].shallow_clone());
+                    return Ok(FrozenParams { load: Box::new(load), units: Box::new(WholeModel) });
+                }
                 // The mapping lives in the tensors.
                 let load = move |name: &str| checkpoint.loader(&config, kind, device)(name);
                 return Ok(FrozenParams { load: Box::new(load), units: Box::new(WholeModel) });

@@ -177,9 +177,10 @@ async fn build(
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
     let meeting = meeting.map(|meeting| Meeting { on_one_host: assignment.on_one_host, ..meeting });
-    let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder);
     let (number, layout) = (assignment.worker, assignment.layout);
-    let shared = assignment.store.and_then(|address| reach(&address, number as u32));
+    let store = assignment.store.and_then(|address| reach(&address, number));
+    let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder).sharing(store.clone());
+    let shared = store.map(|store| SharedMessages::new(store, number as u32, SHARED_FROM));
     let (watched, progress) = (watched.clone(), Arc::new(InHeartbeats(session.progress())));
     let build = move || {
         let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
@@ -195,14 +196,9 @@ async fn build(
 }
 
 /// The driver's store, where this worker is on its host.
-fn reach(address: &StoreAddress, worker: u32) -> Option<SharedMessages> {
-    match Store::connect(address, &format!("worker {worker}")) {
-        Ok(store) => Some(SharedMessages::new(store, worker, SHARED_FROM)),
-        Err(error) => {
-            tracing::debug!("{error}; batches go over the network");
-            None
-        }
-    }
+fn reach(address: &StoreAddress, worker: usize) -> Option<Store> {
+    let reached = Store::connect(address, &format!("worker {worker}"));
+    reached.inspect_err(|error| tracing::debug!("{error}; batches go over the network")).ok()
 }
 
 /// The other workers reach this one at the address from which it reaches the driver.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use echelon_core::shape::{ParamSlice, TensorParallelPart};
 use echelon_core::shim;
-use echelon_core::store::{Object, Store};
+use echelon_core::store::{Object, ObjectId, Store, StoreError};
 use echelon_core::zero::TensorWriter;
 use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
@@ -244,6 +245,44 @@ impl Checkpoint {
             let tensor = self.tensor(name, shape)?;
             Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
         }
+    }
+
+    /// A model's parameters in `kind` where the processes of this host share them: converted by the first who asks, for all.
+    /// None where the files have them in `kind` already: then a map of the files is as good.
+    ///
+    /// # Errors
+    /// What the store says; at most `timeout` is waited for whoever converts.
+    pub fn shared_in(
+        &self,
+        config: &DecoderConfig,
+        kind: Kind,
+        store: &Store,
+        timeout: Duration,
+    ) -> Result<Option<HashMap<String, Tensor>>> {
+        let mut tensors = Vec::new();
+        for param in config.shape().units.into_iter().flat_map(|unit| unit.params) {
+            let tensor = self.tensor(&param.name, &param.shape)?;
+            tensors.push((param.name, tensor));
+        }
+        if tensors.iter().all(|(_, tensor)| tensor.kind() == kind) {
+            return Ok(None);
+        }
+        let failed = |source: StoreError| ModelError::Shared { path: self.folder.clone(), source: source.into() };
+        let names: Vec<String> = tensors.iter().map(|(name, _)| name.clone()).collect();
+        let id = self.id_in(kind).map_err(|source| ModelError::Io { path: self.folder.clone(), source })?;
+        let object = store.put_converted(&id, kind, timeout, || Ok(tensors)).map_err(failed)?;
+        let wrap = |name: String| object.tensor(&name).map(|tensor| (name, tensor)).map_err(failed);
+        names.into_iter().map(wrap).collect::<Result<_>>().map(Some)
+    }
+
+    /// Names the folder's parameters in `kind`, as its files are now.
+    fn id_in(&self, kind: Kind) -> std::io::Result<ObjectId> {
+        let mut states = DefaultHasher::new();
+        for shard in &self.shards {
+            ObjectId::model_file(&shard.path)?.hash(&mut states);
+        }
+        let file = self.folder.canonicalize()?.display().to_string();
+        Ok(ObjectId::ModelFile { file, state: format!("in {kind:?}, files {:016x}", states.finish()) })
     }
 
     /// A loader of a rank's slices of a model's parameters, in `kind` on `device`: no other rank's bytes are read, and rows

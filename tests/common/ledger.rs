@@ -181,7 +181,7 @@ pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<
     let bytes = || (shim::live_bytes(Device::Cpu) + shim::mapped_bytes()) as u64;
 
     let before = bytes();
-    let reference = frozen_policy(policy, held, 1.0, &Sharding::whole()).unwrap();
+    let reference = frozen_policy(policy, held, 1.0, (&Sharding::whole(), None)).unwrap();
     let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
     let metering = meter.begin(Role::Reference, Phase::Score);
     let model = (&reference.model, &reference.head);
@@ -189,7 +189,7 @@ pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<
     meter.end(metering, resident, load);
 
     let before = bytes();
-    let reward = frozen_scorer(scorer, held, &Sharding::whole()).unwrap();
+    let reward = frozen_scorer(scorer, held, (&Sharding::whole(), None)).unwrap();
     let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
     let metering = meter.begin(Role::Reward, Phase::Score);
     let model = (&reward.model, &reward.head);

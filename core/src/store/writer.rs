@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use safetensors::tensor::{Metadata, TensorInfo};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::client::{Claim, Store};
 use super::error::StoreError;
@@ -90,22 +90,32 @@ impl Store {
         tensors: &[(&str, &Tensor)],
         metadata: &[(&str, &str)],
     ) -> Result<ObjectWriter, StoreError> {
-        let layout = Layout::new(id, tensors, metadata)?;
+        let layout = Layout::new(id, tensors, metadata, None)?;
         let mut writer = self.create(id, layout.len)?;
-        writer.bytes()[..layout.header.len()].copy_from_slice(&layout.header);
-        for (tensor, begin, end) in layout.places {
-            let place = &mut writer.bytes()[begin..end];
-            if place.is_empty() {
-                continue;
-            }
-            let torch = |source| StoreError::Torch { id: id.clone(), source };
-            // SAFETY: the memory is this writer's, of the tensor's size and aligned; the wrapper is gone before it is sealed.
-            let mut to =
-                unsafe { shim::from_mapping(place.as_mut_ptr() as usize, &tensor.size(), tensor.kind(), Box::new(())) }
-                    .map_err(torch)?;
-            tch::no_grad(|| to.f_copy_(tensor)).map_err(torch)?;
-        }
+        layout.fill(&mut writer)?;
         Ok(writer)
+    }
+
+    /// Tensors as an object in `kind`, converted once per host, by whoever asks first: `tensors` gives them, and they are
+    /// converted as they are written.
+    ///
+    /// # Errors
+    /// `tensors` fails, or the object was not there after `timeout`.
+    pub fn put_converted(
+        &self,
+        id: &ObjectId,
+        kind: Kind,
+        timeout: Duration,
+        tensors: impl FnOnce() -> Result<Vec<(String, Tensor)>, Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Result<Object, StoreError> {
+        self.get_or_fetch(id, timeout, |claim| {
+            let tensors = tensors()?;
+            let named: Vec<(&str, &Tensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+            let layout = Layout::new(id, &named, &[], Some(kind))?;
+            let mut writer = claim.allocate(layout.len)?;
+            layout.fill(&mut writer)?;
+            Ok(writer)
+        })
     }
 
     /// The file at `path`, a whole safetensors file, as an object: copied in once per host, whoever asks.
@@ -131,28 +141,43 @@ impl Store {
 /// Where tensors go in an object.
 struct Layout<'a> {
     header: Vec<u8>,
-    places: Vec<(&'a Tensor, usize, usize)>,
+    places: Vec<Place<'a>>,
     len: usize,
 }
 
+/// Where a tensor goes, in which dtype.
+struct Place<'a> {
+    tensor: &'a Tensor,
+    kind: Kind,
+    begin: usize,
+    end: usize,
+}
+
 impl<'a> Layout<'a> {
-    fn new(id: &ObjectId, tensors: &[(&str, &'a Tensor)], metadata: &[(&str, &str)]) -> Result<Layout<'a>, StoreError> {
+    /// In the tensors' own dtypes, or all in `kind`.
+    fn new(
+        id: &ObjectId,
+        tensors: &[(&str, &'a Tensor)],
+        metadata: &[(&str, &str)],
+        kind: Option<Kind>,
+    ) -> Result<Layout<'a>, StoreError> {
         let mut order: Vec<(&str, &Tensor)> = tensors.to_vec();
+        let kind_of = |tensor: &Tensor| kind.unwrap_or_else(|| tensor.kind());
         // Wide elements first: each tensor then begins at a multiple of its element's size.
-        order.sort_by_key(|(name, tensor)| (std::cmp::Reverse(tensor.kind().elt_size_in_bytes()), *name));
+        order.sort_by_key(|(name, tensor)| (std::cmp::Reverse(kind_of(tensor).elt_size_in_bytes()), *name));
         let (mut infos, mut places, mut end) = (Vec::new(), Vec::new(), 0);
         for (name, tensor) in order {
             let wrong = |reason: &str| StoreError::Tensor { id: id.clone(), name: name.into(), reason: reason.into() };
-            let dtype =
-                dtype_of(tensor.kind()).ok_or_else(|| wrong(&format!("dtype {:?} cannot be stored", tensor.kind())))?;
+            let kind = kind_of(tensor);
+            let dtype = dtype_of(kind).ok_or_else(|| wrong(&format!("dtype {kind:?} cannot be stored")))?;
             if places.last().is_some() && infos.iter().any(|(other, _): &(String, TensorInfo)| other == name) {
                 return Err(wrong("two tensors have this name"));
             }
             let begin = end;
-            end += tensor.numel() * tensor.kind().elt_size_in_bytes();
+            end += tensor.numel() * kind.elt_size_in_bytes();
             let shape = tensor.size().iter().map(|dim| *dim as usize).collect();
             infos.push((name.to_string(), TensorInfo { dtype, shape, data_offsets: (begin, end) }));
-            places.push((tensor, begin, end));
+            places.push(Place { tensor, kind, begin, end });
         }
         let damaged = |reason: String| StoreError::Damaged { id: id.clone(), reason };
         let metadata: HashMap<String, String> =
@@ -164,7 +189,28 @@ impl<'a> Layout<'a> {
         let mut header = (json.len() as u64).to_le_bytes().to_vec();
         header.extend(json);
         let data = header.len();
-        let places = places.into_iter().map(|(tensor, begin, end)| (tensor, data + begin, data + end)).collect();
+        for place in &mut places {
+            place.begin += data;
+            place.end += data;
+        }
         Ok(Layout { header, places, len: data + end })
+    }
+
+    /// Copies the tensors to their places, each once.
+    fn fill(&self, writer: &mut ObjectWriter) -> Result<(), StoreError> {
+        writer.bytes()[..self.header.len()].copy_from_slice(&self.header);
+        for Place { tensor, kind, begin, end } in &self.places {
+            let place = &mut writer.segment.bytes()[*begin..*end];
+            if place.is_empty() {
+                continue;
+            }
+            let torch = |source| StoreError::Torch { id: writer.id.clone(), source };
+            // SAFETY: the memory is this writer's, of the tensor's size and aligned; the wrapper is gone before it is sealed.
+            let mut to = unsafe {
+                shim::from_mapping(place.as_mut_ptr() as usize, &tensor.size(), *kind, Box::new(())).map_err(torch)?
+            };
+            tch::no_grad(|| to.f_copy_(tensor)).map_err(torch)?;
+        }
+        Ok(())
     }
 }
