@@ -99,7 +99,7 @@ impl Body {
     pub(crate) fn to_bytes(&self, kind: &str) -> Vec<u8> {
         let metadata = self.metadata(kind).map(|(key, value)| (key.to_string(), value));
         let mut tensors: Vec<(&String, Bytes)> = self.tensors.iter().map(|(name, t)| (name, Bytes::of(t))).collect();
-        tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+        tensors.sort_by_key(|(name, _)| *name);
         serialize(tensors, Some(metadata.into())).expect("tensors of their own shapes and sizes")
     }
 

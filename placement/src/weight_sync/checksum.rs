@@ -80,7 +80,8 @@ impl Checksum {
         _mm_sfence(); // who sees what is written after this sees the blocks too
         to[whole..].copy_from_slice(&from[whole..]);
         // SAFETY: eight words of 64 bits each, any bits are words.
-        let words = unsafe { Words { sums: std::mem::transmute(sums), weighed: std::mem::transmute(weighed) } };
+        let as_words = |halves| unsafe { std::mem::transmute::<[__m256i; 2], [u64; 8]>(halves) };
+        let words = Words { sums: as_words(sums), weighed: as_words(weighed) };
         self.end_run(words, &from[whole..]);
     }
 
