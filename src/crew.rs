@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use echelon_core::Error;
@@ -80,6 +80,7 @@ pub struct Processes {
     local: Option<LocalWorkers>,
     relaying: JoinHandle<()>,
     interrupting: JoinHandle<()>,
+    listening: JoinHandle<()>,
     runtime: ControlRuntime,
     /// Served as long as the run: ranks tell each other through it how far they are.
     meeting: MeetingPoint,
@@ -157,6 +158,8 @@ impl Crew {
         let relaying = tokio::spawn(relay(ranks[0].worker.clone(), progress));
         let workers = ranks.iter().map(|rank| rank.worker.clone()).collect();
         let interrupting = tokio::spawn(pass_on(interrupt, workers));
+        let workers = ranks.iter().map(|rank| rank.worker.clone()).collect();
+        let listening = tokio::spawn(tell_of_silence(workers, joining.say.clone()));
         let store = StoreServer::start(StoreConfig::new(available().0 / STORE_SHARE));
         let store = store.inspect_err(|error| (joining.say)(&format!("batches go over the network: {error}"))).ok();
         let mut crew = Processes {
@@ -165,6 +168,7 @@ impl Crew {
             local,
             relaying,
             interrupting,
+            listening,
             runtime,
             meeting,
             store,
@@ -279,10 +283,23 @@ impl Processes {
     }
 
     async fn finish(self, reason: &'static str, patience: Duration) {
-        let Processes { ranks, server, local, relaying, interrupting, runtime, meeting, store, secret, held } = self;
+        let Processes {
+            ranks,
+            server,
+            local,
+            relaying,
+            interrupting,
+            listening,
+            runtime,
+            meeting,
+            store,
+            secret,
+            held,
+        } = self;
         drop(ranks);
         relaying.abort();
         interrupting.abort();
+        listening.abort();
         let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
@@ -302,6 +319,35 @@ async fn pass_on(interrupt: Interrupt, workers: Vec<RemoteWorker>) {
         tracing::debug!("{lost}"); // the call that it stops says so too
     }
 }
+
+/// Says what the workers are at when none that was asked for something makes progress: nobody waits before a silent terminal.
+async fn tell_of_silence(workers: Vec<RemoteWorker>, say: Arc<dyn Fn(&str) + Send + Sync>) {
+    let mut told = Duration::ZERO;
+    let mut idle_at = vec![Instant::now(); workers.len()];
+    loop {
+        tokio::time::sleep(LOOK_FOR_SILENCE).await;
+        for (_, idle_at) in workers.iter().zip(&mut idle_at).filter(|(worker, _)| !worker.is_busy()) {
+            *idle_at = Instant::now();
+        }
+        let busy: Vec<(&RemoteWorker, &Instant)> =
+            workers.iter().zip(&idle_at).filter(|(worker, _)| worker.is_busy()).collect();
+        let silence = |(worker, idle_at): &(&RemoteWorker, &Instant)| worker.heartbeat().since.max(**idle_at).elapsed();
+        let silent_for = busy.iter().map(silence).min().unwrap_or_default();
+        if silent_for < told {
+            told = Duration::ZERO; // there was progress
+        }
+        if silent_for >= SILENCE.max(2 * told) {
+            told = silent_for;
+            let standings: Vec<_> =
+                busy.iter().map(|(worker, _)| format!("rank {} at {}", worker.rank(), worker.heartbeat())).collect();
+            say(&format!("no progress for {} s: {}", silent_for.as_secs(), standings.join("; ")));
+        }
+    }
+}
+
+/// How long no worker makes progress before the terminal says so; again after twice as long.
+const SILENCE: Duration = Duration::from_secs(30);
+const LOOK_FOR_SILENCE: Duration = Duration::from_secs(1);
 
 type Gathered = (ControlServer, Option<LocalWorkers>, Vec<RemoteWorker>);
 

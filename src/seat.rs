@@ -25,6 +25,7 @@ pub struct Seat {
     pub layout: Arc<Layout>,
     /// By their workers.
     groups: Arc<BTreeMap<Vec<usize>, ProcessGroup>>,
+    watched: Watched,
     /// Where they met; none where it is alone.
     met: Option<Arc<Met>>,
 }
@@ -66,7 +67,8 @@ impl Seat {
             let (own_address, on_one_host) = (meeting.own_address.clone(), meeting.on_one_host);
             met = Some(Arc::new(Met { point, own_address, on_one_host }));
         }
-        Ok(Seat { worker, layout: Arc::new(layout), groups: Arc::new(groups), met })
+        let (layout, groups, watched) = (Arc::new(layout), Arc::new(groups), watched.clone());
+        Ok(Seat { worker, layout, groups, watched, met })
     }
 
     /// Joins further groups where the workers met.
@@ -93,7 +95,9 @@ impl Seat {
     pub fn group(&self, workers: &[usize]) -> ProcessGroup {
         if let [only] = workers {
             assert_eq!(*only, self.worker, "a group of one is its member's own");
-            return ProcessGroup::solo();
+            let solo = ProcessGroup::solo();
+            self.watched.lock().expect("never held over a panic").push(solo.clone());
+            return solo;
         }
         self.groups.get(workers).unwrap_or_else(|| panic!("workers {} meet nowhere", numbers(workers))).clone()
     }

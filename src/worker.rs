@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_to_text};
+use echelon_core::process_group::Standing;
 use echelon_core::progress::{Interrupt, Interrupts};
 use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreAddress};
@@ -234,16 +235,16 @@ fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMe
 
 /// Keeps the heartbeat's operation that of the group that has done most lately.
 async fn watch(watched: Watched, progress: echelon_placement::control::Progress) {
-    let mut last: Vec<u64> = Vec::new();
+    let mut last: Vec<Standing> = Vec::new();
     loop {
         tokio::time::sleep(LOOK).await;
         let standings: Vec<_> =
             watched.lock().expect("never held over a panic").iter().map(|group| group.standing()).collect();
-        let moved = standings.iter().enumerate().find(|(at, now)| last.get(*at) != Some(&now.sequence));
-        if let Some((_, now)) = moved.filter(|(_, now)| now.sequence > 0) {
-            progress.set(&now.operation, now.sequence, now.work);
+        let moved = standings.iter().enumerate().find(|(at, now)| last.get(*at) != Some(now));
+        if let Some((_, now)) = moved {
+            progress.set(&now.operation, now.sequence, now.micro_batch, now.work);
         }
-        last = standings.iter().map(|now| now.sequence).collect();
+        last = standings;
     }
 }
 

@@ -151,7 +151,7 @@ async fn serve(mut session: Session) -> Outcome<()> {
     while let Some(Call { verb, sequence, reply, .. }) = session.next().await? {
         let answer = STEP.iter().find(|(name, ..)| *name == verb);
         let (name, _, received) = answer.ok_or_else(|| format!("no verb {verb}"))?;
-        progress.set(name, sequence, 0);
+        progress.set(name, sequence, 0, 0);
         reply.send(Ok(Bytes::from_static(&ZEROS[..*received])));
     }
     Ok(())

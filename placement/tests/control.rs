@@ -57,7 +57,7 @@ fn config(num_workers: u32, limits: &Limits, output: Option<Arc<dyn LocalOutput>
 async fn serve(mut session: Session) -> Result<(), ControlError> {
     let progress = session.progress();
     while let Some(Call { verb, sequence, body, reply, .. }) = session.next().await? {
-        progress.set("serving", sequence, 7);
+        progress.set("serving", sequence, 7, 0);
         match verb.as_str() {
             "echo" => reply.send(Ok(body)),
             "sleep" => {

@@ -386,7 +386,7 @@ table! {
         pub nodes: usize = 1, in at_least(1.0);
         /// GPUs of each machine; `auto` counts them.
         pub gpus_per_node: Auto<usize> = Auto::Auto, in at_least(1.0);
-        /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; H100-80GB where none is named.
+        /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; unset, this machine's, else H100-80GB.
         pub gpu: Option<String> = None;
         /// Devices in use; on CPU the number of worker processes.
         pub workers: Auto<usize> = Auto::Auto, in at_least(1.0);

@@ -1,8 +1,8 @@
-//! What a worker is at, told in every heartbeat, and who of a group is behind.
+//! What a worker is at, told in every heartbeat.
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::protocol::Beat;
 
@@ -15,19 +15,21 @@ struct Position {
     operation: String,
     sequence: u64,
     micro_batch: u64,
+    work: u64,
     phase: String,
     done: u64,
     total: u64,
 }
 
 impl Progress {
-    /// Operation in progress, its sequence number in its group, and the micro-batch it belongs to.
-    pub fn set(&self, operation: &str, sequence: u64, micro_batch: u64) {
+    /// Operation in progress, its sequence number in its group, the micro-batch it belongs to, and a count of what is
+    /// finished between operations.
+    pub fn set(&self, operation: &str, sequence: u64, micro_batch: u64, work: u64) {
         let mut position = self.0.lock().expect("never held over a panic");
         if position.operation != operation {
             position.operation = operation.into();
         }
-        (position.sequence, position.micro_batch) = (sequence, micro_batch);
+        (position.sequence, position.micro_batch, position.work) = (sequence, micro_batch, work);
     }
 
     /// Phase in progress, with `done` of its `total` units.
@@ -41,8 +43,8 @@ impl Progress {
 
     pub(super) fn beat(&self) -> Beat {
         let position = self.0.lock().expect("never held over a panic").clone();
-        let Position { operation, sequence, micro_batch, phase, done, total } = position;
-        Beat { operation, sequence, micro_batch, phase, done, total }
+        let Position { operation, sequence, micro_batch, work, phase, done, total } = position;
+        Beat { operation, sequence, micro_batch, work, phase, done, total }
     }
 }
 
@@ -53,7 +55,9 @@ pub struct Heartbeat {
     pub operation: String,
     pub sequence: u64,
     pub micro_batch: u64,
-    /// Of the work in progress, with `done` of `total` units; empty before the first.
+    /// Counts what is finished between operations.
+    pub work: u64,
+    /// Of the phase in progress, with `done` of `total` units; empty before the first.
     pub phase: String,
     pub done: u64,
     pub total: u64,
@@ -63,8 +67,8 @@ pub struct Heartbeat {
 
 impl Heartbeat {
     pub(super) fn new(beat: Beat, now: Instant) -> Heartbeat {
-        let Beat { operation, sequence, micro_batch, phase, done, total } = beat;
-        Heartbeat { operation, sequence, micro_batch, phase, done, total, since: now }
+        let Beat { operation, sequence, micro_batch, work, phase, done, total } = beat;
+        Heartbeat { operation, sequence, micro_batch, work, phase, done, total, since: now }
     }
 
     /// Takes up a newer heartbeat; the clock runs on where nothing has changed.
@@ -84,54 +88,11 @@ impl fmt::Display for Heartbeat {
     }
 }
 
-/// Ranks that hold up their group.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Stall {
-    pub ranks: Vec<u32>,
-    /// What they are at.
-    pub operation: String,
-    pub sequence: u64,
-    /// What their peers wait in.
-    pub awaited: u64,
-}
-
-/// Who of a group has stood still for `limit` while a peer is further on; none when all move, or all stand at one place.
-pub fn stalled<'a>(
-    group: impl IntoIterator<Item = (u32, &'a Heartbeat)>,
-    limit: Duration,
-    now: Instant,
-) -> Option<Stall> {
-    let group: Vec<_> = group.into_iter().collect();
-    let awaited = group.iter().map(|(_, beat)| beat.sequence).max()?;
-    let last = group.iter().map(|(_, beat)| beat.sequence).min()?;
-    let behind: Vec<_> = group
-        .iter()
-        .filter(|(_, beat)| beat.sequence == last && last < awaited && now.duration_since(beat.since) >= limit)
-        .collect();
-    let operation = behind.first()?.1.operation.clone();
-    Some(Stall { ranks: behind.iter().map(|(rank, _)| *rank).collect(), operation, sequence: last, awaited })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-
-    fn at(sequence: u64, since: Instant) -> Heartbeat {
-        let beat = Beat { operation: "all_gather layer 3".into(), sequence, ..Beat::default() };
-        Heartbeat::new(beat, since)
-    }
-
-    #[test]
-    fn who_is_behind_is_named_after_the_limit() {
-        let (start, limit) = (Instant::now(), Duration::from_secs(30));
-        let group = [(0, at(18, start)), (1, at(17, start)), (2, at(18, start))];
-        let group = || group.iter().map(|(rank, beat)| (*rank, beat));
-        assert_eq!(stalled(group(), limit, start + Duration::from_secs(29)), None);
-        let stall = stalled(group(), limit, start + limit).unwrap();
-        assert_eq!((stall.ranks, stall.sequence, stall.awaited), (vec![1], 17, 18));
-        let together = [at(5, start), at(5, start)];
-        assert_eq!(stalled(together.iter().map(|beat| (0, beat)), limit, start + 2 * limit), None);
-    }
 
     #[test]
     fn the_clock_runs_on_without_progress() {

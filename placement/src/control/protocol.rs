@@ -171,6 +171,9 @@ pub struct Beat {
     pub done: u64,
     #[prost(uint64, tag = "6")]
     pub total: u64,
+    /// Counts what is finished between operations.
+    #[prost(uint64, tag = "7")]
+    pub work: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

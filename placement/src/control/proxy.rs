@@ -129,6 +129,11 @@ impl RemoteWorker {
         self.0.line.heard.lock().expect("never held over a panic").heartbeat.clone()
     }
 
+    /// Whether calls wait or run.
+    pub fn is_busy(&self) -> bool {
+        self.0.slots.available_permits() < self.0.limits.calls
+    }
+
     /// Why it is lost, once it is.
     pub fn loss(&self) -> Option<ControlError> {
         self.0.line.lost.get().map(|_| self.lost("between calls"))
