@@ -42,8 +42,13 @@ const PROBE_TOKENS: usize = 32;
 ///
 /// # Errors
 /// A model that cannot be read, or work that cannot be planned.
-pub fn measure(cluster: &Cluster, workload: &Workload, folder: &Path, held: Held) -> Result<Rates> {
-    let probe = Probe::new(workload, folder, held)?;
+pub fn measure(
+    cluster: &Cluster,
+    workload: &Workload,
+    (folder, held): (&Path, Held),
+    interrupt: &Interrupt,
+) -> Result<Rates> {
+    let probe = Probe { interrupt: interrupt.clone(), ..Probe::new(workload, folder, held)? };
     let constraints = Constraints { zero_stage: Some(0), adam_offload: Some(false), ..Constraints::default() };
     let rates = Rates::of(cluster);
     let estimate = |rates: &Rates| {
@@ -81,6 +86,8 @@ struct Probe {
     config: DecoderConfig,
     held: Held,
     workload: Workload,
+    /// Looked at between its parts.
+    interrupt: Interrupt,
 }
 
 impl Probe {
@@ -107,7 +114,7 @@ impl Probe {
             epochs: 1,
             ..workload.clone()
         };
-        Ok(Probe { config, held, workload })
+        Ok(Probe { config, held, workload, interrupt: Interrupt::default() })
     }
 
     /// Of the whole model, by its probes.
@@ -139,7 +146,10 @@ impl Probe {
             passes = passes.min(timed(|| self.learn(&mut policy, &rows))?);
             optimizer = optimizer.min(timed(|| policy.optimizer_step(0.0).map(drop))?);
         }
-        let score = fastest(|| timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ())))?;
+        let score = fastest(|| {
+            self.is_wanted()?;
+            timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ()))
+        })?;
         Ok(Seconds { generate: fastest(|| self.generate(&policy))?, score, passes, optimizer })
     }
 
@@ -151,13 +161,20 @@ impl Probe {
         Tokens::from_rows(&vec![row; work.prompts])
     }
 
+    /// Also while the run's own step may not be stopped.
+    fn is_wanted(&self) -> Result<()> {
+        if self.interrupt.is_raised() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
     fn learn(&self, policy: &mut Policy, rows: &Tokens) -> Result<()> {
+        self.is_wanted()?;
         let loss = |output: &LogprobOutput| Ok(-output.logprobs().sum(Kind::Float) / rows.num_rows() as f64);
         policy.forward_backward(rows, loss).map(drop)
     }
 
     /// Seconds of a rollout such as the workload's probe has, from one with fewer tokens.
     fn generate(&self, policy: &Policy) -> Result<f64> {
+        self.is_wanted()?;
         let work = &self.workload;
         let max_new_tokens = work.max_response_tokens.min(PROBE_TOKENS);
         let sampling = SamplingConfig {

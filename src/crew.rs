@@ -32,7 +32,7 @@ use crate::assignment::{Assignment, Built, HostPlan};
 use crate::host::DeviceRoles;
 use crate::layout::Layout;
 use crate::node;
-use crate::program::Failure;
+use crate::program::{BEFORE_THE_FIRST_STEP, Failure};
 use crate::seat::{Seat, Watched};
 use crate::worker::{BUILD, INTERRUPT};
 
@@ -153,7 +153,15 @@ impl Crew {
         let count = assignment.layout.num_workers as u32;
         let secret = joining.listen.map(|_| SecretFile::of_this_process());
         let gathering = gather(count, joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
-        let (server, local, workers) = runtime.handle().spawn(gathering).await.map_err(Failure::other)??;
+        let mut gathering = runtime.handle().spawn(gathering);
+        let (server, local, workers) = tokio::select! {
+            gathered = &mut gathering => gathered.map_err(Failure::other)??,
+            () = raised(&interrupt) => {
+                gathering.abort(); // with the workers that were started
+                let _ended = gathering.await;
+                return Err(Failure::Interrupted(BEFORE_THE_FIRST_STEP.into()));
+            }
+        };
         let ranks: Vec<RemoteRank> = workers.into_iter().map(|worker| RemoteRank { worker, shared: None }).collect();
         let relaying = tokio::spawn(relay(ranks[0].worker.clone(), progress));
         let workers = ranks.iter().map(|rank| rank.worker.clone()).collect();
@@ -183,7 +191,7 @@ impl Crew {
                     _ => Failure::input(error),
                 };
                 let failure = crew.explain(failure).await;
-                crew.finish("it could not begin", ABANDONED).await;
+                crew.finish(true).await;
                 Err(failure)
             }
         }
@@ -226,13 +234,12 @@ impl Crew {
 
     /// Lets the workers go and waits until they have.
     pub async fn finish(self, failed: bool) {
-        let patience = if failed { ABANDONED } else { FAREWELL };
         match self {
             Crew::Here { worker, ended, .. } => {
                 worker.stop();
                 let _ = ended.await;
             }
-            Crew::Processes(crew) => crew.finish("the run is over", patience).await,
+            Crew::Processes(crew) => crew.finish(failed).await,
         }
     }
 }
@@ -282,7 +289,8 @@ impl Processes {
         }
     }
 
-    async fn finish(self, reason: &'static str, patience: Duration) {
+    async fn finish(self, failed: bool) {
+        let patience = if failed { ABANDONED } else { FAREWELL };
         let Processes {
             ranks,
             server,
@@ -300,7 +308,13 @@ impl Processes {
         relaying.abort();
         interrupting.abort();
         listening.abort();
-        let _ = runtime.handle().spawn(server.finish(reason, patience)).await;
+        let farewell = async move {
+            match failed {
+                true => server.fail("the run failed, and the driver's last lines say why", patience).await,
+                false => server.finish("the run is over", patience).await,
+            }
+        };
+        let _ = runtime.handle().spawn(farewell).await;
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
         }
@@ -308,12 +322,17 @@ impl Processes {
     }
 }
 
-/// Tells the workers of an interrupt, once it may stop something.
-async fn pass_on(interrupt: Interrupt, workers: Vec<RemoteWorker>) {
+/// Until an interrupt may stop something.
+async fn raised(interrupt: &Interrupt) {
     const LOOK: Duration = Duration::from_millis(50);
     while interrupt.check().is_ok() {
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Tells the workers of an interrupt, once it may stop something.
+async fn pass_on(interrupt: Interrupt, workers: Vec<RemoteWorker>) {
+    raised(&interrupt).await;
     let told = workers.iter().map(|worker| worker.call(INTERRUPT, Bytes::new(), FAREWELL));
     for lost in join_all(told).await.into_iter().filter_map(Result::err) {
         tracing::debug!("{lost}"); // the call that it stops says so too

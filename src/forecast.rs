@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 
 use echelon_algorithms::ppo::StepReport;
+use echelon_core::Error;
+use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_placement::cluster::Cluster;
 use echelon_placement::ledger::Workload;
@@ -65,8 +67,8 @@ impl Forecast {
 
     /// Sets `perf/planned_<phase>_s` and `perf/planned_step_s`: the planner's seconds for the lengths that the step had. The
     /// first call measures this machine's rates; where that fails nothing is set.
-    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport) {
-        let Some(planned) = self.seconds(report) else { return };
+    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, interrupt: &Interrupt) {
+        let Some(planned) = self.seconds(report, interrupt) else { return };
         metrics
             .set("perf/planned_generation_s", planned.generate)
             .set("perf/planned_make_experience_s", planned.score)
@@ -74,7 +76,7 @@ impl Forecast {
             .set("perf/planned_step_s", planned.step);
     }
 
-    fn seconds(&mut self, report: &StepReport) -> Option<StepSeconds> {
+    fn seconds(&mut self, report: &StepReport, interrupt: &Interrupt) -> Option<StepSeconds> {
         self.cluster.as_ref()?;
         let rollout = report.rollout.as_ref()?;
         let rows = rollout.num_rows() as f64;
@@ -92,9 +94,11 @@ impl Forecast {
             None => {
                 let threads = tch::get_num_threads().max(1) as usize;
                 let alone = Cluster::cpu(1, threads, USUAL_HOST_BYTES).ok()?;
-                let measured = calibration::measure(&alone, &workload, &self.folder, self.held);
-                if let Err(error) = &measured {
-                    tracing::warn!(%error, "rates are not measured");
+                let measured = calibration::measure(&alone, &workload, (&self.folder, self.held), interrupt);
+                if let Err(error) = measured.as_ref().map_err(Error::root) {
+                    if !matches!(error, Error::Interrupted) {
+                        tracing::warn!(%error, "rates are not measured");
+                    }
                     self.cluster = None; // not tried again
                 }
                 *self.rates.insert(measured.ok()?)

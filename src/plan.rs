@@ -54,8 +54,8 @@ fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
         let workers = devices.workers.fixed().unwrap_or(1);
         return Cluster::cpu(workers, threads, USUAL_HOST_BYTES).map_err(Failure::input);
     }
-    let per_node = devices.gpus_per_node.fixed();
-    let per_node = per_node.or(devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes)));
+    let in_use = devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes));
+    let per_node = in_use.or(devices.gpus_per_node.fixed());
     let per_node = per_node.unwrap_or(USUAL_GPUS_PER_NODE);
     // Hardware that is here is known better than by a name.
     let here = node::gpus().filter(|_| devices.gpu.is_none());

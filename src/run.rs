@@ -222,7 +222,7 @@ impl Run {
         for warning in self.memory.record(&mut metrics, &memory) {
             self.terminal.note(&warning);
         }
-        self.forecast.record(&mut metrics, &report);
+        self.forecast.record(&mut metrics, &report, &self.interrupt);
         let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
             (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => {
                 Some(evaluator.run(&self.wired).await?)

@@ -14,7 +14,7 @@ use echelon_core::store::{Store, StoreAddress};
 use echelon_core::verb::*;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::{Beside, Call, ControlError, Credentials, Hello, Limits, Session, join_with};
-use echelon_placement::launch::spawn::available_threads;
+use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
 use echelon_placement::launch::{Place, place};
 use echelon_placement::remote::{InHeartbeats, serve};
 use echelon_placement::task::TaskServer;
@@ -59,6 +59,10 @@ pub fn is_asked(arguments: &[String]) -> bool {
 pub fn main(arguments: &[String]) -> Result<(), Failure> {
     let joining = Joining::read(arguments)?;
     let place = place().map_err(Failure::input)?;
+    // Workers of one host share its CPUs, unless somebody has said otherwise.
+    if let (Some(here), None) = (place.local_world_size, std::env::var_os("OMP_NUM_THREADS")) {
+        tch::set_num_threads(threads_per_worker(available_threads(), here) as i32);
+    }
     let credentials = match &joining.credentials {
         Some(file) => Credentials::read(file).map_err(Failure::input)?,
         None => Credentials::receive(std::io::stdin())
@@ -83,8 +87,8 @@ impl Joining {
                 "--join" => driver = Some(value),
                 "--credentials" => credentials = Some(value.into()),
                 "--join-timeout-s" => {
-                    let seconds: f64 = value.parse().ok().filter(|s| *s > 0.0).ok_or_else(|| {
-                        wrong(format!("--join-timeout-s is `{value}`, expected a number of seconds above 0"))
+                    let seconds: f64 = value.parse().ok().filter(|s| *s > 0.0 && *s <= 604_800.0).ok_or_else(|| {
+                        wrong(format!("--join-timeout-s is `{value}`, expected seconds above 0, a week at most"))
                     })?;
                     patience = Duration::from_secs_f64(seconds);
                 }
@@ -277,6 +281,7 @@ mod tests {
             (&["--join", ":1"], "`:1`"),
             (&["--credentials", "x"], "--join HOST:PORT is missing"),
             (&["--join", "a:1", "--join-timeout-s", "-1"], "`-1`"),
+            (&["--join", "a:1", "--join-timeout-s", "1e30"], "`1e30`"),
             (&["--jion", "a:1"], "--jion"),
         ] {
             let error = read(wrong).unwrap_err().to_string();

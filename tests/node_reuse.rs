@@ -54,6 +54,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<StepRepor
 fn state_that_was_moved_learns_the_same() {
     let workplace = Workplace::new();
     let recipe = workplace.write("recipe.toml", SMALL);
+    tch::set_num_threads(1); // beside other tests, threads of tiny operations only wait for each other
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let [stays, moves] = [false, true].map(|moves| runtime.block_on(run(&recipe, &workplace.path("run"), moves)));
     for (stays, moves) in stays.iter().zip(&moves) {

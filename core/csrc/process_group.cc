@@ -165,10 +165,11 @@ void RankGroup::abort() const {
   }
 }
 
-std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, bool serve, int64_t timeout_ms) {
+std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, int32_t listener, int64_t timeout_ms) {
   c10d::TCPStoreOptions options;
   options.port = port;
-  options.isServer = serve;
+  options.isServer = listener >= 0;
+  if (listener >= 0) options.masterListenFd = listener;  // c10d would listen on every interface
   options.waitWorkers = false;
   options.timeout = milliseconds(timeout_ms);
   auto store = c10::make_intrusive<c10d::TCPStore>(text(host), options);

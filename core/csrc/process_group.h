@@ -73,7 +73,7 @@ class RankGroup {
   int32_t rank_, size_;
 };
 
-std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, bool serve, int64_t timeout_ms);
+std::unique_ptr<MeetingStore> meet_at(rust::Str host, uint16_t port, int32_t listener, int64_t timeout_ms);
 // Joins the group whose ranks meet under `prefix`; `address` is the interface that other ranks reach this one at.
 std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str prefix, int32_t rank, int32_t size,
                                      rust::Str address, int64_t connect_ms);

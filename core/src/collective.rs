@@ -11,7 +11,7 @@ pub(crate) mod ffi {
         #[namespace = "at"]
         type Tensor = crate::shim::ffi::Tensor;
         type MeetingStore;
-        fn meet_at(host: &str, port: u16, serve: bool, timeout_ms: i64) -> Result<UniquePtr<MeetingStore>>;
+        fn meet_at(host: &str, port: u16, listener: i32, timeout_ms: i64) -> Result<UniquePtr<MeetingStore>>;
         fn port(self: &MeetingStore) -> u16;
         fn set(self: &MeetingStore, key: &str, value: &[u8]) -> Result<()>;
         fn get(self: &MeetingStore, key: &str, timeout_ms: i64) -> Result<Vec<u8>>;

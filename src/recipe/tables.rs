@@ -383,7 +383,7 @@ table! {
         /// How roles share devices; `auto` goes by the actor's size.
         pub tier: Tier = Tier::Auto;
         /// Machines.
-        pub nodes: usize = 1, in at_least(1.0);
+        pub nodes: usize = 1, in between(1.0, 100_000.0);
         /// GPUs of each machine; `auto` counts them.
         pub gpus_per_node: Auto<usize> = Auto::Auto, in at_least(1.0);
         /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; unset, this machine's, else H100-80GB.
@@ -394,7 +394,7 @@ table! {
         /// machine.
         pub listen: Option<SocketAddr> = None;
         /// Seconds that workers have to join.
-        pub join_timeout_s: f64 = 120.0, in above(0.0);
+        pub join_timeout_s: f64 = 120.0, in above_to(0.0, 604_800.0);
     }
 }
 

@@ -12,6 +12,8 @@
 //! A process of another program, such as a PyTorch one, joins by the same steps: read `generation` (add 0), add 1 to
 //! `joined/RANK` and to `present`, and make a `ProcessGroupGloo` over the store with that prefix.
 
+use std::net::TcpListener;
+use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,7 +61,10 @@ impl MeetingPoint {
     /// # Errors
     /// The port is in use, or the host is not this machine's.
     pub fn serve(host: &str, port: u16) -> Result<MeetingPoint> {
-        MeetingPoint::open(host, port, true, Duration::from_secs(10))
+        let failed = |error| Error::other(format!("serving the meeting point {host}:{port}"), error);
+        let listener = TcpListener::bind((host, port)).map_err(failed)?;
+        let port = listener.local_addr().map_err(failed)?.port();
+        MeetingPoint::open(host, port, Some(listener), Duration::from_secs(10))
     }
 
     /// Connects to the store that another rank serves.
@@ -67,12 +72,14 @@ impl MeetingPoint {
     /// # Errors
     /// Nobody answers there within `patience.join`.
     pub fn join(host: &str, port: u16, patience: Patience) -> Result<MeetingPoint> {
-        MeetingPoint::open(host, port, false, patience.join)
+        MeetingPoint::open(host, port, None, patience.join)
     }
 
-    fn open(host: &str, port: u16, serve: bool, timeout: Duration) -> Result<MeetingPoint> {
-        let store = ffi::meet_at(host, port, serve, milliseconds(timeout)).map_err(|error| {
-            let what = if serve { "serving the meeting point" } else { "connecting to the meeting point" };
+    fn open(host: &str, port: u16, listener: Option<TcpListener>, timeout: Duration) -> Result<MeetingPoint> {
+        let serves = listener.is_some();
+        let listener = listener.map_or(-1, IntoRawFd::into_raw_fd); // c10d closes it
+        let store = ffi::meet_at(host, port, listener, milliseconds(timeout)).map_err(|error| {
+            let what = if serves { "serving the meeting point" } else { "connecting to the meeting point" };
             Error::other(format!("{what} {host}:{port}"), torch_error(error))
         })?;
         Ok(MeetingPoint { store: Arc::new(store), host: host.into() })

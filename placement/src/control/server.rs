@@ -136,7 +136,16 @@ impl ControlServer {
 
     /// Tells every worker that the run is over and waits until they are gone, at most `patience`.
     pub async fn finish(self, reason: &str, patience: Duration) {
-        let _ = self.supervisor.cast(supervisor::Message::Finish(reason.into()));
+        self.end(true, reason, patience).await;
+    }
+
+    /// The same of a run that failed: to its workers that is an error.
+    pub async fn fail(self, reason: &str, patience: Duration) {
+        self.end(false, reason, patience).await;
+    }
+
+    async fn end(self, finished: bool, reason: &str, patience: Duration) {
+        let _ = self.supervisor.cast(supervisor::Message::Finish { finished, reason: reason.into() });
         let mut roster = self.roster.clone();
         let _ = tokio::time::timeout(patience, roster.wait_for(|roster| roster.workers.is_empty())).await;
         // The farewells are on their way: connections outlive their proxies by a moment.

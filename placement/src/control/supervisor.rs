@@ -28,8 +28,11 @@ pub(super) enum Message {
     Misconfigured(ControlError),
     /// A rendezvous is over: what went wrong in it does not count for the next.
     Met,
-    /// Lets all workers go: the run is over.
-    Finish(String),
+    /// Lets all workers go: the run is over, well or not.
+    Finish {
+        finished: bool,
+        reason: String,
+    },
 }
 
 /// A worker asks for its rank.
@@ -91,10 +94,10 @@ impl Actor for Supervisor {
                 }
             }),
             Message::Met => state.roster.send_modify(|roster| roster.misconfigured = None),
-            Message::Finish(reason) => {
+            Message::Finish { finished, reason } => {
                 state.finished = true;
                 for worker in state.roster.borrow().workers.values() {
-                    worker.dismiss(true, &reason);
+                    worker.dismiss(finished, &reason);
                 }
             }
         }
