@@ -96,8 +96,9 @@ pub struct Processes {
 struct SecretFile(PathBuf);
 
 impl SecretFile {
-    fn of_this_process() -> SecretFile {
-        SecretFile(std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id())))
+    fn new(wanted: Option<PathBuf>) -> SecretFile {
+        let own = || std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id()));
+        SecretFile(wanted.unwrap_or_else(own))
     }
 }
 
@@ -112,6 +113,8 @@ impl Drop for SecretFile {
 pub struct Joining {
     /// Where they join; without it they are started here.
     pub listen: Option<SocketAddr>,
+    /// Where they find what they authenticate with.
+    pub credentials: Option<PathBuf>,
     pub patience: Duration,
     /// Told what workers write, and who is missing.
     pub say: Arc<dyn Fn(&str) + Send + Sync>,
@@ -150,9 +153,8 @@ impl Crew {
         let runtime = ControlRuntime::start()?;
         let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
         let meeting = MeetingPoint::serve(&host, 0)?;
-        let count = assignment.layout.num_workers as u32;
-        let secret = joining.listen.map(|_| SecretFile::of_this_process());
-        let gathering = gather(count, joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
+        let secret = joining.listen.map(|_| SecretFile::new(joining.credentials.clone()));
+        let gathering = gather(assignment.layout.clone(), joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
         let mut gathering = runtime.handle().spawn(gathering);
         let (server, local, workers) = tokio::select! {
             gathered = &mut gathering => gathered.map_err(Failure::other)??,
@@ -371,8 +373,9 @@ const LOOK_FOR_SILENCE: Duration = Duration::from_secs(1);
 type Gathered = (ControlServer, Option<LocalWorkers>, Vec<RemoteWorker>);
 
 /// Listens, starts the workers where nobody else does, and waits for all.
-async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {
-    let Joining { listen, patience, say } = joining;
+async fn gather(layout: Layout, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {
+    let num_workers = layout.num_workers as u32;
+    let Joining { listen, patience, say, .. } = joining;
     let authority = RunAuthority::new()?;
     let output = Arc::new(StartedHere::default());
     let config = ControlConfig {
@@ -386,7 +389,7 @@ async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> 
     let (local, rules) = match secret {
         Some(file) => {
             authority.worker(None)?.write(&file)?;
-            say(&how_to_join(num_workers, server.address(), &file));
+            say(&how_to_join(&layout, server.address(), &file));
             (None, Rendezvous::by_scheduler(patience))
         }
         None => {
@@ -396,6 +399,7 @@ async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> 
                 args: vec!["--join".into(), server.address().to_string().into()],
                 variables: Vec::new(),
                 num_workers,
+                devices: layout.devices,
                 threads: available_threads(),
                 on_line: Arc::new(move |rank, line| told(&format!("worker {rank}: {line}"))),
             };
@@ -409,12 +413,16 @@ async fn gather(num_workers: u32, joining: Joining, secret: Option<PathBuf>) -> 
 }
 
 /// What a person, or a script, does now.
-fn how_to_join(num_workers: u32, address: SocketAddr, secret: &Path) -> String {
-    let port = address.port();
+fn how_to_join(layout: &Layout, address: SocketAddr, secret: &Path) -> String {
+    let (port, num_workers) = (address.port(), layout.num_workers);
     let host = if address.ip().is_unspecified() { host_name() } else { address.ip().to_string() };
+    let devices = layout.chosen_devices().map(|devices| {
+        format!(", which are devices {devices}, counted through all hosts: LOCAL_RANK is a device's number on its own")
+    });
     format!(
-        "waiting for {num_workers} workers, for each rank R from 0: RANK=R WORLD_SIZE={num_workers} LOCAL_RANK=(its \
+        "waiting for {num_workers} workers{}, for each rank R from 0: RANK=R WORLD_SIZE={num_workers} LOCAL_RANK=(its \
          number on its host) worker --join {host}:{port} --credentials {}; other hosts need a copy of that file",
+        devices.unwrap_or_default(),
         secret.display()
     )
 }

@@ -6,6 +6,7 @@ use echelon_algorithms::ppo::StepReport;
 use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
+use echelon_core::store::total;
 use echelon_placement::cluster::Cluster;
 use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, StepSeconds, plan};
@@ -16,7 +17,7 @@ use crate::calibration;
 use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::Metrics;
-use crate::plan::{USUAL_HOST_BYTES, workload_of};
+use crate::plan::workload_of;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
 use crate::run::memory::shapes;
@@ -44,7 +45,7 @@ impl Forecast {
     ) -> Result<Forecast, Failure> {
         let threads = tch::get_num_threads().max(1) as usize;
         let on_cpu = held.pass.device == Device::Cpu;
-        let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, USUAL_HOST_BYTES)).transpose();
+        let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, total())).transpose();
         Ok(Forecast {
             workload: workload_of(recipe, shapes(folders)?),
             constraints: Constraints {
@@ -93,7 +94,7 @@ impl Forecast {
             Some(rates) => rates,
             None => {
                 let threads = tch::get_num_threads().max(1) as usize;
-                let alone = Cluster::cpu(1, threads, USUAL_HOST_BYTES).ok()?;
+                let alone = Cluster::cpu(1, threads, total()).ok()?;
                 let measured = calibration::measure(&alone, &workload, (&self.folder, self.held), interrupt);
                 if let Err(error) = measured.as_ref().map_err(Error::root) {
                     if !matches!(error, Error::Interrupted) {

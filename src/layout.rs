@@ -7,10 +7,14 @@ use echelon_core::role::Role;
 use echelon_placement::planner::{ByHand, Plan};
 use serde::{Deserialize, Serialize};
 
+use crate::recipe::BatchArithmetic;
+
 /// The places of a run's roles. Workers are numbered from 0, one per device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub num_workers: usize,
+    /// The device of each worker, counted through all nodes.
+    pub devices: Vec<usize>,
     pub groups: Vec<RoleGroup>,
 }
 
@@ -42,7 +46,7 @@ impl Layout {
             moves_to_host: false,
             tensor_parallel: 1,
         };
-        Layout { num_workers, groups: ROLES.map(group).to_vec() }
+        Layout { num_workers, devices: workers.clone(), groups: ROLES.map(group).to_vec() }
     }
 
     /// As planned. Devices without a role have no worker.
@@ -61,7 +65,7 @@ impl Layout {
                 tensor_parallel: held.tensor_parallel,
             }));
         }
-        Layout { num_workers: used.len(), groups }
+        Layout { num_workers: used.len(), devices: used.into_iter().collect(), groups }
     }
 
     /// # Panics
@@ -80,6 +84,43 @@ impl Layout {
     pub fn roles_of(&self, worker: usize) -> String {
         let groups = self.groups.iter().filter(|group| group.workers.contains(&worker));
         groups.map(|group| group.role.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Which device each worker has, where that is more than its number: devices without a role have no worker.
+    pub fn chosen_devices(&self) -> Option<String> {
+        let is_plain = self.devices.iter().enumerate().all(|(worker, device)| worker == *device);
+        (!is_plain).then(|| ranges(&self.devices))
+    }
+
+    /// What each rank works on, a line for each group of roles.
+    pub fn shares(&self, batch: &BatchArithmetic) -> Vec<String> {
+        let line = |(workers, groups): (&Vec<usize>, Vec<&RoleGroup>)| {
+            let names: Vec<String> = groups.iter().map(|group| group.role.to_string()).collect();
+            let (names, parts) = (names.join(", "), workers.len() / groups[0].tensor_parallel);
+            let trains = groups.iter().any(|group| matches!(group.role, Role::Actor | Role::Critic));
+            let share = if trains { batch.training_share(parts) } else { batch.share(parts) };
+            let by = match groups[0].tensor_parallel {
+                1 => "on each rank".into(),
+                size => format!("for each engine of {size}"),
+            };
+            format!("{names}: {share} {by}")
+        };
+        self.by_place().into_iter().filter(|(workers, _)| workers.len() > 1).map(line).collect()
+    }
+
+    /// Roles that share workers, and the same tensor-parallel size.
+    fn by_place(&self) -> Vec<(&Vec<usize>, Vec<&RoleGroup>)> {
+        let mut places: Vec<(&Vec<usize>, Vec<&RoleGroup>)> = Vec::new();
+        for group in &self.groups {
+            let same = |(workers, groups): &&mut (&Vec<usize>, Vec<&RoleGroup>)| {
+                *workers == &group.workers && groups[0].tensor_parallel == group.tensor_parallel
+            };
+            match places.iter_mut().find(same) {
+                Some((_, groups)) => groups.push(group),
+                None => places.push((&group.workers, vec![group])),
+            }
+        }
+        places
     }
 
     /// The places of the roles as a recipe would give them by hand, device by worker.
@@ -116,15 +157,10 @@ impl Layout {
 impl fmt::Display for Layout {
     /// Such as `2 processes: actor, generator on 0; critic (ZeRO 3) on 1`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut places: Vec<(&Vec<usize>, Vec<String>)> = Vec::new();
-        for group in &self.groups {
-            let name = group.to_string();
-            match places.iter_mut().find(|(workers, _)| *workers == &group.workers) {
-                Some((_, names)) => names.push(name),
-                None => places.push((&group.workers, vec![name])),
-            }
-        }
-        let places = places.iter().map(|(workers, names)| format!("{} on {}", names.join(", "), ranges(workers)));
+        let places = self.by_place().into_iter().map(|(workers, groups)| {
+            let names: Vec<String> = groups.iter().map(ToString::to_string).collect();
+            format!("{} on {}", names.join(", "), ranges(workers))
+        });
         write!(f, "{}: {}", self.num_workers, places.collect::<Vec<_>>().join("; "))
     }
 }
@@ -181,7 +217,7 @@ mod tests {
             group(Role::Critic, &[2, 3], 1),
             group(Role::Generator, &[4, 5, 6, 7], 2),
         ];
-        Layout { num_workers: 8, groups }
+        Layout { num_workers: 8, devices: (0..8).collect(), groups }
     }
 
     #[test]
@@ -199,6 +235,36 @@ mod tests {
             "8: actor (ZeRO 3) on 0-1; critic (ZeRO 3) on 2-3; generator (tensor-parallel 2) on 4-7"
         );
         assert_eq!(ranges(&[0, 2, 3, 7]), "0, 2-3, 7");
+    }
+
+    #[test]
+    fn every_group_has_its_own_shares() {
+        let batch = BatchArithmetic {
+            prompts: 16,
+            samples_per_prompt: 1,
+            responses: 16,
+            mini_batch_size: 8,
+            epochs: 1,
+            optimizer_steps: 2,
+            steps: 1,
+            critic_optimizer_steps: 2,
+            actor_optimizer_steps: 2,
+            actor_warmup_steps: 0,
+            max_prompt_tokens: 10,
+            max_new_tokens: 10,
+            tokens_per_micro_batch: 40,
+        };
+        let shares = apart().shares(&batch);
+        assert_eq!(shares[0], "actor: 8 responses, 4 of each mini-batch in at most 2 micro-batches on each rank");
+        assert_eq!(shares[2], "generator: 8 responses for each engine of 2");
+        assert_eq!((shares.len(), Layout::together(1, 0, false).shares(&batch).len()), (3, 0));
+    }
+
+    #[test]
+    fn idle_devices_are_known() {
+        assert_eq!(apart().chosen_devices(), None);
+        let some = Layout { num_workers: 2, devices: vec![0, 4], ..apart() };
+        assert_eq!(some.chosen_devices().as_deref(), Some("0, 4"));
     }
 
     #[test]

@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use echelon_core::shape::ModelShape;
+use echelon_core::store::total;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
+use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::ledger::{ComputeDtype, Workload};
 use echelon_placement::planner::{ByHand, Constraints, Plan, plan};
 use echelon_placement::rates::Rates;
@@ -17,8 +19,6 @@ use crate::recipe::{self, Auto, Device, Devices, Dtype, ModelSource, ResolvedRec
 /// The GPUs that a recipe without a kind is planned for.
 const USUAL_GPU: &str = "H100-80GB";
 const USUAL_GPUS_PER_NODE: usize = 8;
-/// Host memory of a machine that a recipe is planned for on its CPU.
-pub(crate) const USUAL_HOST_BYTES: u64 = 32 << 30;
 
 /// The plan of a recipe; None where a model's shape is not at hand (a hub id without `shape`).
 ///
@@ -38,6 +38,7 @@ pub fn count_gpus(recipe: &mut ResolvedRecipe) {
     let devices = &mut recipe.placement.devices;
     if devices.device != Device::Cpu
         && devices.count().is_none()
+        && devices.gpu.is_none()
         && let Some(found) = node::gpus().map(|here| here.num_devices()).filter(|&found| found > 1)
     {
         devices.gpus_per_node = Auto::Fixed(found);
@@ -45,25 +46,41 @@ pub fn count_gpus(recipe: &mut ResolvedRecipe) {
 }
 
 fn on_cpu(devices: &Devices) -> bool {
-    devices.device == Device::Cpu || (devices.device == Device::Auto && devices.count().is_none())
+    let names_gpus = devices.count().is_some() || devices.gpu.is_some();
+    devices.device == Device::Cpu || (devices.device == Device::Auto && !names_gpus)
 }
 
 fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    if on_cpu(devices) {
-        let workers = devices.workers.fixed().unwrap_or(1);
-        return Cluster::cpu(workers, threads, USUAL_HOST_BYTES).map_err(Failure::input);
-    }
+    let memory = |cluster: Cluster, gib: Auto<f64>| match gib {
+        Auto::Fixed(gib) => cluster.with_host_memory((gib * (1u64 << 30) as f64) as u64),
+        Auto::Auto => cluster,
+    };
+    let pools = devices.node_pool.iter().map(|pool| {
+        let cluster = Cluster::of(pool.nodes, pool.gpus_per_node, &pool.gpu).map_err(Failure::input)?;
+        Ok(memory(cluster, pool.host_memory_gib))
+    });
+    let pools = pools.collect::<Result<Vec<Cluster>, Failure>>()?;
+    let cluster = match pools.into_iter().reduce(Cluster::joined) {
+        Some(all) => return Ok(all),
+        None if on_cpu(devices) => {
+            let workers = devices.workers.fixed().unwrap_or(1).div_ceil(devices.nodes);
+            let host = Cluster::cpu(workers, available_threads(), total()).map_err(Failure::input)?;
+            host.repeated(devices.nodes, workers).expect("a host's own workers")
+        }
+        None => gpus(devices)?,
+    };
+    Ok(memory(cluster, devices.host_memory_gib))
+}
+
+/// Like nodes with GPUs. Hardware that is here is known better than by a name.
+fn gpus(devices: &Devices) -> Result<Cluster, Failure> {
     let in_use = devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes));
-    let per_node = in_use.or(devices.gpus_per_node.fixed());
-    let per_node = per_node.unwrap_or(USUAL_GPUS_PER_NODE);
-    // Hardware that is here is known better than by a name.
+    let per_node = in_use.or(devices.gpus_per_node.fixed()).unwrap_or(USUAL_GPUS_PER_NODE);
     let here = node::gpus().filter(|_| devices.gpu.is_none());
     if let Some(cluster) = here.and_then(|here| here.repeated(devices.nodes, per_node)) {
         return Ok(cluster);
     }
-    let kind = devices.gpu.as_deref().unwrap_or(USUAL_GPU);
-    Cluster::of(devices.nodes, per_node, kind).map_err(|error| Failure::Input(format!("placement.gpu: {error}")))
+    Cluster::of(devices.nodes, per_node, devices.gpu.as_deref().unwrap_or(USUAL_GPU)).map_err(Failure::input)
 }
 
 fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
@@ -130,7 +147,7 @@ pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
     }
 }
 
-/// A model's shape from its `config.json`, or the one named for planning.
+/// A model's shape from its own `config.json`, or where that is not at hand from the one named for planning.
 fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape>, Failure> {
     let of = |folder: &Path| {
         let config = DecoderConfig::read(folder).map_err(Failure::input)?;
@@ -138,8 +155,8 @@ fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape
         Ok(Some(DecoderConfig { head, ..config }.shape()))
     };
     match (&start.shape, &start.model) {
+        (_, ModelSource::Folder(folder)) if folder.join("config.json").exists() => of(folder),
         (Some(folder), _) => of(folder),
-        (None, ModelSource::Folder(folder)) if folder.join("config.json").exists() => of(folder),
         _ => Ok(None),
     }
 }

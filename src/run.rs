@@ -21,7 +21,7 @@ use crate::plan;
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
-use crate::replay::record;
+use crate::replay::{self, record};
 use crate::resume::resume;
 use crate::watch::Watch;
 use crate::wire::{self, ModelFolders, RunInputs, Wired};
@@ -41,12 +41,14 @@ use metrics::{Work, samples_of, step_metrics};
 /// See [`Failure`].
 pub fn main(arguments: &Arguments) -> Result<(), Failure> {
     if let Some(format) = arguments.plan {
-        let mut recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?.resolve();
+        let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?;
+        recipe.check_shapes()?;
+        let mut recipe = recipe.resolve();
         plan::count_gpus(&mut recipe);
         let plan = plan::of(&recipe)?;
         match format {
             PlanFormat::Text => {
-                print!("{recipe}");
+                print!("{}", recipe.to_toml_headed("The recipe as it would run, with every default."));
                 let text = plan.map_or("no plan: a model's config.json is not at hand".into(), |plan| plan.to_string());
                 text.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
             }
@@ -110,7 +112,8 @@ impl Run {
         let resolved = recipe.to_toml();
         let checkpoints = Checkpoints::new(&folder, &recipe.checkpoint);
         let resumed = if resumes { resume::<Recipe>(&folder, &checkpoints, &resolved)? } else { Resumed::default() };
-        let inputs = Inputs::load(&recipe, &resumed)?;
+        let mut inputs = Inputs::load(&recipe, &resumed)?;
+        check_replay(&recipe, &resumed, &mut inputs.prompts)?;
 
         let terminal = Arc::new(Terminal::new(recipe.train.steps as u64));
         let watch = Arc::new(Watch::new(terminal.clone()));
@@ -372,6 +375,21 @@ impl Inputs {
     }
 }
 
+/// Refuses rollouts that are not those of the steps to come. The prompts are drawn from and put back.
+fn check_replay(recipe: &ResolvedRecipe, resumed: &Resumed, prompts: &mut TrainingPrompts) -> Result<(), Failure> {
+    let begun = prompts.position();
+    if let Some((_, state)) = &resumed.saved {
+        prompts.restore(&state.data)?;
+    }
+    let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step) + 1;
+    let (size, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
+    let first = prompts.next_batch(step, size, samples, recipe.seed)?;
+    prompts.restore(&begun)?;
+    let steps = step..=recipe.train.steps as u64;
+    let first = (!steps.is_empty()).then_some(&first);
+    replay::check(&recipe.rollout, steps, first)
+}
+
 /// Gives the roles and the prompts what they had at a checkpoint; the run folder stays as it is.
 async fn restore(wired: &Wired, prompts: &mut TrainingPrompts, path: &Path, state: &RunState) -> Result<(), Failure> {
     tch::set_num_threads(state.num_threads);
@@ -406,6 +424,7 @@ fn header(
     ];
     if layout.num_workers > 1 {
         rows.insert(2, ("workers", layout.to_string()));
+        rows.insert(5, ("shares", layout.shares(&recipe.batch).join("\n")));
     }
     rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {

@@ -251,7 +251,8 @@ pub async fn wire(
             run_folder: absolute(&run_folder),
         };
         let patience = Duration::from_secs_f64(devices.join_timeout_s);
-        let joining = Joining { listen: devices.listen, patience, say };
+        let credentials = devices.credentials.as_ref().map(|file| file.0.clone());
+        let joining = Joining { listen: devices.listen, credentials, patience, say };
         Crew::of_processes(assignment, &joining, (interrupt.clone(), progress)).await?
     };
     let sources = tasks.into_iter().map(|task| match task {
@@ -297,18 +298,19 @@ pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
     let devices = &recipe.placement.devices;
     let on_cpu = held.pass.device == Device::Cpu;
     let workers = if on_cpu { devices.workers.fixed() } else { devices.count() }.unwrap_or(1);
-    let gpus = devices.gpus_per_node.fixed().unwrap_or(0) * devices.nodes;
-    if on_cpu && devices.workers.fixed().is_none() && gpus > 0 {
+    let gpus = devices.count().filter(|_| devices.workers.fixed().is_none()).unwrap_or(0);
+    if on_cpu && gpus > 0 {
+        let key = if devices.node_pool.is_empty() { "placement.gpus_per_node" } else { "[[placement.node_pool]]" };
         return Err(Failure::Input(format!(
-            "placement.gpus_per_node: the recipe is for {gpus} GPUs, and this machine has none that work: --plan resolves it, \
+            "{key}: the recipe is for {gpus} GPUs, and this machine has none that work: --plan resolves it, \
              and placement.workers = N with device = \"cpu\" runs it on N worker processes"
         )));
     }
-    if devices.nodes > 1 && devices.listen.is_none() {
+    if devices.num_nodes() > 1 && devices.listen.is_none() {
         return Err(Failure::Input(format!(
-            "placement.nodes = {}: workers of other machines are started there: say where they join, such as \
+            "[placement] has {} nodes: workers of other machines are started there: say where they join, such as \
              placement.listen = \"0.0.0.0:7401\"",
-            devices.nodes
+            devices.num_nodes()
         )));
     }
     if let Some(address) = devices.listen {
@@ -335,7 +337,7 @@ pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
 /// # Errors
 /// [`Failure::Input`], with the key.
 pub fn check_one_device(program: &str, devices: &Devices) -> Result<(), Failure> {
-    let several = devices.nodes > 1 || devices.count().is_some_and(|count| count > 1) || devices.listen.is_some();
+    let several = devices.num_nodes() > 1 || devices.count().is_some_and(|count| count > 1) || devices.listen.is_some();
     if !several {
         return Ok(());
     }

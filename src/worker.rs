@@ -3,7 +3,7 @@
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_to_text};
@@ -33,7 +33,8 @@ pub const BUILD: &str = env!("ECHELON_BUILD");
 
 const USAGE: &str = "usage: worker --join HOST:PORT [--credentials FILE] [--join-timeout-s S]\n\
      its rank comes from the launcher's environment (RANK, or what torchrun, Slurm, MPI and Kubernetes set); the \
-     driver writes the credentials' file, without which they come over stdin";
+     driver writes the credentials' file (placement.credentials), which is waited for; without the option they come \
+     over stdin";
 
 /// How often a heartbeat's operation is looked up.
 const LOOK: Duration = Duration::from_millis(250);
@@ -57,6 +58,10 @@ pub fn is_asked(arguments: &[String]) -> bool {
 /// [`Failure::Input`]: arguments, environment or credentials; [`Failure::Worker`]: the driver refused this worker or is
 /// gone.
 pub fn main(arguments: &[String]) -> Result<(), Failure> {
+    if arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
+        println!("{USAGE}");
+        return Ok(());
+    }
     let joining = Joining::read(arguments)?;
     let place = place().map_err(Failure::input)?;
     // Workers of one host share its CPUs, unless somebody has said otherwise.
@@ -64,7 +69,7 @@ pub fn main(arguments: &[String]) -> Result<(), Failure> {
         tch::set_num_threads(threads_per_worker(available_threads(), here) as i32);
     }
     let credentials = match &joining.credentials {
-        Some(file) => Credentials::read(file).map_err(Failure::input)?,
+        Some(file) => wait_for(file, joining.patience)?,
         None => Credentials::receive(std::io::stdin())
             .map_err(|error| Failure::Input(format!("credentials over stdin: {error}\n{USAGE}")))?,
     };
@@ -72,6 +77,22 @@ pub fn main(arguments: &[String]) -> Result<(), Failure> {
     let outcome = runtime.block_on(async { tokio::spawn(work(joining, place, credentials)).await });
     runtime.shutdown_background();
     outcome.map_err(Failure::other)?
+}
+
+/// The driver's credentials, once they are there: a scheduler may start this worker before the driver has written them.
+fn wait_for(file: &Path, patience: Duration) -> Result<Credentials, Failure> {
+    let begun = Instant::now();
+    if !file.exists() {
+        eprintln!("waiting for {}, which the driver writes", file.display());
+    }
+    while !file.exists() && begun.elapsed() < patience {
+        std::thread::sleep(LOOK);
+    }
+    if file.is_dir() {
+        let message = "is a folder: give the file that the driver wrote (placement.credentials)";
+        return Err(Failure::Input(format!("{}: {message}", file.display())));
+    }
+    Credentials::read(file).map_err(Failure::input)
 }
 
 impl Joining {

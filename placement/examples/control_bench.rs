@@ -89,6 +89,7 @@ async fn start(num_workers: u32, simulated: u32) -> Outcome<(ControlServer, Loca
         args: ["simulate".into(), address.into(), count.into()].to_vec(),
         variables: Vec::new(),
         num_workers: 1,
+        devices: Vec::new(),
         threads: 2,
         on_line: Arc::new(|_, line| eprintln!("{line}")),
     };

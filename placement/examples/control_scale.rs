@@ -104,6 +104,7 @@ fn start(authority: &RunAuthority, server: &ControlServer, count: u32) -> Outcom
         args: ["simulate".into(), server.address().to_string().into(), count.to_string().into()].to_vec(),
         variables: Vec::new(),
         num_workers: 1,
+        devices: Vec::new(),
         threads: 2,
         on_line: Arc::new(|_, line| eprintln!("{line}")),
     };

@@ -122,6 +122,7 @@ async fn other_process(cpus: usize) -> Outcome<Value> {
         args: ["worker".into(), server.address().to_string().into()].to_vec(),
         variables: Vec::new(),
         num_workers: 1,
+        devices: Vec::new(),
         threads: cpus,
         on_line: Arc::new(|_, line| eprintln!("{line}")),
     };

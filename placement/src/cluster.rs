@@ -10,6 +10,9 @@ use thiserror::Error;
 
 pub use discover::{DeviceFacts, DiscoverError, Discovery, NodeFacts};
 
+/// Host memory of a node that nobody has told of.
+pub const ASSUMED_HOST_BYTES: u64 = 2_000_000_000_000;
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Nodes with their devices, also of unlike kinds.
@@ -65,6 +68,8 @@ pub struct Link {
 pub enum ClusterError {
     #[error("unknown device kind `{name}`: the known ones are {known}")]
     UnknownKind { name: String, known: String },
+    #[error("`{name}` may be {kinds}: say which")]
+    SeveralKinds { name: String, kinds: String },
     #[error("a cluster of {nodes} nodes with {devices} devices each has no device: both must be at least 1")]
     Empty { nodes: usize, devices: usize },
 }
@@ -75,15 +80,12 @@ impl Cluster {
     /// # Errors
     /// A kind that is not known, or no device at all.
     pub fn of(nodes: usize, devices: usize, kind: &str) -> Result<Cluster, ClusterError> {
-        let found = DeviceKind::known(kind).ok_or_else(|| ClusterError::UnknownKind {
-            name: kind.into(),
-            known: KNOWN.iter().map(|known| known.name).collect::<Vec<_>>().join(", "),
-        })?;
+        let found = DeviceKind::named(kind)?;
         let links = KNOWN.iter().find(|known| known.name == found.name).map_or((25.0, 12.5), |known| known.links_gb);
         Cluster::uniform(nodes, devices, found, links.0 * 1e9, links.1 * 1e9)
     }
 
-    /// `nodes` nodes of `devices` devices of `kind`, links in bytes/s. Host memory is 2 TB a node.
+    /// `nodes` nodes of `devices` devices of `kind`, links in bytes/s. Host memory is [`ASSUMED_HOST_BYTES`] a node.
     ///
     /// # Errors
     /// No device at all.
@@ -100,7 +102,7 @@ impl Cluster {
         let node = Node {
             devices: vec![0; devices],
             within: Link { bytes_per_s: within_bytes_per_s, latency_s: 10e-6 },
-            host_memory_bytes: 2_000_000_000_000,
+            host_memory_bytes: ASSUMED_HOST_BYTES,
         };
         let between_nodes = Link { bytes_per_s: between_bytes_per_s, latency_s: 25e-6 };
         Ok(Cluster { kinds: vec![kind], nodes: vec![node; nodes], between_nodes })
@@ -130,6 +132,21 @@ impl Cluster {
         let first = self.nodes.first().filter(|node| (1..=node.devices.len()).contains(&devices))?;
         let node = Node { devices: first.devices[..devices].to_vec(), ..first.clone() };
         Some(Cluster { nodes: vec![node; nodes], ..self.clone() })
+    }
+
+    /// This cluster with so much host memory in every node; CPU workers have their shares of it.
+    #[must_use]
+    pub fn with_host_memory(mut self, bytes: u64) -> Cluster {
+        for node in &mut self.nodes {
+            node.host_memory_bytes = bytes;
+            for &kind in &node.devices {
+                let kind = &mut self.kinds[kind];
+                if kind.shares_host_memory {
+                    kind.memory_bytes = bytes / node.devices.len() as u64;
+                }
+            }
+        }
+        self
     }
 
     /// This cluster and the nodes of another after its own; the slower link between nodes holds for all.
@@ -204,10 +221,30 @@ impl Link {
 }
 
 impl DeviceKind {
+    /// A kind as a person names it: by its name here, or by so much of its beginning as only one has ("H100").
+    ///
+    /// # Errors
+    /// No kind or several begin so.
+    pub fn named(name: &str) -> Result<DeviceKind, ClusterError> {
+        let begins = |known: &&Known| {
+            known.name.get(..name.len()).is_some_and(|start| !name.is_empty() && start.eq_ignore_ascii_case(name))
+        };
+        let names = |kinds: &mut dyn Iterator<Item = &Known>| kinds.map(|known| known.name).collect::<Vec<_>>().join(", ");
+        match (DeviceKind::known(name), KNOWN.iter().filter(begins).count()) {
+            (Some(kind), _) => Ok(kind),
+            (None, 0) => Err(ClusterError::UnknownKind { name: name.into(), known: names(&mut KNOWN.iter()) }),
+            (None, 1) => Ok(KNOWN.iter().find(begins).expect("counted").kind()),
+            (None, _) => {
+                Err(ClusterError::SeveralKinds { name: name.into(), kinds: names(&mut KNOWN.iter().filter(begins)) })
+            }
+        }
+    }
+
     /// A kind by its name here ("H100-80GB"), or by what NVML calls it ("NVIDIA H100 80GB HBM3").
     pub fn known(name: &str) -> Option<DeviceKind> {
-        let wanted = name.to_ascii_lowercase();
-        let by_words = |known: &&Known| known.name.to_ascii_lowercase().split('-').all(|word| wanted.contains(word));
+        let words: Vec<&str> = name.split(|char: char| !char.is_ascii_alphanumeric()).collect();
+        let has = |word: &str| words.iter().any(|other| other.eq_ignore_ascii_case(word));
+        let by_words = |known: &&Known| known.name.split('-').all(has);
         let exact = KNOWN.iter().find(|known| known.name.eq_ignore_ascii_case(name));
         exact.or_else(|| KNOWN.iter().find(by_words)).map(Known::kind)
     }
@@ -312,6 +349,10 @@ mod tests {
         ] {
             assert_eq!(DeviceKind::known(name).map(|found| found.name).as_deref(), Some(kind), "{name}");
         }
+        assert_eq!(DeviceKind::named("h100").unwrap().name, "H100-80GB");
+        assert_eq!((DeviceKind::known("NVIDIA L40"), DeviceKind::known("NVIDIA A100-PCIE-30GB")), (None, None));
+        let error = Cluster::of(1, 8, "A100").unwrap_err().to_string();
+        assert_eq!(error, "`A100` may be A100-80GB, A100-40GB: say which");
         let error = Cluster::of(1, 8, "TPU").unwrap_err().to_string();
         assert!(error.starts_with("unknown device kind `TPU`: the known ones are H200, H100-80GB"), "{error}");
         assert!(Cluster::of(0, 8, "H200").is_err() && Cluster::cpu(0, 2, 1).is_err());
@@ -336,6 +377,7 @@ mod tests {
         let cluster = Cluster::cpu(4, 8, 64 << 30).unwrap();
         assert_eq!(cluster.kinds[0].memory_bytes, 16 << 30);
         assert_eq!(cluster.kinds[0].f32_flops_per_s, 200e9);
+        assert_eq!(cluster.clone().with_host_memory(32 << 30), Cluster::cpu(4, 8, 32 << 30).unwrap());
         assert!(!cluster.has_accelerators());
     }
 }

@@ -92,6 +92,8 @@ pub enum PlanError {
 pub struct Plan {
     /// The hardware, in words.
     pub cluster: String,
+    /// Of a node, in words; what was assumed is said.
+    pub host_memory: String,
     pub tier: Tier,
     /// Why this tier.
     pub tier_reason: String,
@@ -237,7 +239,8 @@ pub fn plan(
     let question = Question { cluster, workload, constraints, rates, every_slice: EVERY_SLICE };
     let answer = question.solve()?;
     if answer.outcome.best.is_some() {
-        return Ok(explain::plan(&question, &answer));
+        let faster = question.faster_below(&answer)?;
+        return Ok(explain::plan(&question, &answer, faster));
     }
     Err(PlanError::Refused(Box::new(refusal::refuse(&question, &answer)?)))
 }
@@ -280,6 +283,8 @@ enum Reject {
     /// Engines of this size do not fill the nodes, or do not divide the model.
     TensorParallel {
         size: usize,
+        /// Heads, key-value heads, gated width, devices of a node.
+        divided: [u64; 4],
     },
     /// The cache's limit does not hold one sequence.
     KvCache {
@@ -317,6 +322,23 @@ impl<'a> Question<'a> {
                 _ => return Ok(Answer { tier, tier_reason, problem, inventory, hand, outcome }),
             }
         }
+    }
+
+    /// A smaller tier than `auto` goes to by the actor's size, with its seconds, where a step is faster in it.
+    fn faster_below(&self, answer: &Answer) -> Result<Option<(Tier, f64)>, PlanError> {
+        let Some(best) = answer.outcome.best.as_ref().filter(|_| self.constraints.tier.is_none()) else {
+            return Ok(None);
+        };
+        let mut faster = None;
+        for tier in [Tier::Small, Tier::Medium].into_iter().filter(|tier| *tier < answer.tier) {
+            let constraints = Constraints { tier: Some(tier), ..self.constraints.clone() };
+            let other = Question { constraints: &constraints, ..*self }.solve()?.outcome.best;
+            let seconds = other.map_or(f64::INFINITY, |found| found.seconds);
+            if seconds < faster.map_or(best.seconds, |(_, seconds)| seconds) {
+                faster = Some((tier, seconds));
+            }
+        }
+        Ok(faster)
     }
 
     fn check(&self) -> Result<(), PlanError> {

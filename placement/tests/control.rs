@@ -381,6 +381,7 @@ fn start_workers(authority: &RunAuthority, address: &str, num_workers: u32, mode
         args: ["worker_process", "--exact", "--ignored", "--nocapture"].map(Into::into).to_vec(),
         variables: vec![("ECHELON_TEST_DRIVER".into(), address.into()), ("ECHELON_TEST_MODE".into(), mode.into())],
         num_workers,
+        devices: Vec::new(),
         threads: 2,
         on_line: Arc::new(|_, _| {}),
     };

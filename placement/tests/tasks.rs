@@ -410,6 +410,7 @@ impl Cluster {
             args: ["worker_process", "--exact", "--ignored", "--nocapture"].map(Into::into).to_vec(),
             variables: vec![("ECHELON_TEST_DRIVER".into(), server.address().to_string().into())],
             num_workers,
+            devices: Vec::new(),
             threads: 2,
             on_line: Arc::new(|_, _| {}),
         };

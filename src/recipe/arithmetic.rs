@@ -33,10 +33,6 @@ pub struct BatchArithmetic {
     pub max_new_tokens: usize,
     /// Tokens per forward and backward pass on one device.
     pub tokens_per_micro_batch: usize,
-    /// Devices in use, where the recipe says so.
-    pub workers: Option<usize>,
-    /// Devices per engine.
-    pub tensor_parallel_size: usize,
 }
 
 impl Recipe {
@@ -59,8 +55,6 @@ impl Recipe {
             max_prompt_tokens: self.data.max_prompt_tokens,
             max_new_tokens: self.rollout.max_new_tokens,
             tokens_per_micro_batch: self.train.compute.tokens_per_micro_batch,
-            workers: self.placement.devices.count(),
-            tensor_parallel_size: self.generation.tensor_parallel_size,
         }
     }
 }
@@ -73,23 +67,28 @@ impl Optimizer {
 }
 
 impl BatchArithmetic {
-    /// Most micro-batches of one mini-batch on one of `workers` devices, when every sequence has full length.
-    pub fn micro_batches_at_most(&self, workers: usize) -> usize {
-        let rows = self.mini_batch_size.div_ceil(workers);
+    /// Most micro-batches of one mini-batch on one of `ranks` ranks, when every sequence has full length.
+    pub fn micro_batches_at_most(&self, ranks: usize) -> usize {
+        let rows = self.mini_batch_size.div_ceil(ranks);
         let sequence = self.max_prompt_tokens + self.max_new_tokens;
         let rows_together = (self.tokens_per_micro_batch / sequence).max(1);
         rows.div_ceil(rows_together)
     }
 
+    /// What each of a trained role's `ranks` ranks works on.
+    pub fn training_share(&self, ranks: usize) -> String {
+        let [responses, rows] = [self.responses, self.mini_batch_size].map(|rows| shown(rows, ranks));
+        let at_most = self.micro_batches_at_most(ranks);
+        format!("{responses} responses, {rows} of each mini-batch in at most {}", count(at_most, "micro-batch"))
+    }
+
+    /// What each of `parts` engines, or of a frozen role's ranks, works on.
+    pub fn share(&self, parts: usize) -> String {
+        format!("{} responses", shown(self.responses, parts))
+    }
+
     fn lines(&self) -> Vec<String> {
-        let mut lines = vec![self.rollout_line(), self.run_line(), self.micro_batch_line()];
-        if let Some(workers) = self.workers.filter(|workers| *workers > 1) {
-            lines.push(self.device_line(workers));
-            if self.tensor_parallel_size > 1 {
-                lines.push(self.engine_line(workers / self.tensor_parallel_size));
-            }
-        }
-        lines
+        vec![self.rollout_line(), self.run_line(), self.micro_batch_line()]
     }
 
     fn rollout_line(&self) -> String {
@@ -111,25 +110,12 @@ impl BatchArithmetic {
 
     fn micro_batch_line(&self) -> String {
         let (prompt, response) = (self.max_prompt_tokens, self.max_new_tokens);
-        let at_most = self.micro_batches_at_most(self.workers.unwrap_or(1));
         format!(
-            "up to {prompt} + {response} = {} tokens a sequence, micro-batches of {} tokens: at most {at_most} per optimizer step",
+            "up to {prompt} + {response} = {} tokens a sequence, micro-batches of {} tokens: at most {} per optimizer step on one device",
             prompt + response,
             self.tokens_per_micro_batch,
+            self.micro_batches_at_most(1),
         )
-    }
-
-    fn device_line(&self, workers: usize) -> String {
-        let [prompts, responses, rows] =
-            [self.prompts, self.responses, self.mini_batch_size].map(|rows| shown(rows, workers));
-        format!(
-            "{workers} devices: a role that is on all has {prompts} prompts, {responses} responses and {rows} of each mini-batch on each"
-        )
-    }
-
-    fn engine_line(&self, engines: usize) -> String {
-        let rows = shown(self.responses, engines);
-        format!("{} of {} devices, {rows} responses each", count(engines, "engine"), self.tensor_parallel_size)
     }
 }
 
@@ -146,6 +132,10 @@ fn shown(rows: usize, parts: usize) -> String {
 }
 
 fn count(number: usize, noun: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
+    let plural = match noun {
+        _ if number == 1 => "",
+        "micro-batch" => "es",
+        _ => "s",
+    };
     format!("{number} {noun}{plural}")
 }

@@ -10,8 +10,9 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-pub(crate) const FREE_KEYS: [&str; 16] = [
+pub(crate) const FREE_KEYS: [&str; 17] = [
     "name",
+    "rollout.record",
     "train.steps",
     "train.epochs",
     "train.eval_every_steps",

@@ -1,6 +1,8 @@
 //! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
 
-use super::error::Problem;
+use echelon_placement::cluster::DeviceKind;
+
+use super::error::{Problem, RecipeError};
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
 use super::tables::*;
 use super::value::{Auto, ModelSource};
@@ -60,6 +62,7 @@ impl Root for Recipe {
         check_reward(&self.reward, self.labels(), rules);
         check_prompts(&self.data, rules);
         check_stop(&self.rollout, rules);
+        check_replay(&self.rollout, rules);
         check_mini_batch(self, rules);
         check_kl(self, rules);
         check_clips(&self.ppo, rules);
@@ -126,6 +129,26 @@ impl Root for RewardRecipe {
 }
 
 impl Recipe {
+    /// Refuses a `shape` that is no folder with a `config.json`: a plan may need it.
+    ///
+    /// # Errors
+    /// The first such key.
+    pub fn check_shapes(&self) -> Result<(), RecipeError> {
+        let shapes = [
+            ("actor.shape", &self.actor.shape),
+            ("critic.shape", &self.critic.shape),
+            ("reference.shape", &self.reference.shape),
+            ("reward.shape", &self.reward.source.shape),
+        ];
+        for (key, folder) in shapes.into_iter().filter_map(|(key, shape)| Some((key, shape.as_ref()?))) {
+            if !folder.join("config.json").is_file() {
+                let message = format!("`{key}`: {} has no config.json", folder.display());
+                return Err(self.error_at(key, &message, "name a folder with the model's; it needs no weights"));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether every prompt source has labels.
     fn labels(&self) -> bool {
         let all_mixed = !self.data.mix.is_empty() && self.data.mix.iter().all(|source| source.label_key.is_some());
@@ -299,6 +322,15 @@ fn check_stop(rollout: &Rollout, rules: &mut Rules) {
     }
 }
 
+fn check_replay(rollout: &Rollout, rules: &mut Rules) {
+    if let (Some(record), Some(replay)) = (&rollout.record, &rollout.replay)
+        && record.0 == *replay
+    {
+        let message = format!("`rollout.record` and `rollout.replay` are both {}", replay.display());
+        rules.broken(&["rollout.record", "rollout.replay"], message, "keep one, or record elsewhere".into());
+    }
+}
+
 fn check_mini_batch(recipe: &Recipe, rules: &mut Rules) {
     let (prompts, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
     let mini_batch = recipe.ppo.mini_batch_size;
@@ -349,20 +381,72 @@ fn check_clips(ppo: &Ppo, rules: &mut Rules) {
 }
 
 fn check_devices(devices: &Devices, rules: &mut Rules) {
-    if let (Auto::Fixed(gpus), Auto::Fixed(workers)) = (devices.gpus_per_node, devices.workers)
+    check_pools(devices, rules);
+    let Auto::Fixed(workers) = devices.workers else { return };
+    if let Auto::Fixed(gpus) = devices.gpus_per_node
         && devices.device != Device::Cpu
         && workers > devices.nodes * gpus
     {
         let message = format!("{workers} workers do not fit on {} x {gpus} GPUs", devices.nodes);
         rules.broken(&["placement.workers"], message, "one worker runs on one GPU".into());
+    } else if !workers.is_multiple_of(devices.nodes) {
+        let message = format!("{workers} workers are no equal share of {} nodes", devices.nodes);
+        let next = workers.next_multiple_of(devices.nodes);
+        rules.broken(&["placement.workers", "placement.nodes"], message, format!("`workers = {next}` is one"));
+    }
+}
+
+fn check_pools(devices: &Devices, rules: &mut Rules) {
+    check_gpu("placement.gpu", devices.gpu.as_deref(), rules);
+    for (index, pool) in devices.node_pool.iter().enumerate() {
+        check_gpu(&format!("placement.node_pool.{index}.gpu"), Some(&pool.gpu), rules);
+    }
+    if devices.node_pool.is_empty() {
+        return;
+    }
+    for key in ["nodes", "gpus_per_node", "gpu", "host_memory_gib", "workers"] {
+        let key = format!("placement.{key}");
+        let unset = key == "placement.nodes" && devices.nodes == 1; // as a resolved recipe writes it
+        let auto = rules.has(&key)
+            && match &key["placement.".len()..] {
+                "gpus_per_node" => devices.gpus_per_node == Auto::Auto,
+                "host_memory_gib" => devices.host_memory_gib == Auto::Auto,
+                "workers" => devices.workers == Auto::Auto,
+                _ => false,
+            };
+        if rules.has(&key) && !unset && !auto {
+            let message = format!("`{key}` beside [[placement.node_pool]]: the pools say which devices there are");
+            rules.broken(&[&key], message, "keep one of both".into());
+        }
+    }
+    if devices.device == Device::Cpu {
+        let message = "[[placement.node_pool]] declares GPUs, and `placement.device` is \"cpu\"".to_string();
+        rules.broken(&["placement.device"], message, "delete one of both".into());
+    }
+}
+
+fn check_gpu(key: &str, gpu: Option<&str>, rules: &mut Rules) {
+    if let Some(Err(error)) = gpu.map(DeviceKind::named) {
+        rules.broken(&[key], format!("`{key}`: {error}"), String::new());
     }
 }
 
 impl Devices {
     /// Devices in use, where the recipe says so.
     pub fn count(&self) -> Option<usize> {
+        if !self.node_pool.is_empty() {
+            return Some(self.node_pool.iter().map(|pool| pool.nodes * pool.gpus_per_node).sum());
+        }
         let gpus = self.gpus_per_node.fixed().filter(|_| self.device != Device::Cpu);
         self.workers.fixed().or(gpus.map(|gpus| gpus * self.nodes))
+    }
+
+    /// Machines.
+    pub fn num_nodes(&self) -> usize {
+        match &self.node_pool[..] {
+            [] => self.nodes,
+            pools => pools.iter().map(|pool| pool.nodes).sum(),
+        }
     }
 }
 

@@ -10,12 +10,12 @@ use super::foreign::{FOREIGN, FOREIGN_WORDS};
 pub fn hints(path: &[String], name: &str, inside: &[String], own: &[&str], known: &[String]) -> Vec<String> {
     let table = path.join(".");
     let foreign = foreign_hints(&table, name, known);
-    if let Some(close) = near(name, own.iter().copied(), 2) {
-        let same = foreign.into_iter().filter(|hint| hint.contains(&format!("`{close}`")));
-        return [format!("did you mean `{close}`?")].into_iter().chain(same).collect();
-    }
     let here = if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") };
     let translated = inside.iter().flat_map(|key| foreign_hints(&here, key, known));
+    if let Some(close) = near(name, own.iter().copied(), 2) {
+        let same = foreign.into_iter().filter(|hint| hint.contains(&format!("`{close}`")));
+        return [format!("did you mean `{close}`?")].into_iter().chain(same).chain(translated).collect();
+    }
     let foreign: Vec<String> = foreign.into_iter().chain(translated).collect();
     let is_qualified = FOREIGN.iter().any(|entry| entry.1 == here);
     let home = known.iter().find(|key| last(key) == name && !parent(key).is_empty() && parent(key) != table);

@@ -221,10 +221,15 @@ impl Recipe {
 impl ResolvedRecipe {
     /// `recipe.resolved.toml`: every decided key, one per line. It loads again, and resolves to an equal value.
     pub fn to_toml(&self) -> String {
+        self.to_toml_headed("The recipe as it ran, with every default.")
+    }
+
+    /// The same below another first line.
+    pub fn to_toml_headed(&self, heading: &str) -> String {
         let recipe = self.to_recipe();
         let batch = self.batch.to_string();
         let comment: String = batch.lines().map(|line| format!("# {line}\n")).collect();
-        format!("# The recipe as it ran, with every default.\n{comment}\n{}", to_toml(&recipe))
+        format!("# {heading}\n{comment}\n{}", to_toml(&recipe))
     }
 
     /// The same as JSON, for programs.
@@ -261,12 +266,6 @@ impl ResolvedRecipe {
             checkpoint: self.checkpoint.clone(),
             eval: self.eval.clone(),
         }
-    }
-}
-
-impl std::fmt::Display for ResolvedRecipe {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.to_toml())
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::Origins;
 use super::schema::{above, above_to, at_least, between, choice, from_below, table};
-use super::value::{Auto, ModelSource, NewFolder};
+use super::value::{Auto, ModelSource, NewPath};
 
 table! {
     /// A PPO run.
@@ -246,7 +246,7 @@ table! {
         /// Strings that end a response, beside the model's own end tokens.
         pub stop: Vec<String> = Vec::new();
         /// Keep every step's rollout in this folder, for `replay`.
-        pub record: Option<NewFolder> = None;
+        pub record: Option<NewPath> = None;
         /// Take the rollouts from this folder instead of sampling: what is learned from equal rollouts can be compared.
         pub replay: Option<PathBuf> = None;
     }
@@ -388,13 +388,34 @@ table! {
         pub gpus_per_node: Auto<usize> = Auto::Auto, in at_least(1.0);
         /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; unset, this machine's, else H100-80GB.
         pub gpu: Option<String> = None;
+        /// Host memory of each machine that plans count on; `auto` is this machine's where it works itself, else 2 TB.
+        pub host_memory_gib: Auto<f64> = Auto::Auto, in above(0.0);
         /// Devices in use; on CPU the number of worker processes.
         pub workers: Auto<usize> = Auto::Auto, in at_least(1.0);
         /// Address at which workers that others start join, such as 0.0.0.0:7401; without it they are started on this
         /// machine.
         pub listen: Option<SocketAddr> = None;
+        /// File in which the driver writes, for this user alone, what such workers authenticate with, and which it removes
+        /// at the end. Default: one in the folder for temporary files.
+        pub credentials: Option<NewPath> = None;
         /// Seconds that workers have to join.
         pub join_timeout_s: f64 = 120.0, in above_to(0.0, 604_800.0);
+        /// Unlike machines, instead of `nodes`, `gpus_per_node` and `gpu`: devices are counted through the pools in order.
+        pub node_pool: Vec<NodePool> = Vec::new();
+    }
+}
+
+table! {
+    /// Machines of one kind.
+    pub struct NodePool {
+        /// Machines of the pool.
+        pub nodes: usize = 1, in between(1.0, 100_000.0);
+        /// GPUs of each.
+        pub gpus_per_node: usize, in at_least(1.0);
+        /// Their kind, as in `placement.gpu`.
+        pub gpu: String;
+        /// Host memory of each; `auto` is 2 TB.
+        pub host_memory_gib: Auto<f64> = Auto::Auto, in above(0.0);
     }
 }
 

@@ -135,7 +135,7 @@ fn check_shipped(path: &Path, recipe: &Recipe) {
     let last = stem.rsplit('-').next().unwrap();
     if let Some((nodes, gpus)) = last.strip_suffix('g').and_then(|last| last.split_once('n')) {
         let (nodes, gpus): (usize, usize) = (nodes.parse().unwrap(), gpus.parse().unwrap());
-        assert_eq!(resolved.batch.workers, Some(nodes * gpus), "{stem}");
+        assert_eq!(resolved.placement.devices.count(), Some(nodes * gpus), "{stem}");
         assert_eq!(resolved.placement.devices.nodes, nodes, "{stem}");
         let shapes = [resolved.actor.shape.as_ref(), resolved.critic.shape.as_ref()];
         for shape in shapes {
@@ -346,10 +346,8 @@ fn the_batch_arithmetic_is_designs() {
         text.starts_with("64 prompts x 4 samples = 256 responses -> 8 optimizer steps of 32, 2 epochs: 16\n"),
         "{text}"
     );
-    assert!(
-        text.contains("8 devices: a role that is on all has 8 prompts, 32 responses and 4 of each mini-batch on each"),
-        "{text}"
-    );
+    assert_eq!(batch.training_share(8), "32 responses, 4 of each mini-batch in at most 1 micro-batch");
+    assert_eq!((batch.share(3), batch.share(4)), ("85 to 86 responses".to_string(), "64 responses".to_string()));
 }
 
 #[test]

@@ -17,9 +17,9 @@ pub enum ModelSource {
     Hub(String),
 }
 
-/// A folder that the program makes.
+/// Where the program makes a file or a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NewFolder(pub PathBuf);
+pub struct NewPath(pub PathBuf);
 
 /// A number the program works out unless the recipe gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,7 +237,7 @@ impl Scalar for PathBuf {
     }
 }
 
-impl Scalar for NewFolder {
+impl Scalar for NewPath {
     fn kind() -> String {
         "path".into()
     }
@@ -245,10 +245,10 @@ impl Scalar for NewFolder {
     fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self> {
         let written = String::parse(field, node, reader)?;
         if written.is_empty() {
-            reader.wrong_type(field.name, node, "a folder's name");
+            reader.wrong_type(field.name, node, "a path");
             return None;
         }
-        Some(NewFolder(reader.documents.resolve_path(&node.origin, &written)))
+        Some(NewPath(reader.documents.resolve_path(&node.origin, &written)))
     }
 
     fn show(&self) -> String {

@@ -33,25 +33,35 @@ pub(super) fn none_left(name: &str, len: usize) -> SegmentError {
 
 /// Bytes that can be taken, and which limit is the nearest when it is not the machine's.
 pub fn available() -> (u64, &'static str) {
-    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        Some(1024 * line.trim().trim_end_matches(" kB").parse::<u64>().ok()?)
-    });
-    let machine = machine.unwrap_or(u64::MAX);
-    match control_group() {
+    let machine = of_machine("MemAvailable:").unwrap_or(u64::MAX);
+    match control_group().map(|(_, left)| left).min() {
         Some(group) if group < machine => (group, " (the control group's limit)"),
         _ => (machine, ""),
     }
 }
 
-/// Bytes left in this process's memory control group: version 2, or the older one.
-fn control_group() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    groups.lines().filter_map(|line| left_in(line, "/sys/fs/cgroup")).min()
+/// Bytes that this process could take of an idle machine: all there are, or its control group's limit.
+pub fn total() -> u64 {
+    let limits = control_group().map(|(limit, _)| limit);
+    limits.chain(of_machine("MemTotal:")).min().unwrap_or(u64::MAX)
 }
 
-/// Bytes left in the group of one line of `/proc/self/cgroup`.
-fn left_in(line: &str, root: &str) -> Option<u64> {
+/// A line of the kernel's account, in bytes.
+fn of_machine(field: &str) -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    Some(1024 * line.trim().trim_end_matches(" kB").parse::<u64>().ok()?)
+}
+
+/// Limit of and bytes left in this process's memory control groups: version 2, or the older one.
+fn control_group() -> impl Iterator<Item = (u64, u64)> {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let limits: Vec<_> = groups.lines().filter_map(|line| left_in(line, "/sys/fs/cgroup")).collect();
+    limits.into_iter()
+}
+
+/// Limit of and bytes left in the group of one line of `/proc/self/cgroup`.
+fn left_in(line: &str, root: &str) -> Option<(u64, u64)> {
     let mut fields = line.splitn(3, ':').skip(1);
     let (controllers, path) = (fields.next()?, fields.next()?);
     let (folder, limit, used, cached) = match controllers {
@@ -73,7 +83,7 @@ fn left_in(line: &str, root: &str) -> Option<u64> {
         let reclaimable = stat.lines().filter_map(|line| {
             cached.iter().find_map(|key| line.strip_prefix(key)).and_then(|value| value.parse::<u64>().ok())
         });
-        Some(limit.saturating_sub(used.saturating_sub(reclaimable.sum())))
+        Some((limit, limit.saturating_sub(used.saturating_sub(reclaimable.sum()))))
     })
 }
 
@@ -85,6 +95,7 @@ mod tests {
     fn the_machine_has_memory_and_not_endless() {
         let (available, _) = available();
         assert!(available > 1 << 20 && available < 1 << 50, "{available}");
+        assert!(total() >= available, "{} in all", total());
     }
 
     #[test]
@@ -102,8 +113,8 @@ mod tests {
         write("memory/memory.usage_in_bytes", "600\n");
         write("free/memory.max", "max\n");
         let root_text = root.to_str().unwrap();
-        assert_eq!(left_in("0::/job", root_text), Some(600));
-        assert_eq!(left_in("4:memory:/not/mounted/here", root_text), Some(0));
+        assert_eq!(left_in("0::/job", root_text), Some((1000, 600)));
+        assert_eq!(left_in("4:memory:/not/mounted/here", root_text), Some((500, 0)));
         assert_eq!(left_in("0::/free", root_text), None, "no limit");
         assert_eq!(left_in("3:cpuset:/", root_text), None);
         fs::remove_dir_all(root).unwrap();

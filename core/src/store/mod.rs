@@ -37,7 +37,7 @@ mod writer;
 pub use client::{Claim, Store};
 pub use error::StoreError;
 pub use id::ObjectId;
-pub use memory::available;
+pub use memory::{available, total};
 pub use object::Object;
 pub use packet::{PacketListener, PacketSocket};
 pub use protocol::{Fate, Refusal, Room, StoreReport, Token};

@@ -54,7 +54,7 @@ impl Cluster {
             }
             Err(source) => return Err(DiscoverError { what: "starting NVML".into(), reason: source.to_string() }),
         };
-        let facts = NodeFacts { devices: read_devices(&nvml)?, host_memory_bytes: host_memory_bytes() };
+        let facts = NodeFacts { devices: read_devices(&nvml)?, host_memory_bytes: echelon_core::store::total() };
         Ok(Discovery::of(&facts))
     }
 }
@@ -121,11 +121,4 @@ fn read_devices(nvml: &Nvml) -> Result<Vec<DeviceFacts>, DiscoverError> {
         })
     };
     (0..count).map(read).collect()
-}
-
-/// All of the host's; 0 where the kernel does not say.
-fn host_memory_bytes() -> u64 {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
-    total.and_then(|kib| kib.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(0, |kib| kib * 1024)
 }

@@ -18,7 +18,7 @@ use tonic::{Request, Status, Streaming};
 
 use super::Limits;
 use super::awake::stay_awake;
-use super::error::ControlError;
+use super::error::{ControlError, stream_broke};
 use super::framing::{AnswerTo, Assembly, Outbox, Outgoing, Sending, word};
 use super::heartbeat::Progress;
 use super::identity::{Credentials, driver_name};
@@ -361,7 +361,9 @@ impl Reader {
             let order = match timeout(self.limits.driver_silence, self.orders.message()).await {
                 Ok(Ok(Some(ToWorker { order }))) => order,
                 Ok(Ok(None)) => return lost("it closed the stream".into()),
-                Ok(Err(status)) => return lost(status.message().into()),
+                Ok(Err(status)) => {
+                    return lost(format!("{}; its process is gone, or the network between", stream_broke(&status)));
+                }
                 Err(_) => return lost(format!("it said nothing for {} s", self.limits.driver_silence.as_secs_f64())),
             };
             let assembled = match order {

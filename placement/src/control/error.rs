@@ -114,6 +114,23 @@ fn last_lines(lines: &[String]) -> String {
     if lines.is_empty() { String::new() } else { format!("; its last lines:\n    {}", lines.join("\n    ")) }
 }
 
+/// How a cause begins that says no more than that.
+pub(crate) const STREAM_BROKE: &str = "its stream broke";
+
+/// Why a stream broke, down to the operating system's word.
+pub(crate) fn stream_broke(status: &tonic::Status) -> String {
+    let mut text = format!("{STREAM_BROKE}: {}", status.message());
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text.split(": https://").next().unwrap_or_default().into() // rustls refers to its manual
+}
+
 /// Whole seconds as `30`, others as `0.25`.
 pub(crate) fn seconds(duration: &Duration) -> String {
     format!("{:.3}", duration.as_secs_f64()).trim_end_matches('0').trim_end_matches('.').to_string()

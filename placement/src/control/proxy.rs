@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use super::Limits;
 use super::awake::stay_awake;
 use super::door::Hold;
-use super::error::{ControlError, Peer, seconds};
+use super::error::{ControlError, Peer, STREAM_BROKE, seconds};
 use super::framing::{CallTo, Outgoing, Sending, order};
 use super::heartbeat::Heartbeat;
 use super::protocol::{Beat, Dismissed, Hello, Order, Ping, ToWorker};
@@ -173,9 +173,6 @@ impl RemoteWorker {
         ControlError::Lost { peer: self.0.peer.clone(), operation: operation.into(), cause, stderr }
     }
 }
-
-/// How a cause begins that says no more than that.
-pub const STREAM_BROKE: &str = "its stream broke";
 
 impl Line {
     pub fn new(peer: Peer, output: Option<Arc<dyn LocalOutput>>) -> Line {

@@ -19,11 +19,11 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::Limits;
 use super::door::{self, Arrival};
-use super::error::{ControlError, Peer, RefusalKind};
+use super::error::{ControlError, Peer, RefusalKind, stream_broke};
 use super::framing::{Assembly, Outbox, order};
 use super::identity::{RunAuthority, allows_rank};
 use super::protocol::{self, DriverCodec, FromWorker, Hello, MESSAGE_BYTES, Order, ToWorker, Welcome, Word};
-use super::proxy::{self, Answer, Line, RemoteWorker, STREAM_BROKE, Seating};
+use super::proxy::{self, Answer, Line, RemoteWorker, Seating};
 use super::supervisor::{self, Claim, Claimed, Roster, Supervisor};
 
 /// HTTP/2 window of a worker's stream, bytes: 10 Gb/s over 3 ms.
@@ -277,7 +277,7 @@ impl Reception {
 
     /// Tells the driver what it must know, and the worker why.
     fn refuse(&self, Refusal(kind, reason): Refusal) -> Status {
-        tracing::warn!(?kind, %reason, "a worker was refused");
+        tracing::debug!(?kind, %reason, "a worker was refused");
         if kind.is_fatal() {
             let error = ControlError::Misconfigured { kind, reason: reason.clone() };
             let _ = self.supervisor.cast(supervisor::Message::Misconfigured(error));
@@ -293,7 +293,7 @@ async fn listen(mut words: Streaming<FromWorker>, line: Arc<Line>, proxy: ActorR
         let word = match words.message().await {
             Ok(Some(FromWorker { word })) => word,
             Ok(None) => break "it closed its stream".into(),
-            Err(status) => break ended(&status),
+            Err(status) => break stream_broke(&status),
         };
         line.heard();
         let assembled = match word {
@@ -317,20 +317,6 @@ async fn listen(mut words: Streaming<FromWorker>, line: Arc<Line>, proxy: ActorR
     };
     let cause = line.ending(cause).await;
     let _ = proxy.cast(proxy::Message::End(cause));
-}
-
-/// Why a stream broke, down to the operating system's word.
-fn ended(status: &Status) -> String {
-    let mut text = format!("{STREAM_BROKE}: {}", status.message());
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        source = error.source();
-    }
-    text.split(": https://").next().unwrap_or_default().into() // rustls refers to its manual
 }
 
 /// Text from outside, safe to repeat.

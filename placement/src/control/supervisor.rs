@@ -90,7 +90,9 @@ impl Actor for Supervisor {
             }
             Message::Misconfigured(error) => state.roster.send_modify(|roster| {
                 if roster.workers.len() < state.num_workers {
-                    roster.misconfigured.get_or_insert(error);
+                    roster.misconfigured.get_or_insert(error); // the rendezvous ends with it
+                } else {
+                    tracing::warn!("a worker was refused: {error}");
                 }
             }),
             Message::Met => state.roster.send_modify(|roster| roster.misconfigured = None),

@@ -60,6 +60,10 @@ pub struct Place {
 pub enum EnvironmentError {
     #[error("{launcher} started this process, but {variable} is not set; {advice}")]
     Unset { launcher: Launcher, variable: &'static str, advice: &'static str },
+    #[error(
+        "{set} is set, {unset} is not: set RANK, WORLD_SIZE and LOCAL_RANK (the device's number on its host), or none"
+    )]
+    Incomplete { set: String, unset: String },
     #[error("{variable}={value}: expected {expected}")]
     Value { variable: String, value: String, expected: &'static str },
     #[error("{launcher}: rank {rank} is not below the world size {world_size}; ranks count from 0")]
@@ -91,6 +95,7 @@ pub fn place_in(variables: &HashMap<String, String>) -> Result<Place, Environmen
             return place.checked();
         }
     }
+    environment.check_alone()?;
     Ok(environment.place(Launcher::Alone, 0, 1, 0))
 }
 
@@ -168,6 +173,16 @@ impl Environment<'_> {
             job: self.get("TORCHELASTIC_RUN_ID"),
             ..place
         }))
+    }
+
+    /// Nobody's process has no rank: a part of torchrun's contract is somebody's mistake.
+    fn check_alone(&self) -> Result<(), EnvironmentError> {
+        let (set, unset): (Vec<&str>, Vec<&str>) =
+            ["RANK", "WORLD_SIZE", "LOCAL_RANK"].into_iter().partition(|variable| self.get(variable).is_some());
+        match set[..] {
+            [] => Ok(()),
+            _ => Err(EnvironmentError::Incomplete { set: set.join(" and "), unset: unset.join(" and ") }),
+        }
     }
 
     fn mpi(&self) -> Result<Option<Place>, EnvironmentError> {

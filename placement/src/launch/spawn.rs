@@ -30,6 +30,8 @@ pub struct SpawnConfig {
     /// Beyond those that tell a worker its rank and its threads.
     pub variables: Vec<(OsString, OsString)>,
     pub num_workers: u32,
+    /// Each one's device on this host, its number among the visible ones; its rank where none is named.
+    pub devices: Vec<usize>,
     /// CPU threads for all of them; see [`available_threads`].
     pub threads: usize,
     /// Told every line that a worker writes to stderr.
@@ -224,7 +226,7 @@ fn command(config: &SpawnConfig, rank: u32) -> Command {
     command
         .args(&config.args)
         .env("RANK", rank.to_string())
-        .env("LOCAL_RANK", rank.to_string())
+        .env("LOCAL_RANK", config.devices.get(rank as usize).map_or(rank.to_string(), ToString::to_string))
         .env("WORLD_SIZE", config.num_workers.to_string())
         .env("LOCAL_WORLD_SIZE", config.num_workers.to_string())
         .env("OMP_NUM_THREADS", &threads)
@@ -385,6 +387,7 @@ mod tests {
             args: vec!["-c".into(), script.into()],
             variables: Vec::new(),
             num_workers,
+            devices: Vec::new(),
             threads: 8,
             on_line: Arc::new(|_, _| {}),
         };
@@ -474,6 +477,7 @@ mod tests {
             args: Vec::new(),
             variables: Vec::new(),
             num_workers: 1,
+            devices: Vec::new(),
             threads: 1,
             on_line: Arc::new(|_, _| {}),
         };

@@ -164,7 +164,7 @@ pub struct ModelSizes {
     pub kv_width: u64,
     pub num_heads: u64,
     pub vocab: u64,
-    num_kv_heads: u64,
+    pub num_kv_heads: u64,
     replicated_params: u64,
 }
 

@@ -184,7 +184,8 @@ impl Problem<'_> {
             let size = config.tensor_parallel;
             let model = self.models[Role::Generator as usize].expect("a generator computes the actor's model");
             if !slice.per_node.is_multiple_of(size) || !model.splits_into(size) {
-                return Err(Reject::TensorParallel { size });
+                let divided = [model.num_heads, model.num_kv_heads, model.intermediate, slice.per_node as u64];
+                return Err(Reject::TensorParallel { size, divided });
             }
             if slice.devices / size > self.workload.prompts {
                 return Err(Reject::Ranks { devices: slice.devices / size, rows: self.workload.prompts });

@@ -9,11 +9,12 @@ use super::{
     Alternative, Answer, DeviceRange, GroupPlan, GroupSeconds, PhaseBytes, Plan, Question, Reject, RolePlan,
     StepSeconds,
 };
+use crate::cluster::{ASSUMED_HOST_BYTES, Cluster};
 use crate::ledger::Phase;
-use crate::tier::RoleSet;
+use crate::tier::{RoleSet, Tier};
 
-/// The plan of an answer that has a best structure.
-pub(super) fn plan(question: &Question, answer: &Answer) -> Plan {
+/// The plan of an answer that has a best structure, and the smaller tier in which a step would be faster.
+pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f64)>) -> Plan {
     let best = answer.outcome.best.as_ref().expect("an answer with a best structure");
     let groups: Vec<Placed> = placed(&answer.problem, &answer.inventory, best);
     let used: usize = groups.iter().map(|group| group.slice.devices).sum();
@@ -21,10 +22,11 @@ pub(super) fn plan(question: &Question, answer: &Answer) -> Plan {
     let overhead = seconds.overhead;
     Plan {
         cluster: question.cluster.describe(),
+        host_memory: host_memory(question.cluster),
         tier: answer.tier,
         tier_reason: answer.tier_reason.clone(),
         actor_params: answer.problem.models[Role::Actor as usize].map_or(0, |model| model.params),
-        why: why(answer, &groups, &seconds),
+        why: why(answer, &groups, &seconds, faster),
         groups: groups.iter().map(|group| group.plan(question, answer)).collect(),
         seconds,
         runner_up: answer.outcome.runner_up.as_ref().map(|found| Alternative {
@@ -35,6 +37,18 @@ pub(super) fn plan(question: &Question, answer: &Answer) -> Plan {
         considered: answer.outcome.considered,
         fitting: answer.outcome.fitting,
     }
+}
+
+/// Such as "1.82 TiB, as assumed (placement.host_memory_gib tells)".
+fn host_memory(cluster: &Cluster) -> String {
+    let mut amounts: Vec<u64> = cluster.nodes.iter().map(|node| node.host_memory_bytes).collect();
+    amounts.sort_unstable();
+    amounts.dedup();
+    let shown = |&bytes: &u64| match bytes {
+        ASSUMED_HOST_BYTES => format!("{}, as assumed (placement.host_memory_gib tells)", super::render::bytes(bytes)),
+        bytes => super::render::bytes(bytes),
+    };
+    amounts.iter().map(shown).collect::<Vec<_>>().join("; ")
 }
 
 /// A group of the chosen structure with its devices.
@@ -258,8 +272,8 @@ fn step_seconds(question: &Question, groups: &[Placed]) -> StepSeconds {
 }
 
 /// One sentence: how many were compared, what the step is made of, how full the fullest device is, what plainer ZeRO
-/// stages would need, and by how much the runner-up is slower.
-fn why(answer: &Answer, groups: &[Placed], seconds: &StepSeconds) -> String {
+/// stages would need, by how much the runner-up is slower, and whether another tier would be faster.
+fn why(answer: &Answer, groups: &[Placed], seconds: &StepSeconds, faster: Option<(Tier, f64)>) -> String {
     let outcome = &answer.outcome;
     let mut parts = Vec::new();
     let phases = [("generation", seconds.generate), ("scoring", seconds.score), ("training", seconds.train)];
@@ -277,6 +291,10 @@ fn why(answer: &Answer, groups: &[Placed], seconds: &StepSeconds) -> String {
         let other = found.seconds + seconds.overhead;
         let slower = 100.0 * (other / seconds.step - 1.0);
         parts.push(format!("the runner-up takes {} (+{slower:.1} %)", super::render::seconds(other)));
+    }
+    if let Some((tier, other)) = faster {
+        let other = super::render::seconds(other + seconds.overhead);
+        parts.push(format!("placement.tier = \"{tier}\" fits too, and takes {other}: `auto` goes by the actor's size"));
     }
     parts.join("; ")
 }

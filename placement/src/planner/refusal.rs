@@ -259,7 +259,24 @@ fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
         settings.push(("fewer placement.workers".into(), work.clone(), constraints));
     }
     settings.extend(smaller_passes(question));
+    settings.extend(more_rows(question));
     settings
+}
+
+/// As many rows as there are devices, so that each has one.
+fn more_rows(question: &Question) -> Option<Setting> {
+    let (work, devices) = (question.workload, question.cluster.num_devices());
+    if devices <= work.prompts.min(work.mini_batch) {
+        return None;
+    }
+    let prompts = work.prompts.max(devices);
+    let responses = prompts * work.samples_per_prompt;
+    let mini_batch = (devices.max(work.mini_batch)..=responses).find(|rows| responses.is_multiple_of(*rows))?;
+    let keys = [("rollout.batch_size", work.prompts, prompts), ("ppo.mini_batch_size", work.mini_batch, mini_batch)];
+    let changed = keys.iter().filter(|(_, before, after)| before != after);
+    let change = changed.map(|(key, _, after)| format!("{key} = {after}")).collect::<Vec<_>>().join(" and ");
+    let work = Workload { prompts, mini_batch, ..work.clone() };
+    (!change.is_empty()).then(|| (change, work, question.constraints.clone()))
 }
 
 /// Settings that make a pass need less.
@@ -357,10 +374,10 @@ impl fmt::Display for Reject {
                 write!(f, "needs {} of {}", render::bytes(*needed), render::bytes(*usable))
             }
             Reject::Ranks { devices, rows } => write!(f, "{devices} ranks share {rows} rows: every rank needs one"),
-            Reject::TensorParallel { size } => {
+            Reject::TensorParallel { size, divided: [heads, kv_heads, width, devices] } => {
                 write!(
                     f,
-                    "a tensor-parallel size of {size} must divide heads, key-value heads, the gated width and the devices of every node"
+                    "a tensor-parallel size of {size} must divide heads ({heads}), key-value heads ({kv_heads}), the gated width ({width}) and the devices of every node ({devices})"
                 )
             }
             Reject::KvCache { needed } => {

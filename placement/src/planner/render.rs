@@ -41,6 +41,7 @@ impl fmt::Display for Plan {
             "{}, tier {} ({}; the actor has {params:.3} billion parameters)",
             self.cluster, self.tier, self.tier_reason
         )?;
+        writeln!(f, "host memory of a node: {}", self.host_memory)?;
         for group in &self.groups {
             writeln!(f)?;
             group.write(f)?;

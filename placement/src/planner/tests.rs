@@ -248,7 +248,7 @@ fn degenerate_workloads_are_errors() {
     assert!(refusal.change.is_some(), "{refusal}");
     let odd = Constraints { tensor_parallel: Some(3), ..Constraints::default() };
     let refusal = refused(&cluster, &workload(GATED_7B), &odd);
-    assert!(refusal.to_string().contains("a tensor-parallel size of 3 must divide heads"), "{refusal}");
+    assert!(refusal.to_string().contains("a tensor-parallel size of 3 must divide heads (32)"), "{refusal}");
 }
 
 #[test]

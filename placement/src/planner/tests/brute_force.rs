@@ -300,7 +300,7 @@ fn equals_brute_force_on_a_thousand_clusters() {
         match found.0 {
             Some(_) => {
                 planned += 1;
-                super::check_devices(&explain::plan(&question, &answer), cluster.num_devices());
+                super::check_devices(&explain::plan(&question, &answer, None), cluster.num_devices());
             }
             None => refused += 1,
         }
