@@ -4,19 +4,22 @@
 //! long as the recipe's go through the recipe's own layers and head, forward, forward and backward with an optimizer step,
 //! and through the engine. A large model is probed at two depths, and what a layer adds is added for the others. The planner
 //! estimates the same rows with its default rates, and every rate is scaled by what the estimate was off
-//! ([`Rates::calibrated`]): what is left to be predicted is how work grows with rows and roles.
+//! ([`Rates::calibrated`]): what is left to be predicted is how work grows with rows and roles. Where several workers share
+//! this host, as many probes run at once, each with a worker's threads, and the link between them is measured as well.
 
 use std::path::Path;
 use std::time::Instant;
 
+use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::store::total;
 use echelon_core::zero::{OptimizerConfig, PolicyOutput, Sharding};
 use echelon_core::{Error, Result};
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::head::LogprobOutput;
-use echelon_placement::cluster::Cluster;
+use echelon_placement::cluster::{Cluster, Link};
 use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, plan};
 use echelon_placement::rates::Rates;
@@ -38,17 +41,38 @@ const TRIES: usize = 3;
 /// Most tokens that each of the probe's sequences gets.
 const PROBE_TOKENS: usize = 32;
 
+/// Workers of this host.
+#[derive(Clone, Copy, Debug)]
+pub struct Here {
+    pub ranks: usize,
+    /// CPU threads of each.
+    pub threads: usize,
+}
+
 /// Rates at which estimates of `workload`'s like come out right on this machine; takes some seconds.
 ///
 /// # Errors
 /// A model that cannot be read, or work that cannot be planned.
 pub fn measure(
-    cluster: &Cluster,
+    here: Here,
     workload: &Workload,
     (folder, held): (&Path, Held),
     interrupt: &Interrupt,
 ) -> Result<Rates> {
-    let probe = Probe { interrupt: interrupt.clone(), ..Probe::new(workload, folder, held)? };
+    let before = tch::get_num_threads();
+    let rates = measure_at_once(here, workload, (folder, held), interrupt);
+    tch::set_num_threads(before); // what a probe's thread sets is what later threads begin with
+    rates
+}
+
+fn measure_at_once(
+    here: Here,
+    workload: &Workload,
+    (folder, held): (&Path, Held),
+    interrupt: &Interrupt,
+) -> Result<Rates> {
+    let cluster = &Cluster::cpu(1, here.threads, total()).map_err(|error| Error::other("the probe's host", error))?;
+    let probe = Probe { interrupt: interrupt.clone(), here, ..Probe::new(workload, folder, held)? };
     let constraints = Constraints { zero_stage: Some(0), adam_offload: Some(false), ..Constraints::default() };
     let rates = Rates::of(cluster);
     let estimate = |rates: &Rates| {
@@ -82,6 +106,7 @@ struct Seconds {
 }
 
 struct Probe {
+    here: Here,
     /// Of the whole model.
     config: DecoderConfig,
     held: Held,
@@ -114,7 +139,8 @@ impl Probe {
             epochs: 1,
             ..workload.clone()
         };
-        Ok(Probe { config, held, workload, interrupt: Interrupt::default() })
+        let here = Here { ranks: 1, threads: 1 };
+        Ok(Probe { here, config, held, workload, interrupt: Interrupt::default() })
     }
 
     /// Of the whole model, by its probes.
@@ -139,18 +165,44 @@ impl Probe {
     fn run(&self, num_layers: usize) -> Result<Seconds> {
         let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
         let config = of_depth(&self.config, num_layers);
-        let mut policy = probe_policy(&config, self.held, (optimizer, &Sharding::whole()))?;
-        let rows = self.rows();
-        let (mut passes, mut optimizer) = (f64::INFINITY, f64::INFINITY);
-        for _ in 0..TRIES {
-            passes = passes.min(timed(|| self.learn(&mut policy, &rows))?);
-            optimizer = optimizer.min(timed(|| policy.optimizer_step(0.0).map(drop))?);
-        }
-        let score = fastest(|| {
-            self.is_wanted()?;
-            timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ()))
+        let policy = |_| probe_policy(&config, self.held, (optimizer, &Sharding::whole()));
+        let mut ranks = (0..self.here.ranks).map(policy).collect::<Result<Vec<_>>>()?;
+        let [passes, optimizer] = self.at_once(&mut ranks, |policy| {
+            let rows = self.rows();
+            usual(|| {
+                let passes = timed(|| self.learn(policy, &rows))?;
+                Ok([passes, timed(|| policy.optimizer_step(0.0).map(drop))?])
+            })
         })?;
-        Ok(Seconds { generate: fastest(|| self.generate(&policy))?, score, passes, optimizer })
+        let [score] = self.at_once(&mut ranks, |policy| {
+            let rows = self.rows();
+            usual(|| {
+                self.is_wanted()?;
+                Ok([timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ()))?])
+            })
+        })?;
+        let [generate] = self.at_once(&mut ranks, |policy| usual(|| Ok([self.generate(policy)?])))?;
+        Ok(Seconds { generate, score, passes, optimizer })
+    }
+
+    /// Every rank's work at once, on a thread of its own; the slowest of each figure.
+    fn at_once<const N: usize>(
+        &self,
+        ranks: &mut [Policy],
+        work: impl Fn(&mut Policy) -> Result<[f64; N]> + Sync,
+    ) -> Result<[f64; N]> {
+        let work = |policy: &mut Policy| {
+            tch::set_num_threads(self.here.threads as i32);
+            work(policy)
+        };
+        let work = &work;
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = ranks.iter_mut().map(|policy| scope.spawn(move || work(policy))).collect();
+            ranks.into_iter().try_fold([0.0; N], |slowest, rank| {
+                let seconds = rank.join().expect("a probe does not panic")?;
+                Ok(std::array::from_fn(|figure| f64::max(slowest[figure], seconds[figure])))
+            })
+        })
     }
 
     fn rows(&self) -> Tokens {
@@ -204,6 +256,53 @@ impl Probe {
     }
 }
 
+/// The link between processes of this host, as `ranks` of them find it when all gather and reduce at once.
+///
+/// # Errors
+/// Their group does not come about.
+pub fn measure_link(here: Here) -> Result<Link> {
+    let point = MeetingPoint::serve("127.0.0.1", 0)?;
+    let rank = |rank: usize| -> Result<(f64, f64)> {
+        let patience = Patience::default();
+        let point = MeetingPoint::join("127.0.0.1", point.port(), patience)?;
+        let group = ProcessGroup::join(&point, "calibration", (rank, here.ranks), "127.0.0.1", patience)?;
+        let seconds = |numbers: usize| {
+            let length = (numbers - numbers % here.ranks) as i64;
+            let gathered = Tensor::zeros([length], tch::kind::FLOAT_CPU);
+            let share = length / here.ranks as i64;
+            let shard = gathered.narrow(0, rank as i64 * share, share);
+            // As training does: a unit's weights are gathered, its gradients reduced.
+            usual(|| {
+                let exchange = || {
+                    group.start_all_gather_in_place("gather", &gathered, &shard)?.wait()?;
+                    group.start_reduce_scatter("reduce", &gathered)?.sum().map(drop)
+                };
+                Ok([timed(exchange)?])
+            })
+        };
+        let ([few], [many]) = (seconds(here.ranks * 16)?, seconds(LINK_NUMBERS)?);
+        Ok((few, many))
+    };
+    let rank = &rank;
+    let ranks: Vec<Result<(f64, f64)>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..here.ranks).map(|number| scope.spawn(move || rank(number))).collect();
+        ranks.into_iter().map(|rank| rank.join().expect("a probe does not panic")).collect()
+    });
+    let mut slowest = (0.0, 0.0);
+    for seconds in ranks {
+        let (few, many) = seconds?;
+        slowest = (f64::max(slowest.0, few), f64::max(slowest.1, many));
+    }
+    let (few, many) = slowest;
+    let sent = 2.0 * 4.0 * LINK_NUMBERS as f64 * (here.ranks - 1) as f64 / here.ranks as f64;
+    // The planner counts a latency for each halving of the group.
+    let latency_s = few / 2.0 / (here.ranks as f64).log2().ceil();
+    Ok(Link { bytes_per_s: sent / (many - few).max(1e-6), latency_s })
+}
+
+/// What the link is measured with: a unit of some millions of parameters, in f32.
+const LINK_NUMBERS: usize = 4 << 20;
+
 /// Layers of the two probes: both all of them, where the model is small.
 fn depths(config: &DecoderConfig) -> [usize; 2] {
     let small = config.shape().num_params() <= SMALL_MODEL || config.num_layers <= PROBE_LAYERS[1];
@@ -215,9 +314,12 @@ fn of_depth(config: &DecoderConfig, num_layers: usize) -> DecoderConfig {
     DecoderConfig { num_layers, windows, ..config.clone() }
 }
 
-/// Of a few tries: the first takes memory for the first time, and any may be disturbed.
-fn fastest(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
-    (0..TRIES).try_fold(f64::INFINITY, |best, _| Ok(best.min(seconds()?)))
+/// Means of a few tries after a first, which takes memory for the first time: a machine that others use is slower than it
+/// can be.
+fn usual<const N: usize>(mut seconds: impl FnMut() -> Result<[f64; N]>) -> Result<[f64; N]> {
+    seconds()?;
+    let tries = (0..TRIES).map(|_| seconds()).collect::<Result<Vec<_>>>()?;
+    Ok(std::array::from_fn(|figure| tries.iter().map(|each| each[figure]).sum::<f64>() / TRIES as f64))
 }
 
 fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {

@@ -8,12 +8,13 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::store::total;
 use echelon_placement::cluster::Cluster;
+use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
 use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, StepSeconds, plan};
 use echelon_placement::rates::Rates;
 use tch::Device;
 
-use crate::calibration;
+use crate::calibration::{self, Here};
 use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::Metrics;
@@ -29,6 +30,8 @@ pub struct Forecast {
     constraints: Constraints,
     /// None where devices are no share of this host: their rates are not measured.
     cluster: Option<Cluster>,
+    /// The workers of this host.
+    here: Here,
     folder: PathBuf,
     held: Held,
     rates: Option<Rates>,
@@ -43,8 +46,20 @@ impl Forecast {
         held: Held,
         layout: &Layout,
     ) -> Result<Forecast, Failure> {
-        let threads = tch::get_num_threads().max(1) as usize;
         let on_cpu = held.pass.device == Device::Cpu;
+        let (threads, here) = match layout.num_workers {
+            1 => {
+                let threads = tch::get_num_threads().max(1) as usize;
+                (threads, Here { ranks: 1, threads })
+            }
+            // Where others start them they may be anywhere: one is measured.
+            ranks => {
+                let threads = available_threads();
+                let each = threads_per_worker(threads, ranks as u32);
+                let ranks = if recipe.placement.devices.listen.is_some() { 1 } else { ranks.min(MOST_PROBES) };
+                (threads, Here { ranks, threads: each })
+            }
+        };
         let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, total())).transpose();
         Ok(Forecast {
             workload: workload_of(recipe, shapes(folders)?),
@@ -60,6 +75,7 @@ impl Forecast {
                 ..Constraints::default()
             },
             cluster: cluster.map_err(Failure::input)?,
+            here,
             folder: folders.actor.clone(),
             held,
             rates: None,
@@ -93,9 +109,7 @@ impl Forecast {
         let rates = match self.rates {
             Some(rates) => rates,
             None => {
-                let threads = tch::get_num_threads().max(1) as usize;
-                let alone = Cluster::cpu(1, threads, total()).ok()?;
-                let measured = calibration::measure(&alone, &workload, (&self.folder, self.held), interrupt);
+                let measured = self.measure(&workload, interrupt);
                 if let Err(error) = measured.as_ref().map_err(Error::root) {
                     if !matches!(error, Error::Interrupted) {
                         tracing::warn!(%error, "rates are not measured");
@@ -107,4 +121,16 @@ impl Forecast {
         };
         plan(self.cluster.as_ref()?, &workload, &self.constraints, &rates).ok().map(|plan| plan.seconds)
     }
+
+    /// This machine's rates; the links of the cluster are set to what they are.
+    fn measure(&mut self, workload: &Workload, interrupt: &Interrupt) -> echelon_core::Result<Rates> {
+        let rates = calibration::measure(self.here, workload, (&self.folder, self.held), interrupt)?;
+        let Some(cluster) = self.cluster.as_mut().filter(|_| self.here.ranks > 1) else { return Ok(rates) };
+        let link = calibration::measure_link(self.here)?;
+        cluster.nodes.iter_mut().for_each(|node| node.within = link);
+        Ok(Rates { collective_fraction: 1.0, ..rates })
+    }
 }
+
+/// Probes that run at once: what more workers take from each other shows with these.
+const MOST_PROBES: usize = 8;
