@@ -35,8 +35,6 @@ pub struct Assignment {
     pub worker: usize,
     /// Where the workers meet: on the driver's host, at this port. None where there is one.
     pub meeting_port: Option<u16>,
-    /// Every worker is a process of the driver's host, started by it: they may share memory.
-    pub on_one_host: bool,
     /// The object store of the driver's host, for those who are on it.
     pub store: Option<StoreAddress>,
     pub run_folder: PathBuf,

@@ -14,8 +14,6 @@ pub struct Meeting {
     pub host: String,
     pub port: u16,
     pub own_address: String,
-    /// Workers may share memory.
-    pub on_one_host: bool,
 }
 
 /// A worker's number and its groups. Clones share them.
@@ -33,7 +31,8 @@ pub struct Seat {
 struct Met {
     point: MeetingPoint,
     own_address: String,
-    on_one_host: bool,
+    /// Who takes part in a publication of weights can do so through memory.
+    shares_memory: bool,
 }
 
 /// Process groups whose standing a heartbeat tells; filled when the seat is taken.
@@ -64,8 +63,12 @@ impl Seat {
                 watched.lock().expect("never held over a panic").push(group.clone());
                 groups.insert(workers, group);
             }
-            let (own_address, on_one_host) = (meeting.own_address.clone(), meeting.on_one_host);
-            met = Some(Arc::new(Met { point, own_address, on_one_host }));
+            let shares_memory = match groups.get(&layout.publishers()) {
+                Some(publishers) => see_each_other(publishers, &surroundings())?,
+                None => false,
+            };
+            let own_address = meeting.own_address.clone();
+            met = Some(Arc::new(Met { point, own_address, shares_memory }));
         }
         let (layout, groups, watched) = (Arc::new(layout), Arc::new(groups), watched.clone());
         Ok(Seat { worker, layout, groups, watched, met })
@@ -83,9 +86,9 @@ impl Seat {
         join(point, own_address, Patience::default())
     }
 
-    /// Whether the workers may share memory.
+    /// Whether actor and generators can share memory, whoever started them.
     pub fn shares_memory(&self) -> bool {
-        self.met.as_ref().is_some_and(|met| met.on_one_host)
+        self.met.as_ref().is_some_and(|met| met.shares_memory)
     }
 
     /// The group of these workers, one of which this is.
@@ -121,4 +124,42 @@ impl Seat {
 
 fn numbers(workers: &[usize]) -> String {
     workers.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// What processes must have in common to open each other's memory under /proc: kernel, PID namespace and user.
+fn surroundings() -> String {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    // SAFETY: a system call without arguments.
+    let user = unsafe { libc::geteuid() };
+    format!("{} {} {user}", boot.trim(), namespace.display())
+}
+
+/// Whether all ranks of a group have the same.
+fn see_each_other(group: &ProcessGroup, own: &str) -> echelon_core::Result<bool> {
+    let all = group.gather_bytes("tell where it runs", own.as_bytes())?;
+    Ok(all.iter().all(|other| other == own.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_share_memory_where_all_see_each_other() {
+        let point = MeetingPoint::serve("127.0.0.1", 0).unwrap();
+        let ask = |rank: usize, own: [String; 2]| {
+            let patience = Patience::default();
+            let point = MeetingPoint::join("127.0.0.1", point.port(), patience).unwrap();
+            let group = ProcessGroup::join(&point, "seats", (rank, 2), "127.0.0.1", patience).unwrap();
+            own.map(|own| see_each_other(&group, &own).unwrap())
+        };
+        let ask_of = &ask;
+        std::thread::scope(|scope| {
+            let [first, second] =
+                [0, 1].map(|rank| scope.spawn(move || ask_of(rank, [surroundings(), format!("host {rank}")])));
+            assert_eq!([first.join().unwrap(), second.join().unwrap()], [[true, false]; 2]);
+        });
+        assert!(surroundings().contains("pid:["), "{}", surroundings());
+    }
 }

@@ -246,7 +246,6 @@ pub async fn wire(
             layout: layout.clone(),
             worker: 0,
             meeting_port: None,
-            on_one_host: devices.listen.is_none(),
             store: None,
             run_folder: absolute(&run_folder),
         };

@@ -202,7 +202,6 @@ async fn build(
     let tokenizer = Tokenizer::load(&assignment.folders.actor);
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
-    let meeting = meeting.map(|meeting| Meeting { on_one_host: assignment.on_one_host, ..meeting });
     let (number, layout) = (assignment.worker, assignment.layout);
     let store = assignment.store.and_then(|address| reach(&address, number));
     let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder).sharing(store.clone());
@@ -238,7 +237,7 @@ fn meeting(driver: &str, port: u16) -> echelon_core::Result<Meeting> {
     let socket = UdpSocket::bind((any, 0)).map_err(failed)?;
     socket.connect(address).map_err(failed)?;
     let own_address = socket.local_addr().map_err(failed)?.ip().to_string();
-    Ok(Meeting { host: host.trim_matches(['[', ']']).into(), port, own_address, on_one_host: false })
+    Ok(Meeting { host: host.trim_matches(['[', ']']).into(), port, own_address })
 }
 
 /// Hands a call to the device thread by the name of its verb.

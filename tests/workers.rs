@@ -181,6 +181,29 @@ fn workers_started_by_hand_do_what_those_started_here_do() {
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
 }
 
+/// As under a scheduler: workers come before the driver has written what they authenticate with. Then one of them dies.
+#[test]
+fn workers_of_a_failed_run_wait_for_it_and_fail_with_it() {
+    let workplace = Workplace::new();
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let credentials = workplace.path("credentials").display().to_string();
+    let [honest, mut killed] = [0, 1].map(|rank| worker(rank, &address, &credentials));
+    std::thread::sleep(Duration::from_millis(500));
+    let (listen, file) = (format!("placement.listen={address}"), format!("placement.credentials={credentials}"));
+    let mut driver = workplace.ppo("run", &[&LONG[..], &["--set", &listen, "--set", &file]].concat()).spawn().unwrap();
+    let metrics = workplace.path("run").join("metrics.jsonl");
+    assert!(wait_for(&mut driver, || num_lines(&metrics) > 0), "the run ended early");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let output = driver.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let told = honest.wait_with_output().unwrap();
+    assert_eq!(told.status.code(), Some(3), "{}", said(&told));
+    let text = said(&told);
+    assert!(text.contains("waiting for") && text.contains("the run failed") && !text.contains("h2"), "{text}");
+    assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
+}
+
 /// A Python with PyTorch; one that was named has to have it.
 fn python_with_torchrun() -> Option<String> {
     let named = std::env::var("ECHELON_PYTHON").ok();
