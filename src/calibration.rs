@@ -41,10 +41,12 @@ const TRIES: usize = 3;
 /// Most tokens that each of the probe's sequences gets.
 const PROBE_TOKENS: usize = 32;
 
-/// Workers of this host.
+/// How many workers of this host compute at once.
 #[derive(Clone, Copy, Debug)]
 pub struct Here {
-    pub ranks: usize,
+    pub generate: usize,
+    pub score: usize,
+    pub train: usize,
     /// CPU threads of each.
     pub threads: usize,
 }
@@ -139,7 +141,7 @@ impl Probe {
             epochs: 1,
             ..workload.clone()
         };
-        let here = Here { ranks: 1, threads: 1 };
+        let here = Here { generate: 1, score: 1, train: 1, threads: 1 };
         Ok(Probe { here, config, held, workload, interrupt: Interrupt::default() })
     }
 
@@ -166,22 +168,23 @@ impl Probe {
         let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
         let config = of_depth(&self.config, num_layers);
         let policy = |_| probe_policy(&config, self.held, (optimizer, &Sharding::whole()));
-        let mut ranks = (0..self.here.ranks).map(policy).collect::<Result<Vec<_>>>()?;
-        let [passes, optimizer] = self.at_once(&mut ranks, |policy| {
+        let Here { generate, score, train, .. } = self.here;
+        let mut ranks = (0..generate.max(score).max(train)).map(policy).collect::<Result<Vec<_>>>()?;
+        let [passes, optimizer] = self.at_once(&mut ranks[..train], |policy| {
             let rows = self.rows();
             usual(|| {
                 let passes = timed(|| self.learn(policy, &rows))?;
                 Ok([passes, timed(|| policy.optimizer_step(0.0).map(drop))?])
             })
         })?;
-        let [score] = self.at_once(&mut ranks, |policy| {
+        let [score] = self.at_once(&mut ranks[..score], |policy| {
             let rows = self.rows();
             usual(|| {
                 self.is_wanted()?;
                 Ok([timed(|| policy.forward_rows(&rows, &Interrupt::default(), |_, _| ()))?])
             })
         })?;
-        let [generate] = self.at_once(&mut ranks, |policy| usual(|| Ok([self.generate(policy)?])))?;
+        let [generate] = self.at_once(&mut ranks[..generate], |policy| usual(|| Ok([self.generate(policy)?])))?;
         Ok(Seconds { generate, score, passes, optimizer })
     }
 
@@ -256,20 +259,20 @@ impl Probe {
     }
 }
 
-/// The link between processes of this host, as `ranks` of them find it when all gather and reduce at once.
+/// The link between processes of this host, as `num_ranks` of them find it when they gather and reduce together.
 ///
 /// # Errors
 /// Their group does not come about.
-pub fn measure_link(here: Here) -> Result<Link> {
+pub fn measure_link(num_ranks: usize) -> Result<Link> {
     let point = MeetingPoint::serve("127.0.0.1", 0)?;
     let rank = |rank: usize| -> Result<(f64, f64)> {
         let patience = Patience::default();
         let point = MeetingPoint::join("127.0.0.1", point.port(), patience)?;
-        let group = ProcessGroup::join(&point, "calibration", (rank, here.ranks), "127.0.0.1", patience)?;
+        let group = ProcessGroup::join(&point, "calibration", (rank, num_ranks), "127.0.0.1", patience)?;
         let seconds = |numbers: usize| {
-            let length = (numbers - numbers % here.ranks) as i64;
+            let length = (numbers - numbers % num_ranks) as i64;
             let gathered = Tensor::zeros([length], tch::kind::FLOAT_CPU);
-            let share = length / here.ranks as i64;
+            let share = length / num_ranks as i64;
             let shard = gathered.narrow(0, rank as i64 * share, share);
             // As training does: a unit's weights are gathered, its gradients reduced.
             usual(|| {
@@ -280,12 +283,12 @@ pub fn measure_link(here: Here) -> Result<Link> {
                 Ok([timed(exchange)?])
             })
         };
-        let ([few], [many]) = (seconds(here.ranks * 16)?, seconds(LINK_NUMBERS)?);
+        let ([few], [many]) = (seconds(num_ranks * 16)?, seconds(LINK_NUMBERS)?);
         Ok((few, many))
     };
     let rank = &rank;
     let ranks: Vec<Result<(f64, f64)>> = std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..here.ranks).map(|number| scope.spawn(move || rank(number))).collect();
+        let ranks: Vec<_> = (0..num_ranks).map(|number| scope.spawn(move || rank(number))).collect();
         ranks.into_iter().map(|rank| rank.join().expect("a probe does not panic")).collect()
     });
     let mut slowest = (0.0, 0.0);
@@ -294,9 +297,9 @@ pub fn measure_link(here: Here) -> Result<Link> {
         slowest = (f64::max(slowest.0, few), f64::max(slowest.1, many));
     }
     let (few, many) = slowest;
-    let sent = 2.0 * 4.0 * LINK_NUMBERS as f64 * (here.ranks - 1) as f64 / here.ranks as f64;
+    let sent = 2.0 * 4.0 * LINK_NUMBERS as f64 * (num_ranks - 1) as f64 / num_ranks as f64;
     // The planner counts a latency for each halving of the group.
-    let latency_s = few / 2.0 / (here.ranks as f64).log2().ceil();
+    let latency_s = few / 2.0 / (num_ranks as f64).log2().ceil();
     Ok(Link { bytes_per_s: sent / (many - few).max(1e-6), latency_s })
 }
 

@@ -1,5 +1,6 @@
 //! What the planner says a step takes, beside what it took.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use echelon_algorithms::ppo::StepReport;
@@ -47,19 +48,9 @@ impl Forecast {
         layout: &Layout,
     ) -> Result<Forecast, Failure> {
         let on_cpu = held.pass.device == Device::Cpu;
-        let (threads, here) = match layout.num_workers {
-            1 => {
-                let threads = tch::get_num_threads().max(1) as usize;
-                (threads, Here { ranks: 1, threads })
-            }
-            // Where others start them they may be anywhere: one is measured.
-            ranks => {
-                let threads = available_threads();
-                let each = threads_per_worker(threads, ranks as u32);
-                let ranks = if recipe.placement.devices.listen.is_some() { 1 } else { ranks.min(MOST_PROBES) };
-                (threads, Here { ranks, threads: each })
-            }
-        };
+        let here = here(layout, recipe.placement.devices.listen.is_some());
+        // A worker alone at work has its threads to itself; what several take from each other is measured.
+        let threads = here.threads * layout.num_workers;
         let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, total())).transpose();
         Ok(Forecast {
             workload: workload_of(recipe, shapes(folders)?),
@@ -125,10 +116,34 @@ impl Forecast {
     /// This machine's rates; the links of the cluster are set to what they are.
     fn measure(&mut self, workload: &Workload, interrupt: &Interrupt) -> echelon_core::Result<Rates> {
         let rates = calibration::measure(self.here, workload, (&self.folder, self.held), interrupt)?;
-        let Some(cluster) = self.cluster.as_mut().filter(|_| self.here.ranks > 1) else { return Ok(rates) };
-        let link = calibration::measure_link(self.here)?;
+        let Some(cluster) = self.cluster.as_mut().filter(|_| self.here.train > 1) else { return Ok(rates) };
+        let link = calibration::measure_link(self.here.train)?;
         cluster.nodes.iter_mut().for_each(|node| node.within = link);
         Ok(Rates { collective_fraction: 1.0, ..rates })
+    }
+}
+
+/// How many workers of this host are at work in each phase, groups apart at the same time. Where others start them they may
+/// be anywhere: one is measured.
+fn here(layout: &Layout, started_elsewhere: bool) -> Here {
+    let threads = match layout.num_workers {
+        1 => tch::get_num_threads().max(1) as usize,
+        several => threads_per_worker(available_threads(), several as u32),
+    };
+    let of = |wanted: &[Role]| match started_elsewhere {
+        true => 1,
+        false => {
+            let groups = layout.groups.iter().filter(|group| wanted.contains(&group.role));
+            let workers: BTreeSet<usize> = groups.flat_map(|group| group.workers.iter().copied()).collect();
+            workers.len().clamp(1, MOST_PROBES)
+        }
+    };
+    use Role::{Actor, Critic, Generator, Reference, Reward};
+    Here {
+        generate: of(&[Generator]),
+        score: of(&[Actor, Critic, Reference, Reward]),
+        train: of(&[Actor, Critic]),
+        threads,
     }
 }
 
