@@ -9,6 +9,7 @@ use echelon_core::Error;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
+use echelon_placement::task::Demand;
 use echelon_tasks::data::{
     FilterError, LoadReport, Mix, MixSource, PromptKeys, PromptRow, PromptStream, PromptText, StreamPosition, Verdict,
     load_prompts_in_blocks,
@@ -65,7 +66,7 @@ impl PromptFormat {
         let judge = move |part: Range<usize>| Ok(shared[part].iter().map(|row| format.verdict(row)).collect());
         let tasks = node::tasks().and_then(|tasks| {
             tasks
-                .over_rows("tokenise prompts", rows.len(), ROWS_PER_TASK, judge)?
+                .over_rows(("tokenise prompts", Demand::CPU), rows.len(), ROWS_PER_TASK, judge)?
                 .wait(Duration::MAX)
                 .map_err(Error::from)
         });

@@ -11,7 +11,7 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
 use echelon_core::rollout::{FinishReason, Rollout};
 use echelon_core::{Error, Result};
-use echelon_placement::task::{Function, RowTasks, TaskError};
+use echelon_placement::task::{Demand, Function, RowTasks, TaskError};
 use echelon_tasks::reward::{
     CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
 };
@@ -38,8 +38,8 @@ pub enum Source {
 pub enum Task {
     /// A rule, which any node can apply.
     Anywhere(Rule),
-    /// A program, a server, or a rule that reads a file of this host.
-    Here(Arc<dyn RewardSource>),
+    /// A program, a server, or a rule that reads a file of this host, with what it takes of the node.
+    Here(Arc<dyn RewardSource>, Demand),
 }
 
 /// Sources with weights.
@@ -94,7 +94,7 @@ impl Source {
 /// Rules on all CPUs of the run's nodes, a part of the rows each; a program or server in one task, which keeps its order.
 fn start_scoring(task: Task, requests: Vec<RewardRequest>) -> Result<RowTasks<f64>> {
     let (count, tasks) = (requests.len(), node::tasks()?);
-    let source = match task {
+    let (source, demand) = match task {
         Task::Anywhere(rule) if tasks.nodes().len() > 1 => {
             let part = |part: Range<usize>| RulePart {
                 rule: rule.clone(),
@@ -104,15 +104,15 @@ fn start_scoring(task: Task, requests: Vec<RewardRequest>) -> Result<RowTasks<f6
             };
             return Ok(tasks.call_over_rows(&SCORE_BY_RULE, count, REQUESTS_PER_TASK, part)?);
         }
-        Task::Anywhere(rule) => built(&rule)?,
-        Task::Here(source) => source,
+        Task::Anywhere(rule) => (built(&rule)?, Demand::CPU),
+        Task::Here(source, demand) => (source, demand),
     };
     let least = if source.is_per_request() { REQUESTS_PER_TASK } else { count };
     let score = move |part: Range<usize>| {
         let scored = score_checked(source.as_ref(), &requests[part.clone()]);
         scored.map_err(|error| Error::other("reward", error.in_batch(part.start, count)))
     };
-    Ok(tasks.over_rows("reward", count, least, score)?)
+    Ok(tasks.over_rows(("reward", demand), count, least, score)?)
 }
 
 /// Scores a part of a batch on whichever node has room.
@@ -182,28 +182,34 @@ pub type NamedTask = (String, Task);
 
 /// Starts a source that needs no model, with its name for metrics; `None` for a reward model.
 pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
-    let task: Arc<dyn RewardSource> = match source {
+    let (task, demand): (Arc<dyn RewardSource>, Demand) = match source {
         ScoreSource::Model(_) => return Ok(None),
         ScoreSource::Rule(rule) => {
             let source = rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?;
             let name = source.name();
             let reads_a_file = matches!(rule, Rule::Sentiment { .. });
-            let task = if reads_a_file { Task::Here(source.into()) } else { Task::Anywhere(rule.clone()) };
+            let here = |source: Box<dyn RewardSource>| Task::Here(source.into(), Demand::CPU);
+            let task = if reads_a_file { here(source) } else { Task::Anywhere(rule.clone()) };
             return Ok(Some((name, task)));
         }
         ScoreSource::Url { url, timeout_s, retries } => {
             let timeout = Duration::from_secs_f64(*timeout_s);
             let config = UrlConfig { attempts: retries + 1, timeout, ..UrlConfig::default() };
-            Arc::new(UrlReward::new(url, config).map_err(Failure::input)?)
+            (Arc::new(UrlReward::new(url, config).map_err(Failure::input)?), Demand::NONE)
         }
-        ScoreSource::Command { command, folder, timeout_s } => {
+        ScoreSource::Command { command, folder, num_cpus, timeout_s } => {
+            let there_are = node::tasks()?.nodes()[0].total.num_cpus;
+            if *num_cpus > there_are {
+                let message = format!("reward.num_cpus = {num_cpus}: this node has {there_are} CPUs: ask for fewer");
+                return Err(Failure::Input(message));
+            }
             let timeout = Duration::from_secs_f64(*timeout_s);
             let config =
                 CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
-            Arc::new(CommandReward::start(config).map_err(Failure::input)?)
+            (Arc::new(CommandReward::start(config).map_err(Failure::input)?), Demand::cpus(*num_cpus))
         }
     };
-    Ok(Some((task.name(), Task::Here(task))))
+    Ok(Some((task.name(), Task::Here(task, demand))))
 }
 
 /// The names of several sources in metrics; equal ones are numbered from 1.
@@ -265,6 +271,20 @@ mod tests {
     }
 
     #[test]
+    fn a_program_gets_no_more_cpus_than_there_are() {
+        let program = |num_cpus| ScoreSource::Command {
+            command: "while read line; do echo '{\"score\": 1}'; done".into(),
+            folder: std::env::temp_dir(),
+            num_cpus,
+            timeout_s: 20.0,
+        };
+        let Err(refused) = task_source(&program(1000.0)) else { panic!("there are so many CPUs") };
+        let error = refused.to_string();
+        assert!(error.starts_with("reward.num_cpus = 1000: this node has "), "{error}");
+        assert!(matches!(task_source(&program(0.5)), Ok(Some((_, Task::Here(_, Demand { num_cpus: 0.5, .. }))))));
+    }
+
+    #[test]
     fn retries_come_after_the_first_attempt() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -278,7 +298,7 @@ mod tests {
         };
         for retries in [0, 1] {
             let source = ScoreSource::Url { url: url.clone(), timeout_s: 5.0, retries };
-            let Some((_, Task::Here(task))) = task_source(&source).unwrap() else { panic!("a server is of this host") };
+            let Some((_, Task::Here(task, _))) = task_source(&source).unwrap() else { panic!("a server is of this host") };
             let message = task.score(std::slice::from_ref(&request)).unwrap_err().to_string();
             let attempts = retries + 1;
             assert!(message.contains(&format!("attempt {attempts} of {attempts},")), "{message}");

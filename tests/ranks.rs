@@ -147,11 +147,19 @@ fn recorded_rollouts_are_learned_from_alike_on_any_layout() {
         let (difference, place) = worst(&workplace.path(&name), &workplace.path("one"));
         assert!(difference <= 1e-9, "{name}: {place}");
     }
-    let other = settings(1, 0, false, &[&short[..], &[&replay, "seed=8"]].concat());
-    let arguments: Vec<&str> = other.iter().map(String::as_str).collect();
-    let output = workplace.ppo("other", &arguments).output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
-    assert!(said(&output).contains("step-1.safetensors"), "{}", said(&output));
+    for (sets, named) in [
+        (&[replay.as_str(), "seed=8"][..], "prompts are not this step's"),
+        (&[&replay, "train.steps=40"], "step-7.safetensors"),
+        (&[&record], "step-1.safetensors is there already"),
+        (&[&record, &replay], "`rollout.record` and `rollout.replay` are both"),
+    ] {
+        let settings = settings(1, 0, false, &[&short[..], sets].concat());
+        let arguments: Vec<&str> = settings.iter().map(String::as_str).collect();
+        let output = workplace.ppo("other", &arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        assert!(said(&output).contains(named), "{named}: {}", said(&output));
+        assert!(!workplace.path("other").exists(), "{named}: nothing was begun");
+    }
 }
 
 #[test]

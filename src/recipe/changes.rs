@@ -12,7 +12,6 @@ pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 /// Keys that a resumed run may change; `.*` stands for every key below.
 pub(crate) const FREE_KEYS: [&str; 17] = [
     "name",
-    "rollout.record",
     "train.steps",
     "train.epochs",
     "train.eval_every_steps",
@@ -20,6 +19,7 @@ pub(crate) const FREE_KEYS: [&str; 17] = [
     "train.zero_stage",
     "train.adam_offload",
     "train.activation_checkpointing",
+    "rollout.record",
     "generation.*",
     "reward.url",
     "reward.timeout_s",

@@ -245,6 +245,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
         ("max_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
         ("lexicon", rule(RuleName::Sentiment), "`rule = \"sentiment\"`"),
         ("command_dir", source.command.is_some(), "`command`"),
+        ("num_cpus", source.command.is_some(), "`command`"),
         ("timeout_s", remote, "`url` and `command`"),
         ("retries", source.url.is_some(), "`url`"),
     ];
@@ -253,6 +254,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
     let silent = |name| match name {
         "timeout_s" => source.timeout_s == plain.timeout_s,
         "retries" => source.retries == plain.retries,
+        "num_cpus" => source.num_cpus == plain.num_cpus,
         "tolerance" => source.tolerance.is_none(),
         "target_tokens" => source.target_tokens.is_none(),
         "min_tokens" => source.min_tokens.is_none(),

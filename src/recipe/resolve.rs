@@ -90,7 +90,7 @@ pub enum ScoreSource {
     /// A reward server.
     Url { url: String, timeout_s: f64, retries: usize },
     /// A program run by `sh -c` in `folder`.
-    Command { command: String, folder: PathBuf, timeout_s: f64 },
+    Command { command: String, folder: PathBuf, num_cpus: f64, timeout_s: f64 },
 }
 
 /// A built-in rule with its parameters.
@@ -335,7 +335,7 @@ fn score_source(table: &RewardSource, folder: &Path) -> ScoreSource {
     }
     if let Some(command) = &table.command {
         let folder = table.command_dir.clone().unwrap_or_else(|| folder.to_owned());
-        return ScoreSource::Command { command: command.clone(), folder, timeout_s };
+        return ScoreSource::Command { command: command.clone(), folder, num_cpus: table.num_cpus, timeout_s };
     }
     let rule = table.rule.expect("a loaded recipe has one reward source");
     ScoreSource::Rule(match rule {
@@ -364,8 +364,8 @@ impl ScoreSource {
             ScoreSource::Url { url, timeout_s, retries } => {
                 RewardSource { url: Some(url), timeout_s, retries, ..table }
             }
-            ScoreSource::Command { command, folder, timeout_s } => {
-                RewardSource { command: Some(command), command_dir: Some(folder), timeout_s, ..table }
+            ScoreSource::Command { command, folder, num_cpus, timeout_s } => {
+                RewardSource { command: Some(command), command_dir: Some(folder), num_cpus, timeout_s, ..table }
             }
             ScoreSource::Rule(rule) => rule.to_table(),
         }

@@ -142,6 +142,8 @@ table! {
         pub command: Option<String> = None;
         /// Working directory of `command`. Default: the recipe's folder.
         pub command_dir: Option<PathBuf> = None;
+        /// For `command`: CPUs that it keeps busy while it scores; other tasks do not get them.
+        pub num_cpus: f64 = 1.0, in between(0.0, 1024.0);
         /// For `url` and `command`: seconds that one request may take.
         pub timeout_s: f64 = 180.0, in above(0.0);
         /// For `url`: how often a failed request is tried again, after the first attempt.

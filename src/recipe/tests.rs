@@ -315,7 +315,7 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     assert_eq!(sources[2].source, ScoreSource::Rule(Rule::Length { min_tokens: 20, max_tokens: Some(20) }));
     assert_eq!((sources[2].weight, sources.len()), (-0.5, 9));
     let base = folder.0.canonicalize().unwrap();
-    let command = ScoreSource::Command { command: "python3 score.py".into(), folder: base, timeout_s: 180.0 };
+    let command = ScoreSource::Command { command: "python3 score.py".into(), folder: base, num_cpus: 1.0, timeout_s: 180.0 };
     assert_eq!(sources[7].source, command);
     assert_round_trip(&resolved);
 }
@@ -348,6 +348,39 @@ fn the_batch_arithmetic_is_designs() {
     );
     assert_eq!(batch.training_share(8), "32 responses, 4 of each mini-batch in at most 1 micro-batch");
     assert_eq!((batch.share(3), batch.share(4)), ("85 to 86 responses".to_string(), "64 responses".to_string()));
+}
+
+#[test]
+fn unlike_nodes_are_declared_as_pools() {
+    let folder = Folder::new("pools");
+    let pools = "[[placement.node_pool]]\nnodes = 2\ngpus_per_node = 8\ngpu = \"H100\"\n\
+                 [[placement.node_pool]]\ngpus_per_node = 4\ngpu = \"L40S\"\nhost_memory_gib = 512\n";
+    let recipe = load_small(&folder, pools, &[]);
+    let devices = &recipe.placement.devices;
+    assert_eq!((devices.count(), devices.num_nodes()), (Some(20), 3));
+    assert_round_trip(&recipe.resolve());
+    let path = folder.write("pools.toml", &format!("{SMALL}{pools}"));
+    for (set, named) in [
+        ("placement.workers=4", "`placement.workers` beside [[placement.node_pool]]"),
+        ("placement.nodes=2", "`placement.nodes` beside"),
+        ("placement.gpu=H200", "`placement.gpu` beside"),
+        ("placement.device=cpu", "`placement.device` is \"cpu\""),
+    ] {
+        let error = Recipe::load_for_plan(&path, &[set.to_string()]).unwrap_err().to_string();
+        assert!(error.contains(named), "{set}: {error}");
+    }
+    let path = folder.write("pools.toml", &format!("{SMALL}{}", pools.replace("L40S", "A100")));
+    let error = Recipe::load_for_plan(&path, &[]).unwrap_err().to_string();
+    assert!(error.contains("`A100` may be A100-80GB, A100-40GB") && error.contains("gpu = \"A100\""), "{error}");
+}
+
+#[test]
+fn workers_are_an_equal_share_of_the_nodes() {
+    let folder = Folder::new("shares");
+    let path = folder.write("small.toml", SMALL);
+    let sets = ["placement.workers=3", "placement.nodes=2"].map(String::from);
+    let error = Recipe::load_for_plan(&path, &sets).unwrap_err().to_string();
+    assert!(error.contains("3 workers are no equal share of 2 nodes") && error.contains("`workers = 4`"), "{error}");
 }
 
 #[test]

@@ -61,7 +61,7 @@ pub enum EnvironmentError {
     #[error("{launcher} started this process, but {variable} is not set; {advice}")]
     Unset { launcher: Launcher, variable: &'static str, advice: &'static str },
     #[error(
-        "{set} is set, {unset} is not: set RANK, WORLD_SIZE and LOCAL_RANK (the device's number on its host), or none"
+        "{set} without {unset}: set RANK, WORLD_SIZE and LOCAL_RANK (the device's number on its host), or none"
     )]
     Incomplete { set: String, unset: String },
     #[error("{variable}={value}: expected {expected}")]
@@ -473,6 +473,7 @@ mod tests {
         let error = |lines| recorded(lines).unwrap_err().to_string();
         assert!(error("RANK=8 WORLD_SIZE=8 LOCAL_RANK=0").contains("rank 8 is not below the world size 8"));
         assert_eq!(error("RANK=x WORLD_SIZE=8 LOCAL_RANK=0"), "RANK=x: expected a number");
+        assert!(error("RANK=1 WORLD_SIZE=8").starts_with("RANK and WORLD_SIZE without LOCAL_RANK"));
         assert!(error("JOB_COMPLETION_INDEX=0").contains("NNODES is not set; put the number of pods there"));
         assert!(error("SLURM_PROCID=0 SLURM_STEP_ID=0 SLURM_NTASKS=1").contains("SLURM_LOCALID"));
         assert!(

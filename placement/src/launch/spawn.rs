@@ -387,7 +387,7 @@ mod tests {
             args: vec!["-c".into(), script.into()],
             variables: Vec::new(),
             num_workers,
-            devices: Vec::new(),
+            devices: vec![0, 5],
             threads: 8,
             on_line: Arc::new(|_, _| {}),
         };
@@ -407,7 +407,9 @@ mod tests {
         let workers = shell(script, 3);
         assert!(workers.wait(Duration::from_secs(5)));
         let (lines, ending) = report(&workers, 1);
-        assert_eq!(lines, ["1/3 1 2 -----BEGIN CERTIFICATE-----", "0"], "no secret in arguments or environment");
+        assert_eq!(lines, ["1/3 5 2 -----BEGIN CERTIFICATE-----", "0"], "no secret in arguments or environment");
+        let first = |rank| report(&workers, rank).0[0].clone();
+        assert!(first(0).starts_with("0/3 0 ") && first(2).starts_with("2/3 2 "), "its rank where no device is named");
         assert_eq!(ending.unwrap(), "its process ended with exit code 3");
         assert!(workers.output().report(1, 1).is_none(), "another process of that rank is not ours");
     }

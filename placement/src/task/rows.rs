@@ -21,14 +21,14 @@ const PARTS_PER_CPU: usize = 4;
 pub struct RowTasks<R>(Vec<(Range<usize>, TaskHandle<Vec<R>>)>);
 
 impl Tasks {
-    /// Divides `0..num_rows` into contiguous parts of at least `least` rows, one task of one CPU each; `work` gives one
+    /// Divides `0..num_rows` into contiguous parts of at least `least` rows, one task of `demand` each; `work` gives one
     /// result per row of its part.
     ///
     /// # Errors
     /// As [`Tasks::try_run`].
     pub fn over_rows<R: Send + 'static>(
         &self,
-        task: &'static str,
+        (task, demand): (&'static str, Demand),
         num_rows: usize,
         least: usize,
         work: impl Fn(Range<usize>) -> Result<Vec<R>> + Send + Sync + 'static,
@@ -42,7 +42,7 @@ impl Tasks {
                 let wrong = || Error::Refused(format!("{count} rows gave {found} results"));
                 if found == count { Ok(results) } else { Err(wrong()) }
             };
-            Ok((rows, self.try_run(task, Demand::CPU, counted)?))
+            Ok((rows, self.try_run(task, demand, counted)?))
         });
         parts.collect::<Result<_, _>>().map(RowTasks)
     }
