@@ -203,3 +203,42 @@ fn core_role(role: recipe::Role) -> echelon_core::role::Role {
         recipe::Role::Generator => Role::Generator,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use echelon_core::role::Role;
+
+    use super::*;
+    use crate::layout::Layout;
+    use crate::recipe::Recipe;
+
+    #[test]
+    fn workers_have_the_devices_that_the_recipe_names() {
+        let sets = [
+            "placement.actor.devices=[0, 1]",
+            "placement.critic.devices=[4, 5]",
+            "placement.generator.colocate_with=actor",
+            "placement.reference.colocate_with=critic",
+            "placement.reward.colocate_with=critic",
+        ];
+        let recipe = Recipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets.map(String::from));
+        let plan = of(&recipe.unwrap().resolve()).unwrap().expect("its shape is with the recipe");
+        assert_eq!((plan.idle_devices, plan.idle_reason.as_str()), (4, "roles are placed by hand"));
+        let layout = Layout::of(&plan);
+        assert_eq!((layout.devices.as_slice(), layout.num_workers), (&[0, 1, 4, 5][..], 4));
+        assert_eq!((&layout.group(Role::Actor).workers, &layout.group(Role::Reward).workers), (&vec![0, 1], &vec![2, 3]));
+    }
+
+    #[test]
+    fn host_memory_is_as_the_recipe_says() {
+        let planned = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+            let recipe = Recipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets).unwrap();
+            of(&recipe.resolve()).unwrap().unwrap().host_memory
+        };
+        assert!(planned(&[]).contains("as assumed"));
+        assert_eq!(planned(&["placement.host_memory_gib=512"]), "512 GiB");
+    }
+}

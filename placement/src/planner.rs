@@ -103,8 +103,9 @@ pub struct Plan {
     /// One sentence with numbers.
     pub why: String,
     pub runner_up: Option<Alternative>,
-    /// Devices without a role.
+    /// Devices without a role, and why they have none.
     pub idle_devices: usize,
+    pub idle_reason: String,
     /// Combinations of partition, stages, offload and tensor-parallel size, and those that fit.
     pub considered: usize,
     pub fitting: usize,

@@ -34,6 +34,10 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
             seconds: found.seconds + overhead,
         }),
         idle_devices: question.cluster.num_devices() - used,
+        idle_reason: match groups.iter().any(|group| group.group.hand.is_some()) {
+            true => "roles are placed by hand".into(),
+            false => "with them a step would not be faster".into(),
+        },
         considered: answer.outcome.considered,
         fitting: answer.outcome.fitting,
     }

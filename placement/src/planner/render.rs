@@ -47,7 +47,7 @@ impl fmt::Display for Plan {
             group.write(f)?;
         }
         if self.idle_devices > 0 {
-            writeln!(f, "\n{} devices without a role: with them a step would not be faster", self.idle_devices)?;
+            writeln!(f, "\n{} devices without a role: {}", self.idle_devices, self.idle_reason)?;
         }
         let s = &self.seconds;
         let phases = [
