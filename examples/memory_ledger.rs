@@ -1,7 +1,7 @@
 //! The memory ledger beside the allocator's figures, for every role and phase of a model: prints one JSON object per role
 //! and phase, or a table with `--table`.
 //!
-//! `cargo run --example memory_ledger -- FOLDER [--table] [--random] [--config k=v,…]` with FOLDER a causal language model
+//! `target/debug/examples/memory_ledger FOLDER [--table] [--random] [--config k=v,…]` with FOLDER a causal language model
 //! (its `config.json` is enough with `--random`, which draws weights of its shape). Settings: dtype=f32|bf16|f64,
 //! checkpointing, entropy, rows=N, prompt=N, response=N, tokens=N, sequences=N; several `--config` are run one after another.
 

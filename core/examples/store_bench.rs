@@ -1,6 +1,6 @@
 //! How fast the object store is on this machine, as one JSON object.
 //!
-//! `cargo run -p echelon-core --example store_bench -- [FOLDER]`: the weights of FOLDER's `model.safetensors`, or 538 MB of
+//! `target/debug/examples/store_bench [FOLDER]`: the weights of FOLDER's `model.safetensors`, or 538 MB of
 //! numbers of the size of SmolLM2-135M in f32. A second process maps what the first one puts.
 
 use std::error::Error;

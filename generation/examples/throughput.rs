@@ -1,5 +1,5 @@
 //! Tokens per second of the engine on a model folder, as JSON lines:
-//! `cargo run -p echelon-generation --example throughput -- FOLDER [--bf16] [--random] [--tensor-parallel N]`.
+//! `target/debug/examples/throughput FOLDER [--bf16] [--random] [--tensor-parallel N]`.
 //!
 //! 16 prompts of 32 tokens, 128 new tokens each (after a call that asks for one token each). `--bf16` computes in bfloat16;
 //! `--random` needs no weights, only a `config.json`. With `--tensor-parallel N` the model is shared by N processes on this

@@ -2,7 +2,7 @@
 //! it PyTorch's fully_shard, DDP and one process with the same work, in turns.
 //!
 //! ```text
-//! cargo run -p echelon-models --example train_step -- [--model FOLDER] [--python PYTHON] [--rounds 3] [--steps 3] [--only 3]
+//! target/debug/examples/train_step [--model FOLDER] [--python PYTHON] [--rounds 3] [--steps 3] [--only 3]
 //! ```
 //!
 //! 16 rows of 32 prompt and 48 response tokens in f32, PPO's clipped loss, clipping by the global norm, AdamW; two ranks of one

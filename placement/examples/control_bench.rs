@@ -1,8 +1,8 @@
-//! What the control plane costs: calls in process and between processes (encrypted), bodies, and the joining of many
+//! What the control plane costs: calls in process, to a device thread and between processes (encrypted), bodies, and the joining of many
 //! workers. Prints one JSON object.
 //!
 //! ```text
-//! cargo run -p echelon-placement --example control_bench [-- --joining 128]
+//! target/debug/examples/control_bench [--joining 128]
 //! ```
 
 use std::error::Error;
@@ -20,6 +20,7 @@ use echelon_placement::control::{
     build_of_this_program, join, rendezvous,
 };
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
+use echelon_placement::start_worker;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -48,6 +49,7 @@ fn main() -> Outcome<()> {
 
 async fn measure(joining: u32) -> Outcome<Value> {
     let in_process = in_process().await?;
+    let device_thread = to_a_device_thread().await?;
     let (server, _processes, joined) = start(1, 1).await?;
     let worker = &rendezvous(&server, Rendezvous::STARTED_HERE, |_| {}).await?[0];
     let one_process_s = joined.elapsed().as_secs_f64();
@@ -63,6 +65,7 @@ async fn measure(joining: u32) -> Outcome<Value> {
         "cpus": std::thread::available_parallelism()?.get(),
         "encrypted": true,
         "mailbox_call_us": in_process,
+        "device_thread_call_us": device_thread,
         "process_call": between,
         "bodies": bodies,
         "batch_there_and_back": batches,
@@ -167,6 +170,25 @@ async fn in_process() -> Outcome<Value> {
     }
     actor.stop(None);
     Ok(percentiles(&mut times[10_000..]))
+}
+
+/// To a device thread and back, through its worker's mailbox.
+async fn to_a_device_thread() -> Outcome<Value> {
+    let (worker, ended) = start_worker("device 0", || Ok(0u64)).await?;
+    let mut times = Vec::new();
+    for _ in 0..25_000 {
+        let begun = Instant::now();
+        worker
+            .run(|count| {
+                *count += 1;
+                Ok(*count)
+            })
+            .await?;
+        times.push(begun.elapsed());
+    }
+    worker.stop();
+    ended.await?;
+    Ok(percentiles(&mut times[5_000..]))
 }
 
 async fn between_processes(worker: &RemoteWorker) -> Outcome<Value> {

@@ -2,7 +2,7 @@
 //! and prints one JSON object.
 //!
 //! ```text
-//! cargo run -p echelon-placement --example control_scale [-- --workers 1000 --steps 20]
+//! target/debug/examples/control_scale [--workers 1000 --steps 20]
 //! ```
 
 use std::error::Error;

@@ -1,6 +1,6 @@
 //! How long planning takes, from one device to ten thousand: prints one JSON object per cluster.
 //!
-//! `cargo run -p echelon-placement --example plan_scale [-- --text]`; with `--text` the plans themselves.
+//! `target/debug/examples/plan_scale [--text]`; with `--text` the plans themselves.
 
 use std::time::Instant;
 

@@ -2,7 +2,7 @@
 //! Prints one JSON object.
 //!
 //! ```text
-//! cargo run -p echelon-placement --example task_bench
+//! target/debug/examples/task_bench
 //! ```
 
 use std::error::Error;

@@ -4,7 +4,7 @@
 //! meets both.
 //!
 //! ```text
-//! cargo run -p echelon-placement --example weight_sync_bench [-- ROUNDS [BUCKET_MIB]]
+//! target/debug/examples/weight_sync_bench [ROUNDS [BUCKET_MIB]]
 //! ```
 
 use std::collections::HashMap;

@@ -3,11 +3,14 @@
 //! `tch::Tensor` is `Send` but not `Sync`, and libtorch keeps per-thread state: models never leave this thread.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use echelon_core::{Error, Result};
 use tokio::sync::oneshot;
+
+use crate::control::awake::{MOMENT, stay_awake};
 
 /// Work for the thread; it answers through whatever it captured.
 pub type Job<H> = Box<dyn FnOnce(&mut H) + Send>;
@@ -61,6 +64,7 @@ impl<H: 'static> DeviceThread<H> {
 
     /// Queues a job.
     pub fn submit(&self, job: Job<H>) -> Result<()> {
+        stay_awake(); // for the answer
         let jobs = self.jobs.as_ref().expect("open until drop");
         jobs.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => Error::Refused(format!("{QUEUE} requests are waiting for this device already")),
@@ -81,12 +85,26 @@ impl<H> Drop for DeviceThread<H> {
 
 /// Runs jobs until the queue closes or one panics; says why it ended.
 fn serve<H>(mut host: H, queue: &Receiver<Job<H>>) -> String {
-    while let Ok(job) = queue.recv() {
+    while let Some(job) = next(queue) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(&mut host))) {
             return panic_message(panic.as_ref());
         }
     }
     "stopped".into()
+}
+
+/// The next job; none when the queue is closed. A job may follow at once on the answer to the last one: sleeping in between
+/// and being woken takes longer than the calls do.
+fn next<H>(queue: &Receiver<Job<H>>) -> Option<Job<H>> {
+    let until = Instant::now() + MOMENT;
+    while Instant::now() < until {
+        match queue.try_recv() {
+            Ok(job) => return Some(job),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    queue.recv().ok()
 }
 
 /// The first line of a panic's message: below it libtorch's have a C++ backtrace.

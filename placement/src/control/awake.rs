@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Longer than a call that is answered at once, and nothing beside one that computes.
-const MOMENT: Duration = Duration::from_micros(100);
+pub(crate) const MOMENT: Duration = Duration::from_micros(100);
 
 static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 /// In nanoseconds from [`START`].
@@ -16,7 +16,7 @@ static UNTIL: AtomicU64 = AtomicU64::new(0);
 static BEGINS: Notify = Notify::const_new();
 
 /// A call or an answer has come or gone: another may follow at once.
-pub(super) fn stay_awake() {
+pub(crate) fn stay_awake() {
     UNTIL.store((START.elapsed() + MOMENT).as_nanos() as u64, Ordering::Relaxed);
     BEGINS.notify_waiters();
 }

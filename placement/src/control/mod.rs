@@ -36,7 +36,7 @@ pub mod rendezvous;
 
 pub mod heartbeat;
 
-mod awake;
+pub(crate) mod awake;
 mod error;
 
 use std::time::Duration;
