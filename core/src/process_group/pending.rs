@@ -133,3 +133,36 @@ impl Parts {
         Ok(total)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{MeetingPoint, Patience};
+    use super::*;
+
+    /// An operation may complete just when a look at it ends without: that is no failure.
+    #[test]
+    fn a_look_that_ends_as_the_operation_completes_is_not_its_failure() {
+        const TRIES: u64 = 1500;
+        let point = MeetingPoint::serve("127.0.0.1", 0).unwrap();
+        let rank = |rank: usize| {
+            let patience = Patience::default();
+            let point = MeetingPoint::join("127.0.0.1", point.port(), patience).unwrap();
+            let group = ProcessGroup::join(&point, "looks", (rank, 2), "127.0.0.1", patience).unwrap();
+            let number = Tensor::from_slice(&[0.0f64]);
+            for look in 0..TRIES {
+                if rank == 1 {
+                    // From well before to well after the end of the other rank's look, in small steps.
+                    std::thread::sleep(Duration::from_micros(500 + look % 100 * 8));
+                }
+                let pending = group.start_all_reduce_sum("look", &number).unwrap();
+                while !pending.work.wait(Duration::from_millis(1)).unwrap() {}
+                pending.wait().unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            let rank = &rank;
+            let ranks = [0, 1].map(|number| scope.spawn(move || rank(number)));
+            ranks.into_iter().for_each(|rank| rank.join().unwrap());
+        });
+    }
+}
