@@ -33,6 +33,8 @@ pub struct Assignment {
     pub folders: ModelFolders,
     pub layout: Layout,
     pub worker: usize,
+    /// Workers of its host, which share the CPUs there.
+    pub on_its_host: u32,
     /// Where the workers meet: on the driver's host, at this port. None where there is one.
     pub meeting_port: Option<u16>,
     /// The object store of the driver's host, for those who are on it.

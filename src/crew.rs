@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use echelon_core::verb::Memory;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
-    ControlConfig, ControlError, ControlServer, Limits, LocalOutput, RemoteWorker, Rendezvous, RunAuthority, rendezvous,
+    ControlConfig, ControlError, ControlServer, Credentials, Limits, LocalOutput, RemoteWorker, Rendezvous, RunAuthority, rendezvous,
 };
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
@@ -87,24 +88,69 @@ pub struct Processes {
     /// Where batches lie on their way to and from workers of this host.
     store: Option<StoreServer>,
     /// For workers that others start.
-    secret: Option<SecretFile>,
+    secret: Option<Arc<SecretFile>>,
+    /// What local workers write on their way out is nothing new.
+    muted: Arc<AtomicBool>,
     /// What the roles hold of their nodes.
     held: Vec<Reservation>,
 }
 
-/// The credentials of workers that others start, for this user alone; gone with the run.
-struct SecretFile(PathBuf);
+/// The credentials of workers that others start, for this user alone; gone with the run, unless somebody else has written
+/// there since.
+struct SecretFile {
+    path: PathBuf,
+    written: OnceLock<String>,
+}
 
 impl SecretFile {
     fn new(wanted: Option<PathBuf>) -> SecretFile {
         let own = || std::env::temp_dir().join(format!("echelon-{}.credentials", std::process::id()));
-        SecretFile(wanted.unwrap_or_else(own))
+        SecretFile { path: wanted.unwrap_or_else(own), written: OnceLock::new() }
+    }
+
+    fn write(&self, credentials: &Credentials) -> Result<(), ControlError> {
+        credentials.write(&self.path)?;
+        let _ = self.written.set(credentials.text());
+        Ok(())
     }
 }
 
 impl Drop for SecretFile {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        let found = std::fs::read_to_string(&self.path).ok();
+        if found.is_some() && found.as_ref() == self.written.get() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Refuses a place for credentials where something else is, or where nothing can be.
+///
+/// # Errors
+/// [`Failure::Input`], with the key.
+pub fn check_credentials(file: &Path) -> Result<(), Failure> {
+    let refuse = |why: &str| Err(Failure::Input(format!("placement.credentials: {}: {why}", file.display())));
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if folder.is_some_and(|folder| !folder.is_dir()) {
+        return refuse("its folder is not there");
+    }
+    match file.exists() && Credentials::read(file).is_err() {
+        true => refuse("there is something else; name a file that is not there"),
+        false => Ok(()),
+    }
+}
+
+/// How a run ends, for its workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Done,
+    Interrupted,
+    Failed,
+}
+
+impl End {
+    pub fn of(failure: &Failure) -> End {
+        if matches!(failure, Failure::Interrupted(_)) { End::Interrupted } else { End::Failed }
     }
 }
 
@@ -153,8 +199,9 @@ impl Crew {
         let runtime = ControlRuntime::start()?;
         let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
         let meeting = MeetingPoint::serve(&host, 0)?;
-        let secret = joining.listen.map(|_| SecretFile::new(joining.credentials.clone()));
-        let gathering = gather(assignment.layout.clone(), joining.clone(), secret.as_ref().map(|secret| secret.0.clone()));
+        let secret = joining.listen.map(|_| Arc::new(SecretFile::new(joining.credentials.clone())));
+        let muted = Arc::new(AtomicBool::new(false));
+        let gathering = gather(assignment.layout.clone(), joining.clone(), (secret.clone(), muted.clone()));
         let mut gathering = runtime.handle().spawn(gathering);
         let (server, local, workers) = tokio::select! {
             gathered = &mut gathering => gathered.map_err(Failure::other)??,
@@ -183,6 +230,7 @@ impl Crew {
             meeting,
             store,
             secret,
+            muted,
             held: Vec::new(),
         };
         match crew.assign(assignment).await {
@@ -193,7 +241,7 @@ impl Crew {
                     _ => Failure::input(error),
                 };
                 let failure = crew.explain(failure).await;
-                crew.finish(true).await;
+                crew.finish(End::of(&failure)).await;
                 Err(failure)
             }
         }
@@ -235,13 +283,13 @@ impl Crew {
     }
 
     /// Lets the workers go and waits until they have.
-    pub async fn finish(self, failed: bool) {
+    pub async fn finish(self, end: End) {
         match self {
             Crew::Here { worker, ended, .. } => {
                 worker.stop();
                 let _ = ended.await;
             }
-            Crew::Processes(crew) => crew.finish(failed).await,
+            Crew::Processes(crew) => crew.finish(end).await,
         }
     }
 }
@@ -252,7 +300,10 @@ impl Processes {
         let (meeting_port, address) =
             (Some(self.meeting.port()), self.store.as_ref().map(|store| store.address().clone()));
         let builds = self.ranks.iter().enumerate().map(|(worker, rank)| {
-            let assignment = Assignment { worker, meeting_port, store: address.clone(), ..assignment.clone() };
+            let host = &rank.worker.hello().host;
+            let on_its_host = self.ranks.iter().filter(|other| other.worker.hello().host == *host).count() as u32;
+            let places = Assignment { worker, on_its_host, meeting_port, ..assignment.clone() };
+            let assignment = Assignment { store: address.clone(), ..places };
             async move { rank.ask::<Assignment, Built>(&assignment, DEADLINE).await }
         });
         let built = try_join_all(builds).await?;
@@ -291,8 +342,8 @@ impl Processes {
         }
     }
 
-    async fn finish(self, failed: bool) {
-        let patience = if failed { ABANDONED } else { FAREWELL };
+    async fn finish(self, end: End) {
+        let patience = if end == End::Done { FAREWELL } else { ABANDONED };
         let Processes {
             ranks,
             server,
@@ -304,16 +355,19 @@ impl Processes {
             meeting,
             store,
             secret,
+            muted,
             held,
         } = self;
+        muted.store(end != End::Done, Ordering::Relaxed);
         drop(ranks);
         relaying.abort();
         interrupting.abort();
         listening.abort();
         let farewell = async move {
-            match failed {
-                true => server.fail("the run failed, and the driver's last lines say why", patience).await,
-                false => server.finish("the run is over", patience).await,
+            match end {
+                End::Failed => server.fail("the run failed, and the driver's last lines say why", patience).await,
+                End::Interrupted => server.fail("the run was interrupted at the driver", patience).await,
+                End::Done => server.finish("the run is over", patience).await,
             }
         };
         let _ = runtime.handle().spawn(farewell).await;
@@ -373,7 +427,11 @@ const LOOK_FOR_SILENCE: Duration = Duration::from_secs(1);
 type Gathered = (ControlServer, Option<LocalWorkers>, Vec<RemoteWorker>);
 
 /// Listens, starts the workers where nobody else does, and waits for all.
-async fn gather(layout: Layout, joining: Joining, secret: Option<PathBuf>) -> Result<Gathered, GatherError> {
+async fn gather(
+    layout: Layout,
+    joining: Joining,
+    (secret, muted): (Option<Arc<SecretFile>>, Arc<AtomicBool>),
+) -> Result<Gathered, GatherError> {
     let num_workers = layout.num_workers as u32;
     let Joining { listen, patience, say, .. } = joining;
     let authority = RunAuthority::new()?;
@@ -388,8 +446,8 @@ async fn gather(layout: Layout, joining: Joining, secret: Option<PathBuf>) -> Re
     let server = ControlServer::start(config, &authority).await?;
     let (local, rules) = match secret {
         Some(file) => {
-            authority.worker(None)?.write(&file)?;
-            say(&how_to_join(&layout, server.address(), &file));
+            file.write(&authority.worker(None)?)?;
+            say(&how_to_join(&layout, server.address(), &file.path));
             (None, Rendezvous::by_scheduler(patience))
         }
         None => {
@@ -401,15 +459,24 @@ async fn gather(layout: Layout, joining: Joining, secret: Option<PathBuf>) -> Re
                 num_workers,
                 devices: layout.devices,
                 threads: available_threads(),
-                on_line: Arc::new(move |rank, line| told(&format!("worker {rank}: {line}"))),
+                on_line: Arc::new(move |rank, line| {
+                    if !muted.load(Ordering::Relaxed) {
+                        told(&format!("worker {rank}: {line}"));
+                    }
+                }),
             };
             let local = LocalWorkers::start(&spawn, |rank| authority.worker(Some(rank)))?;
             let _ = output.0.set(local.output());
             (Some(local), Rendezvous::STARTED_HERE)
         }
     };
-    let workers = rendezvous(&server, rules, |line| say(line)).await?;
-    Ok((server, local, workers))
+    match rendezvous(&server, rules, |line| say(line)).await {
+        Ok(workers) => Ok((server, local, workers)),
+        Err(error) => {
+            server.fail(&error.to_string(), ABANDONED).await; // those who came hear what the run waited for
+            Err(error.into())
+        }
+    }
 }
 
 /// What a person, or a script, does now.
@@ -441,6 +508,9 @@ impl From<GatherError> for Failure {
     fn from(error: GatherError) -> Failure {
         match error {
             GatherError::Control(ControlError::Listen { .. }) => Failure::Input(format!("placement.listen: {error}")),
+            GatherError::Control(ControlError::Credentials { .. }) => {
+                Failure::Input(format!("placement.credentials: {error}"))
+            }
             GatherError::Control(_) => Failure::Worker(error.to_string()),
             GatherError::Spawn(_) | GatherError::Program(_) => Failure::Other(error.to_string()),
         }

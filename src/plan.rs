@@ -8,7 +8,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::ledger::{ComputeDtype, Workload};
-use echelon_placement::planner::{ByHand, Constraints, Plan, plan};
+use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
 use echelon_placement::rates::Rates;
 use echelon_placement::tier::Tier;
 
@@ -26,10 +26,17 @@ const USUAL_GPUS_PER_NODE: usize = 8;
 /// [`Failure::Input`]: hardware or models that cannot be planned, and a plan that does not fit, with the nearest change
 /// that would.
 pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
+    ask(recipe)?.transpose().map_err(Failure::input)
+}
+
+/// The same, with a refusal as the planner gives it.
+///
+/// # Errors
+/// [`Failure::Input`]: hardware or models that cannot be planned.
+pub fn ask(recipe: &ResolvedRecipe) -> Result<Option<Result<Plan, PlanError>>, Failure> {
     let Some(workload) = workload(recipe)? else { return Ok(None) };
     let cluster = cluster(&recipe.placement.devices)?;
-    let constraints = constraints(recipe);
-    plan(&cluster, &workload, &constraints, &Rates::of(&cluster)).map(Some).map_err(Failure::input)
+    Ok(Some(plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster))))
 }
 
 /// Counts this machine's GPUs where the recipe leaves it to us: several are then planned for, and the resolved recipe says

@@ -11,8 +11,10 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::planner::PlanError;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::crew::End;
 use crate::forecast::Forecast;
 use crate::layout::Layout;
 use crate::models::Held;
@@ -45,17 +47,30 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
         recipe.check_shapes()?;
         let mut recipe = recipe.resolve();
         plan::count_gpus(&mut recipe);
-        let plan = plan::of(&recipe)?;
+        let plan = plan::ask(&recipe)?;
         match format {
             PlanFormat::Text => {
+                let plan = plan.transpose().map_err(Failure::input)?;
                 print!("{}", recipe.to_toml_headed("The recipe as it would run, with every default."));
                 let text = plan.map_or("no plan: a model's config.json is not at hand".into(), |plan| plan.to_string());
                 text.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
             }
             PlanFormat::Json => {
                 let mut json = recipe.to_json();
-                json["plan"] = serde_json::to_value(plan).map_err(Failure::other)?;
+                let refused = match plan.transpose() {
+                    Ok(plan) => {
+                        json["plan"] = serde_json::to_value(plan).map_err(Failure::other)?;
+                        None
+                    }
+                    Err(error) => {
+                        if let PlanError::Refused(refusal) = &error {
+                            json["refusal"] = serde_json::to_value(refusal).map_err(Failure::other)?;
+                        }
+                        Some(Failure::input(error))
+                    }
+                };
                 println!("{}", serde_json::to_string_pretty(&json).map_err(Failure::other)?);
+                return refused.map_or(Ok(()), Err);
             }
         }
         return Ok(());
@@ -71,7 +86,7 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
             Err(failure) => Err(run.with_next_step(run.wired.crew.explain(failure).await)),
             done => done,
         };
-        run.wired.crew.finish(outcome.is_err()).await;
+        run.wired.crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::assignment::{Assignment, HostPlan};
-use crate::crew::{Crew, Joining};
+use crate::crew::{Crew, Joining, check_credentials};
 use crate::layout::Layout;
 use crate::models::{Held, check_folder, score_statistics};
 use crate::plan;
@@ -245,6 +245,7 @@ pub async fn wire(
             folders: folders.absolute(),
             layout: layout.clone(),
             worker: 0,
+            on_its_host: 1,
             meeting_port: None,
             store: None,
             run_folder: absolute(&run_folder),
@@ -311,6 +312,9 @@ pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
              placement.listen = \"0.0.0.0:7401\"",
             devices.num_nodes()
         )));
+    }
+    if let Some(file) = &devices.credentials {
+        check_credentials(&file.0)?;
     }
     if let Some(address) = devices.listen {
         // Before anything is started: the address is this machine's, and free.

@@ -64,10 +64,6 @@ pub fn main(arguments: &[String]) -> Result<(), Failure> {
     }
     let joining = Joining::read(arguments)?;
     let place = place().map_err(Failure::input)?;
-    // Workers of one host share its CPUs, unless somebody has said otherwise.
-    if let (Some(here), None) = (place.local_world_size, std::env::var_os("OMP_NUM_THREADS")) {
-        tch::set_num_threads(threads_per_worker(available_threads(), here) as i32);
-    }
     let credentials = match &joining.credentials {
         Some(file) => wait_for(file, joining.patience)?,
         None => Credentials::receive(std::io::stdin())
@@ -87,6 +83,11 @@ fn wait_for(file: &Path, patience: Duration) -> Result<Credentials, Failure> {
     }
     while !file.exists() && begun.elapsed() < patience {
         std::thread::sleep(LOOK);
+    }
+    if !file.exists() {
+        let waited = patience.as_secs_f64();
+        let message = format!("is not there after {waited} s: does the driver run, and see this folder?");
+        return Err(Failure::Input(format!("{}: {message}", file.display())));
     }
     if file.is_dir() {
         let message = "is a folder: give the file that the driver wrote (placement.credentials)";
@@ -203,11 +204,16 @@ async fn build(
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
     let (number, layout) = (assignment.worker, assignment.layout);
+    let sharing = place.local_world_size.unwrap_or(assignment.on_its_host);
     let store = assignment.store.and_then(|address| reach(&address, number));
     let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder).sharing(store.clone());
     let shared = store.map(|store| SharedMessages::new(store, number as u32, SHARED_FROM));
     let (watched, progress) = (watched.clone(), Arc::new(InHeartbeats(session.progress())));
     let build = move || {
+        // Workers of one host share its CPUs, unless somebody has said otherwise.
+        if std::env::var_os("OMP_NUM_THREADS").is_none() {
+            tch::set_num_threads(threads_per_worker(available_threads(), sharing) as i32);
+        }
         let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };

@@ -46,7 +46,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<StepRepor
         roles.generator.generate(prompts.clone(), &ppo.sampling).await.unwrap();
         reports.push(ppo::step(&ppo, &roles, prompts, now).await.unwrap());
     }
-    crew.finish(false).await;
+    crew.finish(echelon::crew::End::Done).await;
     reports
 }
 

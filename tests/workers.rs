@@ -142,7 +142,7 @@ fn started_as(mut command: Command, rank: usize, address: &str, credentials: &st
         .env("RANK", rank.to_string())
         .env("LOCAL_RANK", rank.to_string())
         .env("WORLD_SIZE", "2")
-        .env("OMP_NUM_THREADS", "1")
+        .env_remove("OMP_NUM_THREADS") // shared out by the driver
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -202,6 +202,24 @@ fn workers_of_a_failed_run_wait_for_it_and_fail_with_it() {
     let text = said(&told);
     assert!(text.contains("waiting for") && text.contains("the run failed") && !text.contains("h2"), "{text}");
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
+}
+
+#[test]
+fn a_file_that_is_not_the_runs_own_is_kept() {
+    let workplace = Workplace::new();
+    let file = workplace.path("key");
+    fs::write(&file, "keep").unwrap();
+    let nowhere = workplace.path("nowhere/key");
+    for (path, why) in [(&file, "there is something else"), (&nowhere, "its folder is not there")] {
+        let set = format!("placement.credentials={}", path.display());
+        let sets = ["--set", "placement.listen=127.0.0.1:0", "--set", &set];
+        let output = workplace.ppo("run", &[&TWO[..], &sets].concat()).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+        let text = said(&output);
+        assert!(text.contains("placement.credentials: ") && text.contains(why), "{text}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "keep");
+    assert!(!workplace.path("run").exists());
 }
 
 /// A Python with PyTorch; one that was named has to have it.

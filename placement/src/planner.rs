@@ -296,7 +296,7 @@ enum Reject {
 }
 
 impl<'a> Question<'a> {
-    /// Searches the tier, and the tiers above it when `auto` finds nothing.
+    /// Searches the tier, and the tiers above it when `auto` finds nothing; the answer is then about the first.
     fn solve(&self) -> Result<Answer<'a>, PlanError> {
         self.check()?;
         let roles = self.workload.roles();
@@ -307,8 +307,12 @@ impl<'a> Question<'a> {
         let params = problem.models[Role::Actor as usize].map_or(0, |model| model.params);
         let (mut tier, mut tier_reason) = match self.constraints.tier {
             Some(tier) => (tier, "as the recipe says".to_string()),
+            None if !self.constraints.by_hand.is_empty() => {
+                (Tier::of_params(params), "by the actor's size, with roles placed by hand".to_string())
+            }
             None => (Tier::of_params(params), "by the actor's size".to_string()),
         };
+        let mut first = None;
         loop {
             let partitions = hand.partitions(tier, &roles);
             let sizes = self.tensor_parallel_sizes(tier, &problem, &inventory);
@@ -317,10 +321,16 @@ impl<'a> Question<'a> {
             let higher = if self.constraints.tier.is_none() { tier.raised() } else { None };
             match higher {
                 Some(higher) if outcome.best.is_none() => {
+                    first.get_or_insert((tier, tier_reason, outcome));
                     tier_reason = format!("nothing fits in tier {tier}");
                     tier = higher;
                 }
-                _ => return Ok(Answer { tier, tier_reason, problem, inventory, hand, outcome }),
+                _ => {
+                    // Where no tier fits, it is about the one that was meant.
+                    let meant = first.filter(|_| outcome.best.is_none());
+                    let (tier, tier_reason, outcome) = meant.unwrap_or((tier, tier_reason, outcome));
+                    return Ok(Answer { tier, tier_reason, problem, inventory, hand, outcome });
+                }
             }
         }
     }

@@ -384,6 +384,10 @@ fn check_clips(ppo: &Ppo, rules: &mut Rules) {
 
 fn check_devices(devices: &Devices, rules: &mut Rules) {
     check_pools(devices, rules);
+    if devices.credentials.is_some() && devices.listen.is_none() {
+        let message = "`placement.credentials` is for workers that others start".to_string();
+        rules.broken(&["placement.credentials"], message, "say where they join: `listen = \"HOST:PORT\"`".into());
+    }
     let Auto::Fixed(workers) = devices.workers else { return };
     if let Auto::Fixed(gpus) = devices.gpus_per_node
         && devices.device != Device::Cpu
@@ -499,6 +503,11 @@ fn check_roles(placement: &Placement, rules: &mut Rules) {
         if hand.colocate_with == Some(role) {
             let message = format!("[placement.{name}] is colocated with itself");
             rules.broken(&[&key("colocate_with")], message, String::new());
+        }
+        let back = roles.iter().find(|(_, other, _)| hand.colocate_with == Some(*other));
+        if let Some((other, _, _)) = back.filter(|(_, other, back)| back.colocate_with == Some(role) && *other != role) {
+            let message = format!("[placement.{name}] and [placement.{other}] are colocated with each other");
+            rules.broken(&[&key("colocate_with")], message, "give one of them `devices`".into());
         }
         if hand.colocate_with.is_some() && hand.devices.is_some() {
             let message = format!("[placement.{name}] has `devices` and `colocate_with`");

@@ -235,7 +235,7 @@ impl Session {
     /// The next call, in the order in which the driver made them; none when the run is over.
     ///
     /// # Errors
-    /// [`ControlError::DriverLost`], or [`ControlError::Refused`] when the driver let this worker go.
+    /// [`ControlError::DriverLost`], or [`ControlError::LetGo`].
     pub async fn next(&mut self) -> Result<Option<Call>, ControlError> {
         while let Some(call) = self.calls.recv().await {
             if Instant::now() < call.due {
@@ -379,7 +379,7 @@ impl Reader {
                 }
                 Some(Order::Dismissed(Dismissed { finished: true, .. })) => return None,
                 Some(Order::Dismissed(Dismissed { reason, .. })) => {
-                    return Some(ControlError::Refused { driver: self.driver.clone(), reason });
+                    return Some(ControlError::LetGo { driver: self.driver.clone(), reason });
                 }
                 Some(Order::Welcome(_)) | None => Err("it sent a message that has no place here".into()),
             };

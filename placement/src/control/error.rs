@@ -62,9 +62,12 @@ pub enum ControlError {
     /// The worker's own error.
     #[error("{peer}: {operation}: {cause}")]
     Worker { peer: Arc<Peer>, operation: String, cause: String },
-    /// The driver did not let this worker in, or let it go.
+    /// The driver did not let this worker in.
     #[error("the driver at {driver} refused this worker: {reason}")]
     Refused { driver: String, reason: String },
+    /// The run ended badly while this worker was in it.
+    #[error("the driver at {driver} let this worker go: {reason}")]
+    LetGo { driver: String, reason: String },
     /// No driver there, for as long as was allowed.
     #[error(
         "no driver at {driver} after {} s of trying: {cause}; check the address, and that the driver still waits",

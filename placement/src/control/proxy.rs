@@ -223,6 +223,9 @@ impl Line {
         const PATIENCE: usize = 30;
         for _ in 0..PATIENCE {
             match self.report() {
+                None if cause.starts_with(STREAM_BROKE) => {
+                    return format!("{cause}; its process is gone, or the network between: see its own log");
+                }
                 None => return cause,
                 // A process that ends breaks its stream.
                 Some((_, Some(ending))) if cause.starts_with(STREAM_BROKE) => return ending,

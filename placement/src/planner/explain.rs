@@ -282,10 +282,13 @@ fn why(answer: &Answer, groups: &[Placed], seconds: &StepSeconds, faster: Option
     let mut parts = Vec::new();
     let phases = [("generation", seconds.generate), ("scoring", seconds.score), ("training", seconds.train)];
     let (longest, most) = phases.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).expect("three phases");
+    let of = match (outcome.fitting, outcome.considered) {
+        (_, 1) => "the only combination".into(),
+        (fitting, all) if fitting == all => format!("fastest of {all} combinations, which all fit their devices"),
+        (fitting, all) => format!("fastest of {fitting} combinations that fit their devices, {all} in all"),
+    };
     parts.push(format!(
-        "fastest of {} combinations that fit their devices ({} compared): {} a step, {:.0} % of it {longest}",
-        outcome.fitting,
-        outcome.considered,
+        "{of}: {} a step, {:.0} % of it {longest}",
         super::render::seconds(seconds.step),
         100.0 * most / seconds.step,
     ));

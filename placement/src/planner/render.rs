@@ -64,7 +64,7 @@ impl fmt::Display for Plan {
         writeln!(f, "why: {}", self.why)?;
         match &self.runner_up {
             Some(other) => write!(f, "runner-up: {} in {}", other.description, seconds(other.seconds)),
-            None => f.write_str("runner-up: none, nothing else fits"),
+            None => f.write_str("runner-up: none of another kind fits"),
         }
     }
 }

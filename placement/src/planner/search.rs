@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use echelon_core::role::Role;
 
+use super::Reject;
 use super::estimate::{GroupConfig, Problem};
 use super::inventory::{Inventory, Pick};
 use crate::tier::RoleSet;
@@ -112,8 +113,11 @@ pub(super) fn search(
             .iter()
             .map(|group| {
                 let configs = GroupConfig::all(problem, group.roles, sizes);
-                let with = |config| (config, options(problem, inventory, group, config, use_all, &mut tables));
-                configs.into_iter().map(with).collect()
+                let with = |config| {
+                    let (options, differs) = options(problem, inventory, group, config, use_all, &mut tables);
+                    differs.then_some((config, options))
+                };
+                configs.into_iter().filter_map(with).collect()
             })
             .collect();
         for (configs, options) in product(&per_group) {
@@ -174,7 +178,8 @@ fn product(per_group: &[Vec<(GroupConfig, Options)>]) -> Vec<(Vec<GroupConfig>, 
     all
 }
 
-type Tables = HashMap<(Group, GroupConfig), Options>;
+/// With whether the choice is one at all: not the same as a plainer one wherever the group is put.
+type Tables = HashMap<(Group, GroupConfig), (Options, bool)>;
 
 fn options(
     problem: &Problem,
@@ -183,13 +188,15 @@ fn options(
     config: GroupConfig,
     use_all: bool,
     tables: &mut Tables,
-) -> Options {
+) -> (Options, bool) {
     if let Some(known) = tables.get(&(group.clone(), config)) {
         return known.clone();
     }
-    let mut options = Vec::new();
+    let (mut options, mut differs) = (Vec::new(), false);
     let mut add = |pick: usize, devices: usize, slice: &_| {
-        if let Ok(cost) = problem.cost(group.roles, slice, &config) {
+        let cost = problem.cost(group.roles, slice, &config);
+        differs |= cost != Err(Reject::Redundant);
+        if let Ok(cost) = cost {
             let option = Opt { pick, devices, fixed: cost.fixed(), score: cost.score, train: cost.train() };
             // With every device in use a smaller slice is not better for leaving some to others. The nearest slices
             // are those that can make this one needless; looking at all would take longer than it saves.
@@ -207,9 +214,9 @@ fn options(
         }
     }
     options.sort_by(|a, b| a.alone().total_cmp(&b.alone()));
-    let options = Rc::new(options);
-    tables.insert((group.clone(), config), options.clone());
-    options
+    let known = (Rc::new(options), differs);
+    tables.insert((group.clone(), config), known.clone());
+    known
 }
 
 /// Whether `a` takes a part of what `b` takes and is nowhere slower.
