@@ -286,6 +286,9 @@ fn equals_brute_force_on_a_thousand_clusters() {
             tier = tier.raised().unwrap();
             expected = brute_force(&question, &answer.problem, tier);
         }
+        if constraints.tier.is_none() && expected.0.is_none() {
+            tier = Tier::Small; // a refusal is about the tier that was meant
+        }
         let seconds = |found: &Option<search::Found>| found.as_ref().map(|found| found.seconds);
         let found = (seconds(&answer.outcome.best), seconds(&answer.outcome.runner_up));
         for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
