@@ -55,12 +55,7 @@ pub struct Here {
 ///
 /// # Errors
 /// A model that cannot be read, or work that cannot be planned.
-pub fn measure(
-    here: Here,
-    workload: &Workload,
-    (folder, held): (&Path, Held),
-    interrupt: &Interrupt,
-) -> Result<Rates> {
+pub fn measure(here: Here, workload: &Workload, (folder, held): (&Path, Held), interrupt: &Interrupt) -> Result<Rates> {
     let before = tch::get_num_threads();
     let rates = measure_at_once(here, workload, (folder, held), interrupt);
     tch::set_num_threads(before); // what a probe's thread sets is what later threads begin with

@@ -18,7 +18,8 @@ use echelon_core::verb::Memory;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
-    ControlConfig, ControlError, ControlServer, Credentials, Limits, LocalOutput, RemoteWorker, Rendezvous, RunAuthority, rendezvous,
+    ControlConfig, ControlError, ControlServer, Credentials, Limits, LocalOutput, RemoteWorker, Rendezvous,
+    RunAuthority, rendezvous,
 };
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};

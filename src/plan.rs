@@ -235,7 +235,10 @@ mod tests {
         assert_eq!((plan.idle_devices, plan.idle_reason.as_str()), (4, "roles are placed by hand"));
         let layout = Layout::of(&plan);
         assert_eq!((layout.devices.as_slice(), layout.num_workers), (&[0, 1, 4, 5][..], 4));
-        assert_eq!((&layout.group(Role::Actor).workers, &layout.group(Role::Reward).workers), (&vec![0, 1], &vec![2, 3]));
+        assert_eq!(
+            (&layout.group(Role::Actor).workers, &layout.group(Role::Reward).workers),
+            (&vec![0, 1], &vec![2, 3])
+        );
     }
 
     #[test]

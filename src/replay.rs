@@ -33,16 +33,21 @@ pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
 /// [`Failure::Input`], with the key and the file.
 pub fn check(rollout: &recipe::Rollout, steps: RangeInclusive<u64>, first: Option<&Prompts>) -> Result<(), Failure> {
     let input = |message: String| Err(Failure::Input(message));
-    if let Some(used) = rollout.record.as_ref().and_then(|folder| steps.clone().map(|n| file(&folder.0, n)).find(|f| f.exists()))
+    if let Some(used) =
+        rollout.record.as_ref().and_then(|folder| steps.clone().map(|n| file(&folder.0, n)).find(|f| f.exists()))
     {
         let used = used.display();
-        return input(format!("rollout.record: {used} is there already: choose a folder without rollouts of these steps"));
+        return input(format!(
+            "rollout.record: {used} is there already: choose a folder without rollouts of these steps"
+        ));
     }
     let Some(folder) = &rollout.replay else { return Ok(()) };
     if let Some(step) = steps.clone().find(|step| !file(folder, *step).is_file()) {
         let (file, last) = (file(folder, step), steps.end());
         let file = file.display();
-        return input(format!("rollout.replay: no {file}, and the run goes to step {last}: lower train.steps, or record more"));
+        return input(format!(
+            "rollout.replay: no {file}, and the run goes to step {last}: lower train.steps, or record more"
+        ));
     }
     match first {
         Some(prompts) => read(folder, prompts).map(drop).map_err(Failure::input),

@@ -298,7 +298,9 @@ mod tests {
         };
         for retries in [0, 1] {
             let source = ScoreSource::Url { url: url.clone(), timeout_s: 5.0, retries };
-            let Some((_, Task::Here(task, _))) = task_source(&source).unwrap() else { panic!("a server is of this host") };
+            let Some((_, Task::Here(task, _))) = task_source(&source).unwrap() else {
+                panic!("a server is of this host")
+            };
             let message = task.score(std::slice::from_ref(&request)).unwrap_err().to_string();
             let attempts = retries + 1;
             assert!(message.contains(&format!("attempt {attempts} of {attempts},")), "{message}");

@@ -229,7 +229,8 @@ impl DeviceKind {
         let begins = |known: &&Known| {
             known.name.get(..name.len()).is_some_and(|start| !name.is_empty() && start.eq_ignore_ascii_case(name))
         };
-        let names = |kinds: &mut dyn Iterator<Item = &Known>| kinds.map(|known| known.name).collect::<Vec<_>>().join(", ");
+        let names =
+            |kinds: &mut dyn Iterator<Item = &Known>| kinds.map(|known| known.name).collect::<Vec<_>>().join(", ");
         match (DeviceKind::known(name), KNOWN.iter().filter(begins).count()) {
             (Some(kind), _) => Ok(kind),
             (None, 0) => Err(ClusterError::UnknownKind { name: name.into(), known: names(&mut KNOWN.iter()) }),

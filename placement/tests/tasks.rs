@@ -314,7 +314,10 @@ async fn rows_come_back_in_order_and_the_first_error_is_the_first_rows() {
         let rows = tasks.over_rows(("squares", Demand::CPU), num_rows, least, squares).unwrap();
         let expected: Vec<_> = (0..num_rows).map(|row| row * row).collect();
         assert_eq!(rows.gather().await.unwrap(), expected);
-        assert_eq!(tasks.over_rows(("squares", Demand::CPU), num_rows, least, squares).unwrap().wait(SOON).unwrap(), expected);
+        assert_eq!(
+            tasks.over_rows(("squares", Demand::CPU), num_rows, least, squares).unwrap().wait(SOON).unwrap(),
+            expected
+        );
     }
     for _ in 0..20 {
         let work = |rows: std::ops::Range<usize>| {
@@ -328,7 +331,8 @@ async fn rows_come_back_in_order_and_the_first_error_is_the_first_rows() {
         let error = tasks.over_rows(("odd", Demand::CPU), 400, 10, work).unwrap().gather().await.unwrap_err();
         assert_eq!(error.into_cause().to_string(), "row 50");
     }
-    let error = tasks.over_rows(("short", Demand::CPU), 4, 9, |_| Ok(vec![1])).unwrap().gather().await.unwrap_err().to_string();
+    let error =
+        tasks.over_rows(("short", Demand::CPU), 4, 9, |_| Ok(vec![1])).unwrap().gather().await.unwrap_err().to_string();
     assert!(error.ends_with("4 rows gave 1 results"), "{error}");
 }
 

@@ -505,7 +505,8 @@ fn check_roles(placement: &Placement, rules: &mut Rules) {
             rules.broken(&[&key("colocate_with")], message, String::new());
         }
         let back = roles.iter().find(|(_, other, _)| hand.colocate_with == Some(*other));
-        if let Some((other, _, _)) = back.filter(|(_, other, back)| back.colocate_with == Some(role) && *other != role) {
+        if let Some((other, _, _)) = back.filter(|(_, other, back)| back.colocate_with == Some(role) && *other != role)
+        {
             let message = format!("[placement.{name}] and [placement.{other}] are colocated with each other");
             rules.broken(&[&key("colocate_with")], message, "give one of them `devices`".into());
         }

@@ -315,7 +315,8 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     assert_eq!(sources[2].source, ScoreSource::Rule(Rule::Length { min_tokens: 20, max_tokens: Some(20) }));
     assert_eq!((sources[2].weight, sources.len()), (-0.5, 9));
     let base = folder.0.canonicalize().unwrap();
-    let command = ScoreSource::Command { command: "python3 score.py".into(), folder: base, num_cpus: 1.0, timeout_s: 180.0 };
+    let command =
+        ScoreSource::Command { command: "python3 score.py".into(), folder: base, num_cpus: 1.0, timeout_s: 180.0 };
     assert_eq!(sources[7].source, command);
     assert_round_trip(&resolved);
 }

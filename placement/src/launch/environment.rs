@@ -60,9 +60,7 @@ pub struct Place {
 pub enum EnvironmentError {
     #[error("{launcher} started this process, but {variable} is not set; {advice}")]
     Unset { launcher: Launcher, variable: &'static str, advice: &'static str },
-    #[error(
-        "{set} without {unset}: set RANK, WORLD_SIZE and LOCAL_RANK (the device's number on its host), or none"
-    )]
+    #[error("{set} without {unset}: set RANK, WORLD_SIZE and LOCAL_RANK (the device's number on its host), or none")]
     Incomplete { set: String, unset: String },
     #[error("{variable}={value}: expected {expected}")]
     Value { variable: String, value: String, expected: &'static str },
