@@ -1,11 +1,10 @@
 //! What a worker is told, and the roles that it builds from it on its device thread.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_core::Error;
-use echelon_core::memory::Meter;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
@@ -15,22 +14,23 @@ use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
 use echelon_models::head::ScalarRows;
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::launch::Place;
 use serde::{Deserialize, Serialize};
 
 use crate::generator::{Generator, sender};
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
 use crate::layout::{Layout, RoleGroup};
+use crate::learner::LearnerPlan;
 use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
-use crate::recipe::ResolvedRecipe;
+use crate::program::Failure;
+use crate::recipe::{Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::seat::Seat;
-use crate::wire::{ModelFolders, actor_config, critic_config, engine_config, optimizer};
+use crate::wire::{self, ModelFolders, actor_config, critic_config, engine_config, optimizer};
 
 /// What a worker in another process is told: it reads the run's own recipe.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The resolved recipe, as TOML.
-    pub recipe: String,
-    pub folders: ModelFolders,
+    pub job: Job,
     pub layout: Layout,
     pub worker: usize,
     /// Workers of its host, which share the CPUs there.
@@ -40,6 +40,49 @@ pub struct Assignment {
     /// The object store of the driver's host, for those who are on it.
     pub store: Option<StoreAddress>,
     pub run_folder: PathBuf,
+}
+
+/// What roles are built from: the resolved recipe of a program, as TOML, and the folders of its models.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Job {
+    Ppo { recipe: String, folders: ModelFolders },
+    Sft { recipe: String, folder: PathBuf },
+    Reward { recipe: String, folder: PathBuf },
+}
+
+impl Job {
+    /// The folder whose tokenizer the run uses.
+    pub fn tokenizer_folder(&self) -> &Path {
+        match self {
+            Job::Ppo { folders, .. } => &folders.actor,
+            Job::Sft { folder, .. } | Job::Reward { folder, .. } => folder,
+        }
+    }
+
+    /// What a worker at `place` builds, and a warning about its device.
+    ///
+    /// # Errors
+    /// A recipe that this worker reads otherwise than the driver; a device that is not here.
+    pub fn plan(self, place: &Place, run_folder: PathBuf) -> Result<(HostPlan, Option<String>), Failure> {
+        Ok(match self {
+            Job::Ppo { recipe, folders } => {
+                let recipe = Recipe::read_text(&recipe)?.resolve();
+                let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, Some(place))?;
+                (HostPlan::of(&recipe, folders, held, run_folder), warning)
+            }
+            Job::Sft { recipe, folder } => {
+                let recipe = SftRecipe::read_text(&recipe)?;
+                let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement, Some(place))?;
+                (HostPlan::Learner(LearnerPlan::of_sft(&recipe, &folder, held)), warning)
+            }
+            Job::Reward { recipe, folder } => {
+                let recipe = RewardRecipe::read_text(&recipe)?;
+                let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement, Some(place))?;
+                (HostPlan::Learner(LearnerPlan::of_reward(&recipe, &folder, held)), warning)
+            }
+        })
+    }
 }
 
 impl Message for Assignment {
@@ -76,7 +119,15 @@ impl Message for Built {
 
 /// What a rank's roles are built from; crosses to its device thread.
 #[derive(Clone)]
-pub struct HostPlan {
+pub enum HostPlan {
+    /// Roles of PPO.
+    Ppo(Box<PpoPlan>),
+    /// A model that learns from examples.
+    Learner(LearnerPlan),
+}
+
+#[derive(Clone)]
+pub struct PpoPlan {
     folders: ModelFolders,
     held: Held,
     seed: u64,
@@ -93,7 +144,7 @@ pub struct HostPlan {
 
 impl HostPlan {
     pub fn of(recipe: &ResolvedRecipe, folders: ModelFolders, held: Held, run_folder: PathBuf) -> HostPlan {
-        HostPlan {
+        HostPlan::Ppo(Box::new(PpoPlan {
             held,
             seed: recipe.seed,
             temperature: recipe.rollout.temperature,
@@ -105,21 +156,30 @@ impl HostPlan {
             folders,
             run_folder,
             store: None,
-        }
+        }))
     }
 
     /// With the object store of this host: what several ranks convert is converted once.
     #[must_use]
     pub fn sharing(self, store: Option<Store>) -> HostPlan {
-        HostPlan { store, ..self }
+        match self {
+            HostPlan::Ppo(plan) => HostPlan::Ppo(Box::new(PpoPlan { store, ..*plan })),
+            learner => learner,
+        }
+    }
+
+    fn held(&self) -> Held {
+        match self {
+            HostPlan::Ppo(plan) => plan.held,
+            HostPlan::Learner(plan) => plan.held,
+        }
     }
 
     pub fn on_gpu(&self) -> bool {
-        self.held.pass.device.is_cuda()
+        self.held().pass.device.is_cuda()
     }
 
-    /// Runs on the device thread: the roles of `seat`'s worker. Only the actor is loaded now: the first rollout needs no
-    /// other role.
+    /// Runs on the device thread: the roles of `seat`'s worker.
     pub fn build(
         self,
         seat: Seat,
@@ -127,7 +187,28 @@ impl HostPlan {
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
     ) -> echelon_core::Result<DeviceRoles> {
-        let HostPlan { folders, held, seed, temperature, .. } = self;
+        match self {
+            HostPlan::Ppo(plan) => plan.build(seat, tokenizer, interrupt, progress),
+            HostPlan::Learner(plan) => {
+                let held = plan.held;
+                let learner = plan.build(&seat)?;
+                let roles = DeviceRoles::none(seat, held, tokenizer, (interrupt, progress));
+                Ok(DeviceRoles { learner: Some(learner), ..roles })
+            }
+        }
+    }
+}
+
+impl PpoPlan {
+    /// Only the actor is loaded now: the first rollout needs no other role.
+    fn build(
+        self,
+        seat: Seat,
+        tokenizer: Arc<Tokenizer>,
+        interrupt: Interrupt,
+        progress: Arc<dyn Progress>,
+    ) -> echelon_core::Result<DeviceRoles> {
+        let PpoPlan { folders, held, seed, temperature, .. } = self;
         let here = |role| seat.layout.of_worker(seat.worker, role);
         let shared_by = |group: &RoleGroup| self.store.clone().filter(|_| group.workers.len() > 1);
         let actor = match here(Role::Actor) {
@@ -170,22 +251,8 @@ impl HostPlan {
                 Ok(RewardModel { model, tokenizer: (!same).then_some(own) })
             })
         });
-        Ok(DeviceRoles {
-            actor,
-            critic,
-            reference,
-            reward,
-            generator,
-            sender,
-            engine: Engine::new(self.engine),
-            tokenizer,
-            held,
-            seat,
-            policy_version: 0,
-            interrupt,
-            progress,
-            run_folder: self.run_folder,
-            meter: Meter::new(held.pass.device),
-        })
+        let (engine, run_folder) = (Engine::new(self.engine), self.run_folder);
+        let roles = DeviceRoles::none(seat, held, tokenizer, (interrupt, progress));
+        Ok(DeviceRoles { actor, critic, reference, reward, generator, sender, engine, run_folder, ..roles })
     }
 }

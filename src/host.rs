@@ -23,6 +23,7 @@ use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Tensor};
 
 use crate::generator::{Generator, Sender};
+use crate::learner::Learner;
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
 use crate::seat::Seat;
 
@@ -33,6 +34,8 @@ pub struct DeviceRoles {
     pub reference: Option<Deferred<FrozenPolicy>>,
     pub reward: Option<Deferred<RewardModel>>,
     pub generator: Option<Generator>,
+    /// What a program trains that is not PPO.
+    pub learner: Option<Learner>,
     /// Sends the actor's weights to generators on other workers.
     pub sender: Option<Sender>,
     pub engine: Engine,
@@ -116,6 +119,46 @@ fn held_bytes() -> u64 {
 }
 
 impl DeviceRoles {
+    /// No role yet.
+    pub fn none(
+        seat: Seat,
+        held: Held,
+        tokenizer: Arc<Tokenizer>,
+        (interrupt, progress): (Interrupt, Arc<dyn Progress>),
+    ) -> DeviceRoles {
+        DeviceRoles {
+            actor: None,
+            critic: None,
+            reference: None,
+            reward: None,
+            generator: None,
+            learner: None,
+            sender: None,
+            engine: Engine::default(),
+            tokenizer,
+            held,
+            seat,
+            policy_version: 0,
+            interrupt,
+            progress,
+            run_folder: PathBuf::new(),
+            meter: Meter::new(held.pass.device),
+        }
+    }
+
+    fn learner(&mut self, what: &str) -> Result<&mut Learner> {
+        self.learner.as_mut().ok_or_else(|| Error::Refused(format!("`{what}`, and no model learns from examples here")))
+    }
+
+    /// The training state of a role.
+    fn state(&mut self, role: Role) -> Result<&mut TrainingState> {
+        match role {
+            _ if self.learner.is_some() => Ok(self.learner.as_mut().expect("seen").state()),
+            Role::Critic => Ok(&mut self.critic()?.model.state),
+            _ => Ok(&mut self.actor()?.policy.state),
+        }
+    }
+
     fn actor(&mut self) -> Result<&mut LearningActor> {
         self.actor.as_mut().ok_or_else(|| not_here(Role::Actor))
     }
@@ -397,6 +440,23 @@ impl Serve<UpdateCritic> for DeviceRoles {
     }
 }
 
+impl Serve<Learn> for DeviceRoles {
+    fn serve(&mut self, request: Learn) -> Result<LearnReport> {
+        let rows = request.rows.num_rows();
+        let report = self.learner(Learn::NAME)?.learn(&request)?;
+        self.progress.advance("train", rows, rows);
+        Ok(report)
+    }
+}
+
+impl Serve<Assess> for DeviceRoles {
+    fn serve(&mut self, Assess { rows }: Assess) -> Result<Tensor> {
+        let (interrupt, progress) = (self.interrupt.clone(), self.progress.clone());
+        let tell = |done| progress.advance("evaluate", done, rows.num_rows());
+        self.learner(Assess::NAME)?.assess(&rows, &interrupt, tell)
+    }
+}
+
 impl Serve<Publish> for DeviceRoles {
     fn serve(&mut self, Publish { policy_version }: Publish) -> Result<()> {
         self.bring_back()?;
@@ -421,33 +481,28 @@ impl Serve<Memory> for DeviceRoles {
 impl Serve<Save> for DeviceRoles {
     fn serve(&mut self, request: Save) -> Result<()> {
         self.bring_back()?;
-        match request.role {
-            Role::Critic => save_state(&self.critic()?.model.state, &request.file),
-            _ => save_state(&self.actor()?.policy.state, &request.file),
-        }
+        save_state(self.state(request.role)?, &request.file)
     }
 }
 
 impl Serve<Restore> for DeviceRoles {
     fn serve(&mut self, request: Restore) -> Result<()> {
         self.bring_back()?;
-        match request.role {
-            Role::Critic => restore_state(&mut self.critic()?.model.state, &request.file),
-            _ => restore_state(&mut self.actor()?.policy.state, &request.file),
-        }
+        restore_state(self.state(request.role)?, &request.file)
     }
 }
 
 impl Serve<Export> for DeviceRoles {
     fn serve(&mut self, request: Export) -> Result<()> {
         self.bring_back()?;
-        let Export { role, folder } = request;
-        match role {
-            Role::Critic => {
+        let Export { role, folder, score_statistics } = request;
+        match (&mut self.learner, role) {
+            (Some(learner), _) => learner.export(&folder, score_statistics)?,
+            (None, Role::Critic) => {
                 let critic = self.critic()?;
                 export(&critic.model.state, HeadKind::Score, &critic.folder, &folder, &[])?;
             }
-            _ => {
+            (None, _) => {
                 let actor = self.actor()?;
                 export(&actor.policy.state, HeadKind::Logits, &actor.folder, &folder, &[])?;
             }

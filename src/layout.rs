@@ -49,6 +49,13 @@ impl Layout {
         Layout { num_workers, devices: workers.clone(), groups: ROLES.map(group).to_vec() }
     }
 
+    /// One role alone, on every one of `num_workers`.
+    pub fn alone(role: Role, num_workers: usize, (zero_stage, adam_offload): (u8, bool)) -> Layout {
+        let mut layout = Layout::together(num_workers, zero_stage, adam_offload);
+        layout.groups.retain(|group| group.role == role);
+        layout
+    }
+
     /// As planned. Devices without a role have no worker.
     pub fn of(plan: &Plan) -> Layout {
         let used: BTreeSet<usize> = plan.groups.iter().flat_map(|group| group.device_numbers()).collect();
@@ -71,8 +78,11 @@ impl Layout {
     /// # Panics
     /// Nobody holds the role: ask only for roles of this run.
     pub fn group(&self, role: Role) -> &RoleGroup {
-        let group = self.groups.iter().find(|group| group.role == role);
-        group.unwrap_or_else(|| panic!("no worker holds the {role}"))
+        self.find(role).unwrap_or_else(|| panic!("no worker holds the {role}"))
+    }
+
+    fn find(&self, role: Role) -> Option<&RoleGroup> {
+        self.groups.iter().find(|group| group.role == role)
     }
 
     /// The group of a role, if this worker is in it.
@@ -132,25 +142,29 @@ impl Layout {
 
     /// Whether the generator computes on the actor's own tensors.
     pub fn shares_weights(&self) -> bool {
-        let generator = self.group(Role::Generator);
-        generator.workers == self.group(Role::Actor).workers && generator.tensor_parallel == 1
+        let both = self.find(Role::Generator).zip(self.find(Role::Actor));
+        both.is_some_and(|(generator, actor)| generator.workers == actor.workers && generator.tensor_parallel == 1)
     }
 
     /// The lists of workers that run collectives together, in the order in which every worker joins them.
     pub fn companies(&self) -> BTreeSet<Vec<usize>> {
         let mut companies: BTreeSet<Vec<usize>> = self.groups.iter().map(|group| group.workers.clone()).collect();
-        let generator = self.group(Role::Generator);
-        companies.extend(generator.workers.chunks(generator.tensor_parallel).map(<[usize]>::to_vec));
-        companies.insert(self.publishers());
+        if let Some(generator) = self.find(Role::Generator) {
+            companies.extend(generator.workers.chunks(generator.tensor_parallel).map(<[usize]>::to_vec));
+            companies.insert(self.publishers());
+        }
         companies.retain(|workers| workers.len() > 1);
         companies
     }
 
-    /// Who takes part in a publication: the actor's ranks, then the generator's that are not among them.
+    /// Who takes part in a publication: the actor's ranks, then the generator's that are not among them. Nobody, where there
+    /// is no generator.
     pub fn publishers(&self) -> Vec<usize> {
-        let actors = &self.group(Role::Actor).workers;
-        let generators = self.group(Role::Generator).workers.iter().filter(|worker| !actors.contains(worker));
-        actors.iter().chain(generators).copied().collect()
+        let Some((actor, generator)) = self.find(Role::Actor).zip(self.find(Role::Generator)) else {
+            return Vec::new();
+        };
+        let generators = generator.workers.iter().filter(|worker| !actor.workers.contains(worker));
+        actor.workers.iter().chain(generators).copied().collect()
     }
 }
 
@@ -224,6 +238,9 @@ mod tests {
     fn companies_are_the_groups_of_several_workers() {
         assert!(Layout::together(1, 0, false).companies().is_empty());
         assert_eq!(Layout::together(2, 0, false).companies(), BTreeSet::from([vec![0, 1]]));
+        let alone = Layout::alone(Role::Reward, 2, (3, false));
+        assert_eq!((alone.companies(), alone.groups.len()), (BTreeSet::from([vec![0, 1]]), 1));
+        assert!(!alone.shares_weights() && alone.publishers().is_empty());
         let expected: [&[usize]; 6] = [&[0, 1], &[0, 1, 4, 5, 6, 7], &[2, 3], &[4, 5], &[4, 5, 6, 7], &[6, 7]];
         assert_eq!(apart().companies(), expected.map(<[usize]>::to_vec).into());
     }

@@ -25,6 +25,7 @@ pub mod checkpoint;
 pub mod host;
 pub mod inference;
 pub mod json_lines;
+pub mod learner;
 pub mod models;
 pub mod monitor;
 pub mod node;

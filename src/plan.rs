@@ -1,20 +1,26 @@
-//! `ppo RECIPE --plan`: which role goes on which device and what a step takes there, with no device present.
+//! `--plan`: which role goes on which device and what a step takes there, with no device present.
 
+use std::fmt::Display;
 use std::path::Path;
 
+use echelon_core::role::Role;
 use echelon_core::shape::ModelShape;
 use echelon_core::store::total;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
 use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::ledger::{ComputeDtype, Workload};
-use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
+use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, Training, TrainingPlan, plan, plan_training};
 use echelon_placement::rates::Rates;
 use echelon_placement::tier::Tier;
 
 use crate::node;
-use crate::program::Failure;
-use crate::recipe::{self, Auto, Device, Devices, Dtype, ModelSource, ResolvedRecipe, ScoreSource, StartModel};
+use crate::program::{Failure, PlanFormat};
+use crate::recipe::{
+    self, Auto, Compute, Device, Devices, Dtype, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel,
+    SupervisedTrain,
+};
+use serde::Serialize;
 
 /// The GPUs that a recipe without a kind is planned for.
 const USUAL_GPU: &str = "H100-80GB";
@@ -39,10 +45,90 @@ pub fn ask(recipe: &ResolvedRecipe) -> Result<Option<Result<Plan, PlanError>>, F
     Ok(Some(plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster))))
 }
 
+/// How a model is trained alone (`sft`, `reward`): on which devices, with which numbers.
+pub struct TrainingJob<'a> {
+    pub role: Role,
+    pub model: &'a Model,
+    pub train: &'a SupervisedTrain,
+    pub devices: &'a Devices,
+    /// Rows that belong together: 2 of a pair.
+    pub rows_per_example: usize,
+}
+
+impl TrainingJob<'_> {
+    /// The plan; None where the model's shape is not at hand (a hub id without `shape`).
+    ///
+    /// # Errors
+    /// [`Failure::Input`]: hardware or a model that cannot be planned.
+    pub fn ask(&self) -> Result<Option<Result<TrainingPlan, PlanError>>, Failure> {
+        let TrainingJob { role, model, train, devices, rows_per_example } = *self;
+        let start = StartModel { model: model.model.clone(), shape: model.shape.clone() };
+        let head = if role == Role::Actor { HeadKind::Logits } else { HeadKind::Score };
+        let Some(model) = shape(&start, Some(head))? else { return Ok(None) };
+        let (cluster, compute) = (cluster(devices)?, &train.compute);
+        let training = Training {
+            role,
+            model,
+            rows: train.batch_size * rows_per_example,
+            rows_per_example,
+            max_tokens: train.max_tokens,
+            // Unknown before the rows are read: half the limit.
+            mean_tokens: train.max_tokens as f64 / 2.0,
+            tokens_per_micro_batch: compute.tokens_per_micro_batch,
+            dtype: compute_dtype(compute, devices),
+            activation_checkpointing: compute.activation_checkpointing,
+        };
+        let constraints = Constraints {
+            zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
+            adam_offload: compute.adam_offload.then_some(true),
+            ..Constraints::default()
+        };
+        Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
+    }
+}
+
+/// What `--plan` prints: the resolved recipe, as text or JSON, and the plan or why there is none.
+///
+/// # Errors
+/// [`Failure::Input`]: the plan was refused.
+pub fn print<P: Serialize + Display>(
+    format: PlanFormat,
+    (text, mut json): (String, serde_json::Value),
+    plan: Option<Result<P, PlanError>>,
+) -> Result<(), Failure> {
+    match format {
+        PlanFormat::Text => {
+            let plan = plan.transpose().map_err(Failure::input)?;
+            print!("{text}");
+            let plan = plan.map_or(
+                "no plan: a model's config.json is not at hand; name a folder that has it, as `shape`".into(),
+                |plan| plan.to_string(),
+            );
+            plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
+            Ok(())
+        }
+        PlanFormat::Json => {
+            let refused = match plan.transpose() {
+                Ok(plan) => {
+                    json["plan"] = serde_json::to_value(plan).map_err(Failure::other)?;
+                    None
+                }
+                Err(error) => {
+                    if let PlanError::Refused(refusal) = &error {
+                        json["refusal"] = serde_json::to_value(refusal).map_err(Failure::other)?;
+                    }
+                    Some(Failure::input(error))
+                }
+            };
+            println!("{}", serde_json::to_string_pretty(&json).map_err(Failure::other)?);
+            refused.map_or(Ok(()), Err)
+        }
+    }
+}
+
 /// Counts this machine's GPUs where the recipe leaves it to us: several are then planned for, and the resolved recipe says
 /// how many. One needs no plan.
-pub fn count_gpus(recipe: &mut ResolvedRecipe) {
-    let devices = &mut recipe.placement.devices;
+pub fn count_gpus(devices: &mut Devices) {
     if devices.device != Device::Cpu
         && devices.count().is_none()
         && devices.gpu.is_none()
@@ -138,19 +224,23 @@ pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
         mini_batch: recipe.ppo.mini_batch_size,
         epochs: recipe.ppo.epochs,
         tokens_per_micro_batch: recipe.train.compute.tokens_per_micro_batch,
-        dtype: match recipe.train.compute.dtype {
-            Dtype::Float32 => ComputeDtype::Float32,
-            Dtype::Bfloat16 => ComputeDtype::Bfloat16,
-            Dtype::Float64 => ComputeDtype::Float64,
-            Dtype::Auto if on_cpu(&recipe.placement.devices) => ComputeDtype::Float32,
-            Dtype::Auto => ComputeDtype::Bfloat16,
-        },
+        dtype: compute_dtype(&recipe.train.compute, &recipe.placement.devices),
         activation_checkpointing: recipe.train.compute.activation_checkpointing,
         entropy_in_loss: recipe.ppo.entropy_coef != 0.0,
         reference_offload: recipe.reference_offload,
         max_sequences: recipe.generation.max_sequences,
         max_batched_tokens: recipe.generation.max_batched_tokens,
         kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
+    }
+}
+
+fn compute_dtype(compute: &Compute, devices: &Devices) -> ComputeDtype {
+    match compute.dtype {
+        Dtype::Float32 => ComputeDtype::Float32,
+        Dtype::Bfloat16 => ComputeDtype::Bfloat16,
+        Dtype::Float64 => ComputeDtype::Float64,
+        Dtype::Auto if on_cpu(devices) => ComputeDtype::Float32,
+        Dtype::Auto => ComputeDtype::Bfloat16,
     }
 }
 
@@ -170,7 +260,6 @@ fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape
 
 pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
     let placement = &recipe.placement;
-    use echelon_core::role::Role;
     let by_hand = [
         (Role::Actor, &placement.actor),
         (Role::Critic, &placement.critic),
@@ -200,8 +289,7 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
     }
 }
 
-fn core_role(role: recipe::Role) -> echelon_core::role::Role {
-    use echelon_core::role::Role;
+fn core_role(role: recipe::Role) -> Role {
     match role {
         recipe::Role::Actor => Role::Actor,
         recipe::Role::Critic => Role::Critic,
@@ -214,8 +302,6 @@ fn core_role(role: recipe::Role) -> echelon_core::role::Role {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-
-    use echelon_core::role::Role;
 
     use super::*;
     use crate::layout::Layout;

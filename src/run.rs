@@ -11,7 +11,6 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::planner::PlanError;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::crew::End;
@@ -20,7 +19,7 @@ use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::plan;
-use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, PlanFormat, run_folder, watch_signals, write_whole};
+use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
 use crate::replay::{self, record};
@@ -46,37 +45,12 @@ pub fn main(arguments: &Arguments) -> Result<(), Failure> {
         let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?;
         recipe.check_shapes()?;
         let mut recipe = recipe.resolve();
-        plan::count_gpus(&mut recipe);
-        let plan = plan::ask(&recipe)?;
-        match format {
-            PlanFormat::Text => {
-                let plan = plan.transpose().map_err(Failure::input)?;
-                print!("{}", recipe.to_toml_headed("The recipe as it would run, with every default."));
-                let text = plan.map_or("no plan: a model's config.json is not at hand".into(), |plan| plan.to_string());
-                text.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
-            }
-            PlanFormat::Json => {
-                let mut json = recipe.to_json();
-                let refused = match plan.transpose() {
-                    Ok(plan) => {
-                        json["plan"] = serde_json::to_value(plan).map_err(Failure::other)?;
-                        None
-                    }
-                    Err(error) => {
-                        if let PlanError::Refused(refusal) = &error {
-                            json["refusal"] = serde_json::to_value(refusal).map_err(Failure::other)?;
-                        }
-                        Some(Failure::input(error))
-                    }
-                };
-                println!("{}", serde_json::to_string_pretty(&json).map_err(Failure::other)?);
-                return refused.map_or(Ok(()), Err);
-            }
-        }
-        return Ok(());
+        plan::count_gpus(&mut recipe.placement.devices);
+        let headed = recipe.to_toml_headed("The recipe as it would run, with every default.");
+        return plan::print(format, (headed, recipe.to_json()), plan::ask(&recipe)?);
     }
     let mut recipe = Recipe::load(&arguments.recipe, &arguments.sets)?.resolve();
-    plan::count_gpus(&mut recipe);
+    plan::count_gpus(&mut recipe.placement.devices);
     let folder = run_folder(&recipe.name, arguments)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
     // The driver's tensors are Send but not Sync: the loop stays on this thread.
@@ -342,7 +316,7 @@ impl Run {
             moved(std::fs::remove_dir_all(&unfinished))?;
         }
         let folder = worker::absolute(&unfinished);
-        self.wired.roles.actor.export(Export { role: Role::Actor, folder }).await?;
+        self.wired.roles.actor.export(Export { role: Role::Actor, folder, score_statistics: None }).await?;
         if actor.exists() {
             moved(std::fs::remove_dir_all(&actor))?;
         }
@@ -429,10 +403,9 @@ fn header(
     Inputs { held, warning, prompts, layout, .. }: &Inputs,
     folder: &Path,
 ) {
-    let threads = tch::get_num_threads();
     let mut rows = vec![
         ("actor", format!("{} ({:.1}M parameters)", recipe.actor.model, num_params as f64 / 1e6)),
-        ("device", format!("{:?}, {:?}, {threads} threads", held.pass.device, held.kind)),
+        ("device", wire::device_line(*held)),
         ("prompts", format!("{} to learn from", prompts.num_rows())),
         ("batch", recipe.batch.to_string()),
         ("run folder", folder.display().to_string()),

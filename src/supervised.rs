@@ -7,25 +7,33 @@ use std::time::Instant;
 use echelon_algorithms::schedule::LrSchedule;
 use echelon_core::Error;
 use echelon_core::progress::Interrupt;
+use echelon_core::role::{LearnerGroup, LearnerRank, Role};
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::TrainingState;
+use echelon_core::verb::{Learn, LearnReport};
 use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
+use crate::assignment::{HostPlan, Job};
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
-use crate::models::{restore_state, save_state};
+use crate::crew::{Crew, End};
+use crate::layout::Layout;
+use crate::learner::LearnerPlan;
+use crate::models::Held;
 use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
+use crate::plan::{self, TrainingJob, count_gpus};
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
-use crate::recipe::{Checkpoint, ModelSource, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain};
+use crate::recipe::{
+    Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
+};
 use crate::resume::resume;
-use crate::wire;
+use crate::watch::Watch;
+use crate::wire::{self, Work};
+use crate::worker::absolute;
 
 mod language_model;
 mod reward_model;
-
-use language_model::LanguageModel;
-use reward_model::RewardModel;
 
 /// What is learned from at once: one row of tokens, or the two of a pair. `mask[t]` is true where token `t` is learned.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,17 +45,42 @@ impl Example {
     }
 }
 
-/// A model that learns from examples.
-trait Learner {
-    fn state(&mut self) -> &mut TrainingState;
-    /// One optimizer step; metrics named `train/…`.
-    fn step(&mut self, rows: &Tokens, lr: f64) -> echelon_core::Result<Metrics>;
-    /// Metrics named `eval/…` over all held-out rows; a row's micro-batch never matters.
-    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics>;
-    /// Writes the model as a Hugging Face folder, with what it learned about its own scores.
-    fn export(&mut self, rows: &Tokens, folder: &Path) -> echelon_core::Result<()>;
+/// A recipe of a model that learns from examples: what `sft` and `reward` do each in its way.
+trait Lesson: Root + Sized {
+    /// Whose model it becomes.
+    const ROLE: Role;
+    /// Neighbouring rows that belong together: 2 of a pair.
+    const ROWS_PER_EXAMPLE: usize;
     /// What a step's line shows.
-    fn shown(&self) -> &'static [&'static str];
+    const SHOWN: &'static [&'static str];
+
+    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<Self, Failure>;
+    fn parts(&self) -> Parts<'_>;
+    fn devices_mut(&mut self) -> &mut Devices;
+    fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure>;
+    /// What a device thread builds the model from.
+    fn learner(&self, folder: &Path, held: Held) -> LearnerPlan;
+    /// The same for a worker in another process.
+    fn job(&self, folder: PathBuf) -> Job;
+    /// What the loss of a batch is the mean over: learned tokens, or pairs.
+    fn num_learned(rows: &Tokens) -> f64;
+    /// Metrics named `train/…` of an optimizer step.
+    fn learned(report: &LearnReport) -> Metrics;
+    /// Metrics named `eval/…` of held-out rows, from the number that the model gives each.
+    fn evaluated(rows: &Tokens, numbers: &Tensor) -> Metrics;
+    /// Mean and standard deviation of held-out scores, where the model gives scores.
+    fn score_statistics(_numbers: &Tensor) -> Option<(f64, f64)> {
+        None
+    }
+}
+
+/// The tables that both kinds of recipe have.
+struct Parts<'a> {
+    model: &'a Model,
+    train: &'a SupervisedTrain,
+    checkpoint: &'a Checkpoint,
+    devices: &'a Devices,
+    seed: u64,
 }
 
 /// `sft RECIPE`.
@@ -55,10 +88,7 @@ trait Learner {
 /// # Errors
 /// See [`Failure`].
 pub fn sft(arguments: &Arguments) -> Result<(), Failure> {
-    let recipe = SftRecipe::load(&arguments.recipe, &arguments.sets)?;
-    let plan = Plan::new(&recipe, (&recipe.model.model, &recipe.train, &recipe.checkpoint), recipe.seed, arguments)?;
-    let data = language_model::load_data(&recipe, &plan.tokenizer)?;
-    plan.run(data, |total| LanguageModel::start(&recipe, plan.tokenizer.clone(), total))
+    main::<SftRecipe>(arguments)
 }
 
 /// `reward RECIPE`.
@@ -66,24 +96,37 @@ pub fn sft(arguments: &Arguments) -> Result<(), Failure> {
 /// # Errors
 /// See [`Failure`].
 pub fn reward(arguments: &Arguments) -> Result<(), Failure> {
-    let recipe = RewardRecipe::load(&arguments.recipe, &arguments.sets)?;
-    let plan = Plan::new(&recipe, (&recipe.model.model, &recipe.train, &recipe.checkpoint), recipe.seed, arguments)?;
-    let data = reward_model::load_data(&recipe, &plan.tokenizer)?;
-    plan.run(data, |total| RewardModel::start(&recipe, plan.tokenizer.clone(), total))
+    main::<RewardRecipe>(arguments)
 }
 
-/// What both programs take from their recipe.
-struct Plan<'a> {
-    program: &'static str,
-    name: String,
-    seed: u64,
-    train: &'a SupervisedTrain,
-    checkpoint: &'a Checkpoint,
-    recipe_text: String,
-    folder: PathBuf,
-    resumes: bool,
-    resumed: Resumed,
-    tokenizer: Arc<Tokenizer>,
+/// Everything from the arguments to the report.
+fn main<L: Lesson>(arguments: &Arguments) -> Result<(), Failure> {
+    let mut recipe = L::load(&arguments.recipe, &arguments.sets, arguments.plan.is_none())?;
+    count_gpus(recipe.devices_mut());
+    if let Some(format) = arguments.plan {
+        let text = recipe.resolved_text();
+        let headed = format!("# The recipe as it would run, with every default.\n\n{text}");
+        return plan::print(format, (headed, json_of(&text)), training_job(&recipe).ask()?);
+    }
+    let prepared = Prepared::new(&recipe, arguments)?;
+    let data = recipe.load_data(&prepared.tokenizer)?;
+    let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
+    let outcome = runtime.block_on(async {
+        let (mut run, crew) = prepared.start(data).await?;
+        let outcome = match run.steps().await {
+            Err(failure) => Err(run.with_next_step(crew.explain(failure).await)),
+            done => done,
+        };
+        crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
+        outcome
+    });
+    runtime.shutdown_background();
+    outcome
+}
+
+fn training_job<L: Lesson>(recipe: &L) -> TrainingJob<'_> {
+    let Parts { model, train, devices, .. } = recipe.parts();
+    TrainingJob { role: L::ROLE, model, train, devices, rows_per_example: L::ROWS_PER_EXAMPLE }
 }
 
 /// Rows to learn from and rows held out.
@@ -117,49 +160,68 @@ impl Data {
     }
 }
 
-impl<'a> Plan<'a> {
+/// A run before its rows are read.
+struct Prepared<'a, L> {
+    recipe: &'a L,
+    recipe_text: String,
+    folder: PathBuf,
+    model: PathBuf,
+    held: Held,
+    warning: Option<String>,
+    layout: Layout,
+    resumes: bool,
+    resumed: Resumed,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl<'a, L: Lesson> Prepared<'a, L> {
     /// Checks what the recipe asks for and what `--resume` may go on from; reads the tokenizer, but neither rows nor weights.
-    fn new<T: Root>(
-        recipe: &T,
-        (model, train, checkpoint): (&ModelSource, &'a SupervisedTrain, &'a Checkpoint),
-        seed: u64,
-        arguments: &Arguments,
-    ) -> Result<Plan<'a>, Failure> {
+    fn new(recipe: &'a L, arguments: &Arguments) -> Result<Prepared<'a, L>, Failure> {
         let recipe_text = recipe.resolved_text();
-        let name = recipe.name().to_owned();
-        let folder = run_folder(&name, arguments)?;
+        let folder = run_folder(recipe.name(), arguments)?;
+        let Parts { model, train, checkpoint, devices, .. } = recipe.parts();
         let resumed = match arguments.resume {
-            true => resume::<T>(&folder, &Checkpoints::new(&folder, checkpoint), &recipe_text)?,
+            true => resume::<L>(&folder, &Checkpoints::new(&folder, checkpoint), &recipe_text)?,
             false => Resumed::default(),
         };
-        let model = wire::model_folder(model)?;
+        let model = wire::model_folder(&model.model)?;
         let keys = format!("train.max_tokens = {}", train.max_tokens);
         wire::check_context(&model, train.max_tokens, &keys)?;
+        let (held, warning) = wire::held(&train.compute, devices, None)?;
+        let layout = layout(recipe, wire::num_workers(devices, held)?)?;
         let tokenizer = Arc::new(resumed.tokenizer(&model)?);
-        let (program, resumes) = (T::PROGRAM, arguments.resume);
-        Ok(Plan { program, name, seed, train, checkpoint, recipe_text, folder, resumes, resumed, tokenizer })
+        let resumes = arguments.resume;
+        Ok(Prepared { recipe, recipe_text, folder, model, held, warning, layout, resumes, resumed, tokenizer })
     }
 
-    fn run<L: Learner>(
-        &self,
-        data: Data,
-        start: impl FnOnce(usize) -> Result<(L, Speed), Failure>,
-    ) -> Result<(), Failure> {
+    /// Starts the workers, and takes up a checkpoint; only then is the run folder made, or changed.
+    async fn start(self, data: Data) -> Result<(Run<'a, L>, Crew), Failure> {
+        let Parts { model, train, checkpoint, devices, seed } = self.recipe.parts();
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
-        let total = self.train.optimizer_steps(num_rows);
-        let (mut learner, speed) = start(total)?;
-        let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
-        let _guard = runtime.enter();
+        let total = train.optimizer_steps(num_rows);
+        let terminal = Arc::new(Terminal::new(total as u64));
+        let watch = Arc::new(Watch::new(terminal.clone()));
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
-        let terminal = Arc::new(Terminal::new(total as u64));
-        self.header(&terminal, &data, num_rows, total);
+        self.header(&terminal, &data, num_rows, total)?;
         self.resumed.notes.iter().for_each(|note| terminal.note(note));
         let held_out = rows_of(data.held_out.iter());
-        let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, self.seed);
+        let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, seed);
+
+        let work = Work {
+            job: self.recipe.job(absolute(&self.model)),
+            plan: HostPlan::Learner(self.recipe.learner(&self.model, self.held)),
+            layout: self.layout.clone(),
+            tokenizer: self.tokenizer.clone(),
+            run_folder: self.folder.clone(),
+        };
+        let teller = terminal.clone();
+        let say = Arc::new(move |line: &str| teller.note(line));
+        let crew = wire::start_crew(work, devices, (interrupt.clone(), watch.clone()), say).await?;
+        let learner = crew.group::<dyn LearnerRank>(&self.layout, L::ROLE, |w| Arc::new(w), |w| Arc::new(w));
         let mut step = 0;
         if let Some((path, state)) = &self.resumed.saved {
-            restore(&mut learner, &mut stream, path, state)?;
+            restore(&learner, &mut stream, path, state).await?;
             terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
             step = state.step;
         }
@@ -168,129 +230,166 @@ impl<'a> Plan<'a> {
         let log = if self.resumes { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
         write_whole(&self.folder.join(RESOLVED_FILE), &self.recipe_text)?;
         let run = Run {
-            plan: self,
+            recipe: self.recipe,
             learner,
-            speed,
+            lr: model.optimizer.lr,
+            schedule: wire::schedule(&model.optimizer, total),
             stream,
             held_out,
-            checkpoints: Checkpoints::new(&self.folder, self.checkpoint),
+            checkpoints: Checkpoints::new(&self.folder, checkpoint),
+            folder: self.folder,
+            tokenizer: self.tokenizer,
             log,
             terminal,
+            watch,
             interrupt,
             step,
-            saved: step,
+            saved: (step > 0).then_some(step),
             metric: None,
             total: total as u64,
         };
-        run.steps()
+        Ok((run, crew))
     }
 
-    fn header(&self, terminal: &Terminal, data: &Data, num_rows: usize, total: usize) {
+    fn header(&self, terminal: &Terminal, data: &Data, num_rows: usize, total: usize) -> Result<(), Failure> {
+        let Parts { model, train, .. } = self.recipe.parts();
+        let params = wire::shape(&self.model)?.shape().num_params();
+        let batch = train.batch_size;
         let mut rows = vec![
-            ("rows", format!("{num_rows} to learn from, {} held out", data.held_out.len())),
-            ("batch", format!("{num_rows} rows in batches of {} -> {total} optimizer steps", self.train.batch_size)),
-            ("run folder", self.folder.display().to_string()),
+            ("model", format!("{} ({:.1}M parameters)", model.model, params as f64 / 1e6)),
+            ("device", wire::device_line(self.held)),
         ];
+        if self.layout.num_workers > 1 {
+            let stage = self.layout.group(L::ROLE).zero_stage;
+            rows.push(("workers", format!("{} processes, ZeRO {stage}", self.layout.num_workers)));
+        }
+        rows.extend([
+            ("rows", format!("{num_rows} to learn from, {} held out", data.held_out.len())),
+            ("batch", format!("{num_rows} rows in batches of {batch} -> {total} optimizer steps")),
+            ("run folder", self.folder.display().to_string()),
+        ]);
+        rows.extend(self.warning.iter().map(|warning| ("warning", warning.clone())));
         for (name, report) in data.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {
             rows.push(("left out", format!("{name}: {report}")));
         }
-        terminal.header(&format!("{} {}", self.program, self.name), &rows);
+        terminal.header(&format!("{} {}", L::PROGRAM, self.recipe.name()), &rows);
+        Ok(())
     }
 }
 
-/// Learning rate over the run.
-struct Speed {
-    lr: f64,
-    schedule: LrSchedule,
+/// One model on every worker, as the planner would train it.
+fn layout<L: Lesson>(recipe: &L, workers: usize) -> Result<Layout, Failure> {
+    let compute = &recipe.parts().train.compute;
+    let plan = if workers > 1 { training_job(recipe).ask()?.transpose().map_err(Failure::input)? } else { None };
+    let held = match plan {
+        Some(plan) => (plan.zero_stage, plan.adam_offload),
+        None if workers > 1 => (compute.zero_stage.fixed().unwrap_or(1) as u8, compute.adam_offload),
+        None => (0, compute.adam_offload),
+    };
+    Ok(Layout::alone(L::ROLE, workers, held))
 }
 
 struct Run<'a, L> {
-    plan: &'a Plan<'a>,
-    learner: L,
-    speed: Speed,
+    recipe: &'a L,
+    learner: LearnerGroup,
+    lr: f64,
+    schedule: LrSchedule,
     stream: RowStream<Example>,
     held_out: Tokens,
     checkpoints: Checkpoints,
+    folder: PathBuf,
+    tokenizer: Arc<Tokenizer>,
     log: RunLog,
     terminal: Arc<Terminal>,
+    watch: Arc<Watch>,
     interrupt: Interrupt,
     step: u64,
-    /// The last step with a checkpoint of this process.
-    saved: u64,
+    /// The newest step with a checkpoint.
+    saved: Option<u64>,
     /// What `checkpoint.best_metric` was at the last finished step, where it was measured.
     metric: Option<Measured>,
     total: u64,
 }
 
-impl<L: Learner> Run<'_, L> {
-    fn steps(mut self) -> Result<(), Failure> {
+impl<L: Lesson> Run<'_, L> {
+    async fn steps(&mut self) -> Result<(), Failure> {
         let begun = Instant::now();
         if self.step == 0 {
-            self.evaluate_before()?;
+            self.evaluate_before().await?;
         }
         while self.step < self.total {
-            self.one_step()?;
+            self.one_step().await?;
             if self.interrupt.is_raised() {
-                if self.saved != self.step {
-                    self.save()?;
+                if self.saved != Some(self.step) {
+                    self.save().await?;
                 }
                 let path = self.checkpoints.path(self.step);
                 let message = format!("step {} is saved in {}; --resume continues", self.step, path.display());
                 return Err(Failure::Interrupted(message));
             }
         }
-        let model = self.plan.folder.join("model");
-        self.learner.export(&self.held_out, &model)?;
-        let report = write_report(&self.plan.folder)?;
+        let model = self.folder.join("model");
+        self.export(&model).await?;
+        let report = write_report(&self.folder)?;
         self.terminal.summary(&Outcome {
             steps: self.step,
             seconds: begun.elapsed().as_secs_f64(),
             report: Some(report),
             model: Some(model),
-            tensorboard: Some(self.plan.folder.join("tensorboard")),
+            tensorboard: Some(self.folder.join("tensorboard")),
             ..Outcome::default()
         });
         Ok(())
     }
 
     /// What the model is like before it learns: a line of news, step 0 in TensorBoard, and `eval_before.json`.
-    fn evaluate_before(&mut self) -> Result<(), Failure> {
+    async fn evaluate_before(&mut self) -> Result<(), Failure> {
         if self.held_out.num_rows() == 0 {
             return Ok(());
         }
-        let metrics = self.learner.evaluate(&self.held_out, &self.interrupt).map_err(|error| match error.root() {
+        let metrics = self.evaluate().await.map_err(|error| match error.root() {
             Error::Interrupted => Failure::Interrupted(BEFORE_THE_FIRST_STEP.into()),
             _ => error.into(),
         })?;
         self.log.write_start(&metrics)?;
-        metrics.write_file(&self.plan.folder.join("eval_before.json"))?;
+        metrics.write_file(&self.folder.join("eval_before.json"))?;
         let shown: Vec<String> = metrics.scalars.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         self.terminal.note(&format!("before training: {}", shown.join(", ")));
         Ok(())
     }
 
-    fn one_step(&mut self) -> Result<(), Failure> {
+    async fn evaluate(&self) -> echelon_core::Result<Metrics> {
+        let numbers = self.learner.assess(&self.held_out).await?;
+        self.watch.clear();
+        Ok(L::evaluated(&self.held_out, &numbers))
+    }
+
+    async fn one_step(&mut self) -> Result<(), Failure> {
         let begun = Instant::now();
         let step = self.step + 1;
-        let _whole = self.interrupt.defer(); // a step is short: it is finished, with its evaluation
-        let draws = self.stream.next_batch(self.plan.train.batch_size);
+        let interrupt = self.interrupt.clone();
+        let _whole = interrupt.defer(); // a step is short: it is finished, with its evaluation
+        let Parts { train, checkpoint, .. } = self.recipe.parts();
+        let draws = self.stream.next_batch(train.batch_size);
         let rows = rows_of(draws.iter().map(|draw| self.stream.row(draw.id)));
-        let lr = self.speed.lr * self.speed.schedule.factor(self.step as usize);
-        let mut metrics = self.learner.step(&rows, lr)?;
+        let (tokens, num_learned) = (rows.lengths.iter().sum::<i64>(), L::num_learned(&rows));
+        let lr = self.lr * self.schedule.factor(self.step as usize);
+        let request = Learn { rows, rows_per_example: L::ROWS_PER_EXAMPLE, num_learned, lr };
+        let mut metrics = L::learned(&self.learner.learn(request).await?);
+        self.watch.clear();
         let seconds = begun.elapsed().as_secs_f64();
-        let tokens: i64 = rows.lengths.iter().sum();
         metrics.set("train/timing/step_total", seconds).set("perf/tokens_per_second", tokens as f64 / seconds);
         self.step = step;
-        let every = self.plan.train.eval_every_steps.map(|every| every as u64);
+        let every = train.eval_every_steps.map(|every| every as u64);
         let evaluates = step == self.total || every.is_some_and(|every| step.is_multiple_of(every));
         if evaluates && self.held_out.num_rows() > 0 {
-            metrics.extend(self.learner.evaluate(&self.held_out, &self.interrupt)?);
+            metrics.extend(self.evaluate().await?);
         }
         self.metric = self.checkpoints.measured(&metrics);
         self.log.write(step, &metrics, &[])?;
         let mut line = StepLine::new(step, seconds);
         line.tokens_per_second = Some(tokens as f64 / seconds);
-        for name in self.learner.shown() {
+        for name in L::SHOWN {
             if let Some(value) = metrics.get(name) {
                 line = line.field(
                     name.rsplit_once('/').map_or(name, |_| name.trim_start_matches("train/")),
@@ -299,43 +398,66 @@ impl<L: Learner> Run<'_, L> {
             }
         }
         self.terminal.step(&line);
-        let due = self.plan.checkpoint.every_steps.is_some_and(|every| step.is_multiple_of(every as u64));
+        let due = checkpoint.every_steps.is_some_and(|every| step.is_multiple_of(every as u64));
         if due || step == self.total {
-            self.save()?;
+            self.save().await?;
         }
         Ok(())
     }
 
-    fn save(&mut self) -> Result<(), Failure> {
+    async fn save(&mut self) -> Result<(), Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
-        save_state(self.learner.state(), &unfinished.file("model.safetensors"))?;
+        self.learner.save(absolute(&unfinished.file("model.safetensors"))).await?;
         let state = RunState {
-            program: self.plan.program.into(),
+            program: L::PROGRAM.into(),
             step: self.step,
             policy_version: 0,
             data: self.stream.position(),
             kl: None,
             num_threads: tch::get_num_threads(),
-            render_time: self.plan.tokenizer.render_time(),
+            render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };
         unfinished.finish(&state)?;
-        self.saved = self.step;
+        self.saved = Some(self.step);
         self.checkpoints.prune(self.step)
+    }
+
+    /// The model as a Hugging Face folder, with what it learned about its own scores.
+    async fn export(&self, folder: &Path) -> Result<(), Failure> {
+        let statistics = match self.held_out.num_rows() {
+            0 => None,
+            _ => {
+                let _whole = self.interrupt.defer();
+                L::score_statistics(&self.learner.assess(&self.held_out).await?)
+            }
+        };
+        self.watch.clear();
+        Ok(self.learner.export(absolute(folder), statistics).await?)
+    }
+
+    /// A lost worker, and how the run goes on without it.
+    fn with_next_step(&self, failure: Failure) -> Failure {
+        let Failure::Worker(cause) = failure else { return failure };
+        let next = match self.saved {
+            Some(step) => format!("--resume goes on from the checkpoint of step {step}"),
+            None => "there is no checkpoint yet: --resume begins this run again".into(),
+        };
+        Failure::Worker(format!("{cause}\n{next}"))
     }
 }
 
 /// Gives the learner and the rows what they had at a checkpoint; the run folder stays as it is.
-fn restore(
-    learner: &mut impl Learner,
+async fn restore(
+    learner: &LearnerGroup,
     stream: &mut RowStream<Example>,
     path: &Path,
     state: &RunState,
 ) -> Result<(), Failure> {
     tch::set_num_threads(state.num_threads);
     stream.restore(&state.data).map_err(Failure::input)?;
-    restore_state(learner.state(), &path.join("model.safetensors")).map_err(Failure::input)
+    learner.restore(absolute(&path.join("model.safetensors"))).await.map_err(Failure::input)
 }
 
 fn rows_of<'a>(examples: impl Iterator<Item = &'a Example>) -> Tokens {

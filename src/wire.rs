@@ -24,7 +24,7 @@ use echelon_placement::launch::Place;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::assignment::{Assignment, HostPlan};
+use crate::assignment::{Assignment, HostPlan, Job};
 use crate::crew::{Crew, Joining, check_credentials};
 use crate::layout::Layout;
 use crate::models::{Held, check_folder, score_statistics};
@@ -144,6 +144,11 @@ pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Resu
     Ok((Held { kind, pass }, chosen.warning))
 }
 
+/// Device, dtype and threads, for a run's first lines.
+pub fn device_line(held: Held) -> String {
+    format!("{:?}, {:?}, {} threads", held.pass.device, held.kind, tch::get_num_threads())
+}
+
 /// Refuses what the models and the device cannot do, before anything starts.
 ///
 /// # Errors
@@ -234,27 +239,10 @@ pub async fn wire(
     let names: Vec<String> =
         tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
     let has_reference = folders.reference.is_some();
-    let devices = &recipe.placement.devices;
-    let crew = if layout.num_workers == 1 && devices.listen.is_none() {
-        let plan = HostPlan::of(recipe, folders, held, run_folder);
-        let crew = Crew::here(plan, layout.clone(), tokenizer, interrupt.clone(), progress).await;
-        crew.map_err(Failure::input)?
-    } else {
-        let assignment = Assignment {
-            recipe: recipe.to_toml(),
-            folders: folders.absolute(),
-            layout: layout.clone(),
-            worker: 0,
-            on_its_host: 1,
-            meeting_port: None,
-            store: None,
-            run_folder: absolute(&run_folder),
-        };
-        let patience = Duration::from_secs_f64(devices.join_timeout_s);
-        let credentials = devices.credentials.as_ref().map(|file| file.0.clone());
-        let joining = Joining { listen: devices.listen, credentials, patience, say };
-        Crew::of_processes(assignment, &joining, (interrupt.clone(), progress)).await?
-    };
+    let job = Job::Ppo { recipe: recipe.to_toml(), folders: folders.absolute() };
+    let plan = HostPlan::of(recipe, folders, held, run_folder.clone());
+    let work = Work { job, plan, layout: layout.clone(), tokenizer, run_folder };
+    let crew = start_crew(work, &recipe.placement.devices, (interrupt.clone(), progress), say).await?;
     let sources = tasks.into_iter().map(|task| match task {
         Some((_, task)) => Source::Task(task),
         None => {
@@ -281,6 +269,36 @@ pub async fn wire(
     Ok(Wired { roles, ppo: ppo_config(recipe, alone), crew })
 }
 
+/// What the workers of a run do, here or in processes of their own.
+pub struct Work {
+    pub job: Job,
+    pub plan: HostPlan,
+    pub layout: Layout,
+    pub tokenizer: Arc<Tokenizer>,
+    pub run_folder: PathBuf,
+}
+
+/// Starts a run's workers: a thread of this process, or processes.
+///
+/// # Errors
+/// A model that cannot be loaded, a worker that does not come.
+pub async fn start_crew(
+    Work { job, plan, layout, tokenizer, run_folder }: Work,
+    devices: &Devices,
+    (interrupt, progress): (Interrupt, Arc<dyn Progress>),
+    say: Arc<dyn Fn(&str) + Send + Sync>,
+) -> Result<Crew, Failure> {
+    if layout.num_workers == 1 && devices.listen.is_none() {
+        return Crew::here(plan, layout, tokenizer, interrupt, progress).await.map_err(Failure::input);
+    }
+    let run_folder = absolute(&run_folder);
+    let assignment = Assignment { job, layout, worker: 0, on_its_host: 1, meeting_port: None, store: None, run_folder };
+    let patience = Duration::from_secs_f64(devices.join_timeout_s);
+    let credentials = devices.credentials.as_ref().map(|file| file.0.clone());
+    let joining = Joining { listen: devices.listen, credentials, patience, say };
+    Crew::of_processes(assignment, &joining, (interrupt, progress)).await
+}
+
 /// What a run reads and decides before its workers start.
 pub struct RunInputs {
     pub folders: ModelFolders,
@@ -295,7 +313,23 @@ pub struct RunInputs {
 /// # Errors
 /// [`Failure::Input`]: a plan that does not fit, with the numbers; hardware that is not here.
 pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
-    let devices = &recipe.placement.devices;
+    let compute = &recipe.train.compute;
+    let workers = num_workers(&recipe.placement.devices, held)?;
+    if workers == 1 {
+        return Ok(Layout::together(1, 0, compute.adam_offload));
+    }
+    match plan::of(recipe)? {
+        Some(plan) => Ok(Layout::of(&plan)),
+        // A model from a hub, whose shape the plan does not know.
+        None => Ok(Layout::together(workers, compute.zero_stage.fixed().unwrap_or(1) as u8, false)),
+    }
+}
+
+/// How many workers a run has, with what else must be so before any is started.
+///
+/// # Errors
+/// [`Failure::Input`]: hardware that is not here, a place to join or for credentials that cannot be used.
+pub fn num_workers(devices: &Devices, held: Held) -> Result<usize, Failure> {
     let on_cpu = held.pass.device == Device::Cpu;
     let workers = if on_cpu { devices.workers.fixed() } else { devices.count() }.unwrap_or(1);
     let gpus = devices.count().filter(|_| devices.workers.fixed().is_none()).unwrap_or(0);
@@ -325,29 +359,7 @@ pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
             ))
         })?;
     }
-    if workers == 1 {
-        return Ok(Layout::together(1, 0, recipe.train.compute.adam_offload));
-    }
-    match plan::of(recipe)? {
-        Some(plan) => Ok(Layout::of(&plan)),
-        // A model from a hub, whose shape the plan does not know.
-        None => Ok(Layout::together(workers, recipe.train.compute.zero_stage.fixed().unwrap_or(1) as u8, false)),
-    }
-}
-
-/// Refuses several devices to a program that uses one.
-///
-/// # Errors
-/// [`Failure::Input`], with the key.
-pub fn check_one_device(program: &str, devices: &Devices) -> Result<(), Failure> {
-    let several = devices.num_nodes() > 1 || devices.count().is_some_and(|count| count > 1) || devices.listen.is_some();
-    if !several {
-        return Ok(());
-    }
-    Err(Failure::Input(format!(
-        "[placement]: `{program}` trains on one device so far, and the recipe asks for several: delete `workers`, `nodes`, \
-         `gpus_per_node` and `listen`"
-    )))
+    Ok(workers)
 }
 
 fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> PpoConfig {

@@ -20,13 +20,11 @@ use echelon_placement::remote::{InHeartbeats, serve};
 use echelon_placement::task::TaskServer;
 use echelon_placement::{Worker, start_worker};
 
-use crate::assignment::{Assignment, Built, HostPlan};
+use crate::assignment::{Assignment, Built};
 use crate::host::DeviceRoles;
 use crate::node;
-use crate::program::Failure;
-use crate::recipe::Recipe;
+use crate::program::{self, Failure};
 use crate::seat::{Meeting, Seat, Watched};
-use crate::wire;
 
 /// Driver and worker must be made of the same sources, whichever of the programs they are.
 pub const BUILD: &str = env!("ECHELON_BUILD");
@@ -47,9 +45,15 @@ struct Joining {
     patience: Duration,
 }
 
-/// Whether these arguments, without the program's name, are a worker's: every program that drives can also work.
-pub fn is_asked(arguments: &[String]) -> bool {
+/// Whether these arguments, without the program's name, are a worker's.
+fn is_asked(arguments: &[String]) -> bool {
     arguments.iter().any(|argument| argument == "--join" || argument.starts_with("--join="))
+}
+
+/// A program that drives, and that its own driver starts as its workers.
+pub fn or_driver(drive: impl FnOnce() -> Result<(), Failure>) -> ! {
+    let arguments = arguments();
+    program::main(|| if is_asked(&arguments) { main(&arguments) } else { drive() })
 }
 
 /// The program, from its arguments to the end of the run.
@@ -196,18 +200,17 @@ async fn build(
 ) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>, Built)> {
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
-    let recipe = Recipe::read_text(&assignment.recipe).map_err(|error| refused(error.into()))?.resolve();
-    let devices = &recipe.placement.devices;
-    let (held, warning) = wire::held(&recipe.train.compute, devices, Some(place)).map_err(refused)?;
+    let tokenizer = Tokenizer::load(assignment.job.tokenizer_folder());
+    let (plan, warning) = assignment.job.plan(place, assignment.run_folder).map_err(refused)?;
     warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
-    let tokenizer = Tokenizer::load(&assignment.folders.actor);
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
     let (number, layout) = (assignment.worker, assignment.layout);
     let sharing = place.local_world_size.unwrap_or(assignment.on_its_host);
     let store = assignment.store.and_then(|address| reach(&address, number));
-    let plan = HostPlan::of(&recipe, assignment.folders, held, assignment.run_folder).sharing(store.clone());
+    let plan = plan.sharing(store.clone());
     let shared = store.map(|store| SharedMessages::new(store, number as u32, SHARED_FROM));
+    let holds_gpu = plan.on_gpu();
     let (watched, progress) = (watched.clone(), Arc::new(InHeartbeats(session.progress())));
     let build = move || {
         // Workers of one host share its CPUs, unless somebody has said otherwise.
@@ -217,12 +220,8 @@ async fn build(
         let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };
-    let built = Built {
-        shares_memory: shared.is_some(),
-        num_cpus: available_threads(),
-        num_gpus: node::num_gpus(),
-        holds_gpu: held.pass.device.is_cuda(),
-    };
+    let built =
+        Built { shares_memory: shared.is_some(), num_cpus: available_threads(), num_gpus: node::num_gpus(), holds_gpu };
     Ok((start_worker(&format!("device {number}"), build).await?.0, shared.map(Arc::new), built))
 }
 
@@ -260,7 +259,21 @@ fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMe
             }
         };
     }
-    verbs!(Generate, Logprobs, Values, Scores, UpdateActor, UpdateCritic, Publish, Save, Restore, Export, Memory);
+    verbs!(
+        Generate,
+        Logprobs,
+        Values,
+        Scores,
+        UpdateActor,
+        UpdateCritic,
+        Learn,
+        Assess,
+        Publish,
+        Save,
+        Restore,
+        Export,
+        Memory
+    );
 }
 
 /// Keeps the heartbeat's operation that of the group that has done most lately.

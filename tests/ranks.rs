@@ -1,31 +1,8 @@
 //! A run over several ranks is the run over one: whatever is divided, the metrics are the same.
 
-use std::path::Path;
-
-use common::{Workplace, metrics, said};
+use common::{Workplace, said, worst};
 
 mod common;
-
-/// The largest difference of any metric outside `perf/` and `train/timing/`, relative where it is above 1, and its name.
-fn worst(found: &Path, expected: &Path) -> (f64, String) {
-    let (found, expected) = (metrics(found), metrics(expected));
-    assert_eq!(found.len(), expected.len());
-    let mut worst = (0.0, "no metric".to_string());
-    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
-        for (name, value) in expected.iter().filter(|(name, _)| !name.starts_with("perf/") && !name.contains("timing"))
-        {
-            let (Some(found), Some(value)) = (found[name].as_f64(), value.as_f64()) else {
-                assert_eq!(&found[name], value, "{name}");
-                continue;
-            };
-            let difference = (found - value).abs() / value.abs().max(1.0);
-            if difference > worst.0 {
-                worst = (difference, format!("{name} of step {}: {found} against {value}", step + 1));
-            }
-        }
-    }
-    worst
-}
 
 fn settings(ranks: usize, stage: usize, checkpointing: bool, rest: &[&str]) -> Vec<String> {
     let set = [

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use common::{
-    Workplace, assert_same, copy_folder, deterministic_lines, metrics, num_lines, said, send, series, wait_for,
+    SUPERVISED, Workplace, assert_same, copy_folder, deterministic_lines, examples, metrics, num_lines, said, send,
+    series, wait_for,
 };
 
 /// An undisturbed run of the small recipe, made once for all tests.
@@ -434,38 +435,12 @@ fn a_finished_run_without_a_checkpoint_does_not_begin_anew() {
     }
 }
 
-/// Two epochs over forty rows, twenty optimizer steps.
-const SUPERVISED: &str = r#"
-name = "supervised"
-seed = 3
-[model]
-model = "QUICKSTART/language-model"
-[model.optimizer]
-lr = 1e-3
-[data]
-train = "train.jsonl"
-eval = "train.jsonl"
-[train]
-epochs = 2
-batch_size = 4
-max_tokens = 256
-eval_every_steps = 5
-[placement]
-device = "cpu"
-[checkpoint]
-every_steps = 3
-"#;
-
 #[test]
 fn supervised_runs_killed_or_interrupted_resume_as_if_undisturbed() {
     let workplace = Workplace::new();
     let recipe = workplace.write("supervised.toml", SUPERVISED);
     for program in [env!("CARGO_BIN_EXE_sft"), env!("CARGO_BIN_EXE_reward")] {
-        let row = |index: i32| match program.ends_with("sft") {
-            true => format!("{{\"prompt\": \"The lamp {index} was\", \"completion\": \" bright {index} times.\"}}\n"),
-            false => format!("{{\"prompt\": \"A\", \"chosen\": \" good {index}\", \"rejected\": \" bad {index}\"}}\n"),
-        };
-        workplace.write("train.jsonl", &(0..40).map(row).collect::<String>());
+        workplace.write("train.jsonl", &examples(program));
         let start = |run: &Path, arguments: &[&str]| {
             let mut command = Command::new(program);
             command.arg(&recipe).arg("--output-dir").arg(run).args(arguments).env("OMP_NUM_THREADS", "1");

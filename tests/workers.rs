@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{SMALL, Workplace, assert_same, copy_folder, num_lines, quickstart, said, send, wait_for};
+use common::{
+    SMALL, Workplace, assert_same, children, copy_folder, exists, num_lines, quickstart, said, send, signal, wait_for,
+};
 
 use serde_json::Value;
 
@@ -15,30 +17,6 @@ mod common;
 const TWO: [&str; 2] = ["--set", "placement.workers=2"];
 /// Long enough to be hit in the middle.
 const LONG: [&str; 4] = ["--set", "placement.workers=2", "--set", "train.steps=200"];
-
-/// Processes whose parent is `pid`.
-fn children(pid: u32) -> Vec<u32> {
-    let is_child = |pid_of: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid_of}/stat")).unwrap_or_default();
-        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-        after_name.split_whitespace().nth(1) == Some(&pid.to_string())
-    };
-    let processes = fs::read_dir("/proc").unwrap().flatten();
-    let mut found: Vec<u32> =
-        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect();
-    found.sort_unstable();
-    found
-}
-
-fn exists(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    !stat.is_empty() && !stat.contains(") Z ")
-}
-
-fn signal(pid: u32, signal: i32) {
-    // SAFETY: `kill` touches no memory; the process is a worker of this test's driver, alive until the test ends it.
-    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
-}
 
 /// A run of two workers that has finished a step, and its workers.
 fn in_the_middle(workplace: &Workplace, run: &str) -> (Child, Vec<u32>) {

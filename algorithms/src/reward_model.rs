@@ -4,29 +4,20 @@
 
 use echelon_core::Result;
 use echelon_core::rollout::{Tokens, micro_batches};
+use echelon_core::verb::LearnReport;
 use echelon_core::zero::{Backbone, Head, ScalarValues, Trainable};
 
 use crate::bradley_terry::bradley_terry;
 
-/// What one optimizer step saw.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RewardReport {
-    pub loss: f64,
-    /// Fraction of pairs whose chosen side scored higher.
-    pub accuracy: f64,
-    pub grad_norm: f64,
-    pub lr: f64,
-    pub num_tokens: i64,
-}
-
-/// One optimizer step on pairs: rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
+/// One optimizer step on this rank's pairs: rows 2i and 2i + 1 are pair i's chosen and rejected sequences. `num_pairs` is
+/// their number in the whole batch, over all ranks.
 pub fn step<B: Backbone, H: Head<Output: ScalarValues>>(
     model: &mut Trainable<B, H>,
     rows: &Tokens,
+    num_pairs: f64,
     lr: f64,
-) -> Result<RewardReport> {
-    let num_pairs = (rows.num_rows() / 2) as f64;
-    let mut report = RewardReport { lr, ..RewardReport::default() };
+) -> Result<LearnReport> {
+    let mut report = LearnReport { lr, ..LearnReport::default() };
     for pairs in model.agree_on(pair_batches(rows, model.pass.tokens_per_micro_batch))? {
         let batch = rows.select(&pairs).to_device(model.pass.device);
         let mut correct = 0.0;

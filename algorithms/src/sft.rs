@@ -4,29 +4,20 @@
 
 use echelon_core::Result;
 use echelon_core::rollout::Tokens;
+use echelon_core::verb::LearnReport;
 use echelon_core::zero::{Backbone, Head, PolicyOutput, Trainable};
-use tch::Kind;
 
 use crate::masked::masked_sum;
 
-/// What one optimizer step saw.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SftReport {
-    /// Mean negative log-likelihood per wanted token, in nats.
-    pub loss: f64,
-    pub grad_norm: f64,
-    pub lr: f64,
-    pub num_tokens: i64,
-}
-
-/// One optimizer step on `rows`; the mask says which tokens are learned (the completion's).
+/// One optimizer step on this rank's rows; the mask says which tokens are learned (the completion's), `num_tokens` how many
+/// the whole batch has, over all ranks.
 pub fn step<B: Backbone, H: Head<Output: PolicyOutput>>(
     model: &mut Trainable<B, H>,
     rows: &Tokens,
+    num_tokens: f64,
     lr: f64,
-) -> Result<SftReport> {
-    let num_tokens = rows.mask.sum(Kind::Double).double_value(&[]).max(1.0);
-    let mut report = SftReport { lr, ..SftReport::default() };
+) -> Result<LearnReport> {
+    let mut report = LearnReport { lr, ..LearnReport::default() };
     for micro_batch in model.micro_batches(&rows.lengths)? {
         let batch = rows.select(&micro_batch).to_device(model.pass.device);
         let loss =

@@ -53,6 +53,11 @@ fn unite_rows(replies: &[Tensor], shares: &Shares) -> Tensor {
     Tensor::cat(&wide, 0).index_select(0, &Tensor::from_slice(&places(shares)))
 }
 
+/// `[b]` answers of the ranks as `[B]`, in the order of the request's rows.
+fn unite_numbers(replies: &[Tensor], shares: &Shares) -> Tensor {
+    Tensor::cat(replies, 0).index_select(0, &Tensor::from_slice(&places(shares)))
+}
+
 /// `items` of the ranks laid end to end, in the order of the request's rows.
 fn unite_items<T: Clone>(parts: Vec<Vec<T>>, shares: &Shares) -> Vec<T> {
     let all: Vec<T> = parts.into_iter().flatten().collect();
@@ -166,7 +171,7 @@ impl Divide for Scores {
         Scores { tokens: self.tokens.shallow_clone(), prompts, responses }
     }
     fn unite(replies: Vec<Tensor>, shares: &Shares) -> Result<Tensor> {
-        Ok(Tensor::cat(&replies, 0).index_select(0, &Tensor::from_slice(&places(shares))))
+        Ok(unite_numbers(&replies, shares))
     }
 }
 
@@ -234,6 +239,48 @@ impl Divide for UpdateCritic {
     }
 }
 
+impl Divide for Learn {
+    /// By example: the rows of a pair stay together.
+    fn divide(self, ranks: usize) -> (Vec<Learn>, Shares) {
+        let Learn { rows, rows_per_example, num_learned, lr } = self;
+        let lengths: Vec<i64> = rows.lengths.chunks(rows_per_example).map(|example| example.iter().sum()).collect();
+        let n = rows_per_example as i64;
+        let rows_of =
+            |examples: &Vec<i64>| examples.iter().flat_map(|example| example * n..(example + 1) * n).collect();
+        let shares: Shares = deal(&lengths, ranks).iter().map(rows_of).collect();
+        let of_rank = |share: &Vec<i64>| Learn { rows: rows.select(share), rows_per_example, num_learned, lr };
+        (shares.iter().map(of_rank).collect(), shares)
+    }
+    fn again(&self) -> Learn {
+        Learn { rows: self.rows.shallow_clone(), ..*self }
+    }
+
+    /// Sums of what is divided by the batch's own count.
+    fn unite(replies: Vec<LearnReport>, _shares: &Shares) -> Result<LearnReport> {
+        let mut united = LearnReport::default();
+        for report in replies {
+            united.loss += report.loss;
+            united.accuracy += report.accuracy;
+            united.grad_norm = report.grad_norm;
+            united.lr = report.lr;
+            united.num_tokens += report.num_tokens;
+        }
+        Ok(united)
+    }
+}
+
+impl Divide for Assess {
+    fn divide(self, ranks: usize) -> (Vec<Assess>, Shares) {
+        by_rows(&self.rows, ranks, |rows| Assess { rows: self.rows.select(rows) })
+    }
+    fn again(&self) -> Assess {
+        Assess { rows: self.rows.shallow_clone() }
+    }
+    fn unite(replies: Vec<Tensor>, shares: &Shares) -> Result<Tensor> {
+        Ok(unite_numbers(&replies, shares))
+    }
+}
+
 /// Verbs that every rank carries out alike.
 macro_rules! alike {
     ($($verb:ty),*) => {
@@ -287,6 +334,20 @@ mod tests {
             let (requests, shares) = Values { tokens: Tokens::from_rows(&rows) }.divide(ranks);
             let replies = requests.into_iter().map(|request| request.tokens.token_ids * 2).collect();
             assert_eq!(Values::unite(replies, &shares).unwrap(), &tokens.token_ids * 2, "{ranks} ranks");
+        }
+    }
+
+    #[test]
+    fn pairs_stay_together() {
+        let row = |n: i64| ((0..n).map(|t| 10 * n + t).collect(), vec![true; n as usize]);
+        let rows = Tokens::from_rows(&[9, 1, 2, 8, 3, 3, 1, 1].map(row));
+        for ranks in 1..6 {
+            let request = Learn { rows: rows.shallow_clone(), rows_per_example: 2, num_learned: 4.0, lr: 0.1 };
+            let (requests, shares) = request.divide(ranks);
+            let pairs: Vec<&[i64]> = shares.iter().flat_map(|rows| rows.chunks(2)).collect();
+            assert_eq!(pairs.len(), 4, "{shares:?}");
+            assert!(pairs.iter().all(|pair| pair[0] % 2 == 0 && pair[1] == pair[0] + 1), "{shares:?}");
+            assert!(requests.iter().zip(&shares).all(|(request, share)| request.rows.num_rows() == share.len()));
         }
     }
 

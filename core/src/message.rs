@@ -352,6 +352,27 @@ impl Message for UpdateCritic {
     }
 }
 
+impl Message for Learn {
+    const KIND: &'static str = "learn";
+    fn to_body(&self) -> Body {
+        with_tokens(Body::of(self.rows_per_example).with_numbers([self.num_learned, self.lr]), &self.rows)
+    }
+    fn from_body(body: &mut Body) -> Result<Learn> {
+        let ([num_learned, lr], rows_per_example) = (body.numbers()?, body.fields()?);
+        Ok(Learn { rows: tokens(body)?, rows_per_example, num_learned, lr })
+    }
+}
+
+impl Message for Assess {
+    const KIND: &'static str = "assess";
+    fn to_body(&self) -> Body {
+        with_tokens(Body::of(Nothing {}), &self.rows)
+    }
+    fn from_body(body: &mut Body) -> Result<Assess> {
+        Ok(Assess { rows: tokens(body)? })
+    }
+}
+
 /// Messages that are fields alone.
 macro_rules! plain {
     ($($message:ty = $kind:literal;)*) => {
@@ -498,6 +519,18 @@ impl Message for CriticReport {
     }
 }
 
+impl Message for LearnReport {
+    const KIND: &'static str = "learn_report";
+    fn to_body(&self) -> Body {
+        let LearnReport { loss, accuracy, grad_norm, lr, num_tokens } = *self;
+        Body::of(num_tokens).with_numbers([loss, accuracy, grad_norm, lr])
+    }
+    fn from_body(body: &mut Body) -> Result<LearnReport> {
+        let [loss, accuracy, grad_norm, lr] = body.numbers()?;
+        Ok(LearnReport { loss, accuracy, grad_norm, lr, num_tokens: body.fields()? })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -551,6 +584,17 @@ mod tests {
             assert_eq!(found.experience.ref_logprobs, request.experience.ref_logprobs);
             assert_eq!(found.experience.returns, request.experience.returns);
         }
+    }
+
+    #[test]
+    fn examples_come_back_the_same() {
+        let request = Learn { rows: some_tokens(), rows_per_example: 3, num_learned: 7.0, lr: 0.1 + 0.2 };
+        let found = again(&request);
+        assert_eq!((found.rows_per_example, found.num_learned, found.lr), (3, 7.0, 0.1 + 0.2));
+        same_tokens(&found.rows, &request.rows);
+        same_tokens(&again(&Assess { rows: some_tokens() }).rows, &some_tokens());
+        let report = LearnReport { loss: 0.1 + 0.2, accuracy: 0.5, grad_norm: f64::INFINITY, lr: 1e-5, num_tokens: 9 };
+        assert_eq!(again(&report), report);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,7 +16,7 @@ use tch::Tensor;
 use crate::divide::Divide;
 use crate::error::{Error, Result};
 use crate::experience::Experience;
-use crate::rollout::{Prompts, Rollout, SamplingConfig};
+use crate::rollout::{Prompts, Rollout, SamplingConfig, Tokens};
 use crate::verb::*;
 
 /// Who is asked.
@@ -155,11 +156,22 @@ impl<T> CriticRank for T where
 pub trait GeneratorRank: Endpoint<Generate> + Endpoint<Publish> {}
 impl<T> GeneratorRank for T where T: Endpoint<Generate> + Endpoint<Publish> {}
 
+/// What a rank of a model that learns from examples answers.
+pub trait LearnerRank:
+    Endpoint<Learn> + Endpoint<Assess> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export>
+{
+}
+impl<T> LearnerRank for T where
+    T: Endpoint<Learn> + Endpoint<Assess> + Endpoint<Save> + Endpoint<Restore> + Endpoint<Export>
+{
+}
+
 pub type ActorGroup = WorkerGroup<dyn ActorRank>;
 pub type CriticGroup = WorkerGroup<dyn CriticRank>;
 pub type ReferenceGroup = WorkerGroup<dyn Endpoint<Logprobs>>;
 pub type RewardGroup = WorkerGroup<dyn Endpoint<Scores>>;
 pub type GeneratorGroup = WorkerGroup<dyn GeneratorRank>;
+pub type LearnerGroup = WorkerGroup<dyn LearnerRank>;
 
 impl ActorGroup {
     /// `[B, T]` log π_old(token | prefix), 0 off the response mask.
@@ -216,6 +228,30 @@ impl CriticGroup {
 
     pub async fn restore(&self, request: Restore) -> Result<()> {
         self.call(request).await
+    }
+}
+
+impl LearnerGroup {
+    /// One optimizer step on the batch.
+    pub async fn learn(&self, request: Learn) -> Result<LearnReport> {
+        self.call(request).await
+    }
+
+    /// `[B]` f64: of each row the log-prob of its learned tokens, or its score.
+    pub async fn assess(&self, rows: &Tokens) -> Result<Tensor> {
+        self.call(Assess { rows: rows.shallow_clone() }).await
+    }
+
+    pub async fn save(&self, file: PathBuf) -> Result<()> {
+        self.call(Save { role: self.role, file }).await
+    }
+
+    pub async fn restore(&self, file: PathBuf) -> Result<()> {
+        self.call(Restore { role: self.role, file }).await
+    }
+
+    pub async fn export(&self, folder: PathBuf, score_statistics: Option<(f64, f64)>) -> Result<()> {
+        self.call(Export { role: self.role, folder, score_statistics }).await
     }
 }
 

@@ -63,6 +63,22 @@ pub struct UpdateCritic {
     pub num_tokens: f64,
 }
 
+/// One optimizer step of a model that learns from examples.
+pub struct Learn {
+    /// The mask says which tokens are learned.
+    pub rows: Tokens,
+    /// Neighbouring rows that belong together: 2 of a pair.
+    pub rows_per_example: usize,
+    /// Tokens to learn, or pairs, of the whole batch, over all ranks: the loss is their mean.
+    pub num_learned: f64,
+    pub lr: f64,
+}
+
+/// `[B]` f64, one number per row: the log-prob of its learned tokens together, or its score.
+pub struct Assess {
+    pub rows: Tokens,
+}
+
 /// Make the actor's weights the generators', as this version of the policy. The actor's ranks and those of generators with
 /// weights of their own answer it together.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -89,6 +105,8 @@ pub struct Restore {
 pub struct Export {
     pub role: Role,
     pub folder: PathBuf,
+    /// Mean and standard deviation of a reward model's scores on held-out rows, for its `config.json`.
+    pub score_statistics: Option<(f64, f64)>,
 }
 
 /// Say what the rank's device was metered at since it was last asked.
@@ -130,6 +148,19 @@ pub struct CriticReport {
     pub response_tokens: f64,
 }
 
+/// What one optimizer step of a model that learns from examples did.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LearnReport {
+    /// Mean over the batch's learned tokens, or its pairs.
+    pub loss: f64,
+    /// Part of the pairs whose chosen side scored higher; 0 where there are no pairs.
+    pub accuracy: f64,
+    pub grad_norm: f64,
+    pub lr: f64,
+    /// Tokens forwarded and learned from.
+    pub num_tokens: i64,
+}
+
 macro_rules! verbs {
     ($($verb:ty => $reply:ty, $name:literal;)*) => {
         $(impl Verb for $verb { type Reply = $reply; const NAME: &'static str = $name; })*
@@ -143,6 +174,8 @@ verbs! {
     Scores => Tensor, "scores";
     UpdateActor => ActorReport, "update";
     UpdateCritic => CriticReport, "update";
+    Learn => LearnReport, "learn";
+    Assess => Tensor, "assess";
     Publish => (), "publish";
     Save => (), "save";
     Restore => (), "restore";

@@ -12,12 +12,14 @@ mod partition;
 mod refusal;
 mod render;
 mod search;
+mod training;
 
 use echelon_core::role::Role;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use refusal::{Change, Refusal, Shortfall};
+pub use training::{Training, TrainingPlan, plan_training};
 
 use crate::cluster::Cluster;
 use crate::ledger::{Entry, ModelSizes, Phase, Place, Workload};

@@ -1,7 +1,8 @@
 //! `reward RECIPE`: reward-model training, as a recipe describes it.
 
-use echelon::program::{self, Arguments};
+use echelon::program::Arguments;
+use echelon::worker;
 
 fn main() -> ! {
-    program::main(|| echelon::supervised::reward(&Arguments::read("reward")?))
+    worker::or_driver(|| echelon::supervised::reward(&Arguments::read("reward")?))
 }

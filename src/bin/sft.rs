@@ -1,7 +1,8 @@
 //! `sft RECIPE`: supervised fine-tuning, as a recipe describes it.
 
-use echelon::program::{self, Arguments};
+use echelon::program::Arguments;
+use echelon::worker;
 
 fn main() -> ! {
-    program::main(|| echelon::supervised::sft(&Arguments::read("sft")?))
+    worker::or_driver(|| echelon::supervised::sft(&Arguments::read("sft")?))
 }

@@ -34,7 +34,7 @@ pub use reference::reference_page;
 pub use resolve::{
     PromptSource, ResolvedData, ResolvedRecipe, ResolvedReward, Rule, ScoreSource, StartModel, WeightedSource,
 };
-pub use schema::{Choice, to_toml};
+pub use schema::{Choice, json_of, to_toml};
 pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
 pub use tables::*;
 pub use value::{Auto, ModelSource};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::arithmetic::BatchArithmetic;
 use super::check::length_range;
-use super::schema::to_toml;
+use super::schema::{json_of, to_toml};
 use super::tables::*;
 use super::value::ModelSource;
 
@@ -234,8 +234,7 @@ impl ResolvedRecipe {
 
     /// The same as JSON, for programs.
     pub fn to_json(&self) -> serde_json::Value {
-        let table: toml::Table = self.to_toml().parse().expect("the resolved recipe is TOML");
-        serde_json::to_value(&table).expect("a table of plain values serialises")
+        json_of(&self.to_toml())
     }
 
     /// The recipe that says all this outright.

@@ -165,6 +165,15 @@ pub fn to_toml<T: Table>(table: &T) -> String {
     writer.finish()
 }
 
+/// A resolved recipe as JSON, for programs.
+///
+/// # Panics
+/// `text` is none of [`to_toml`]'s.
+pub fn json_of(text: &str) -> serde_json::Value {
+    let table: toml::Table = text.parse().expect("a resolved recipe is TOML");
+    serde_json::to_value(&table).expect("a table of plain values serialises")
+}
+
 /// The default of a field, or `None` when it is unset.
 pub fn shown_default(field: &Field, value: Option<String>) -> Option<String> {
     value.filter(|_| !field.required)

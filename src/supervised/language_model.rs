@@ -1,90 +1,74 @@
 //! `sft`: a causal language model learns completions, assistant turns, or plain text.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use echelon_algorithms::masked::masked_sum;
-use echelon_algorithms::sft;
-use echelon_core::Error;
-use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{PolicyOutput, Sharding, TrainingState};
+use echelon_core::verb::LearnReport;
 use echelon_models::chat_template::Message;
-use echelon_models::config::HeadKind;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::{MixSource, PromptText, TrainingExample, TrainingKeys, Verdict, load_training};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
-use super::{Data, Example, Learner, Speed, prompt_and_response};
-use crate::models::{Policy, export, trainable_policy};
+use super::{Data, Example, Lesson, Parts, prompt_and_response};
+use crate::assignment::Job;
+use crate::learner::LearnerPlan;
+use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Init, SftRecipe};
-use crate::wire;
+use crate::recipe::{Devices, Root, SftRecipe};
 
-pub struct LanguageModel {
-    policy: Policy,
-    folder: PathBuf,
-    tokenizer: Arc<Tokenizer>,
-}
+impl Lesson for SftRecipe {
+    const ROLE: Role = Role::Actor;
+    const ROWS_PER_EXAMPLE: usize = 1;
+    const SHOWN: &'static [&'static str] = &["train/loss", "eval/loss", "train/grad_norm"];
 
-impl LanguageModel {
-    pub fn start(
-        recipe: &SftRecipe,
-        tokenizer: Arc<Tokenizer>,
-        total: usize,
-    ) -> Result<(LanguageModel, Speed), Failure> {
-        let folder = wire::model_folder(&recipe.model.model)?;
-        wire::check_one_device("sft", &recipe.placement)?;
-        let (held, _) = wire::held(&recipe.train.compute, &recipe.placement, None)?;
-        let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
-        let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
-        let policy = trainable_policy(Role::Actor, &folder, random, held, (optimizer, &Sharding::whole()), 1.0)
-            .map_err(Failure::input)?;
-        let schedule = wire::schedule(&recipe.model.optimizer, total);
-        let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
-        Ok((LanguageModel { policy, folder, tokenizer }, speed))
-    }
-}
-
-impl Learner for LanguageModel {
-    fn state(&mut self) -> &mut TrainingState {
-        &mut self.policy.state
+    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<SftRecipe, Failure> {
+        let load = if check_files { SftRecipe::load } else { SftRecipe::load_for_plan };
+        Ok(load(path, sets)?)
     }
 
-    fn step(&mut self, rows: &Tokens, lr: f64) -> echelon_core::Result<Metrics> {
-        let report = sft::step(&mut self.policy, rows, lr)?;
+    fn parts(&self) -> Parts<'_> {
+        let SftRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
+        Parts { model, train, checkpoint, devices, seed: *seed }
+    }
+
+    fn devices_mut(&mut self) -> &mut Devices {
+        &mut self.placement
+    }
+
+    fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure> {
+        load_data(self, tokenizer)
+    }
+
+    fn learner(&self, folder: &Path, held: Held) -> LearnerPlan {
+        LearnerPlan::of_sft(self, folder, held)
+    }
+
+    fn job(&self, folder: PathBuf) -> Job {
+        Job::Sft { recipe: self.resolved_text(), folder }
+    }
+
+    fn num_learned(rows: &Tokens) -> f64 {
+        rows.mask.sum(Kind::Double).double_value(&[]).max(1.0)
+    }
+
+    fn learned(report: &LearnReport) -> Metrics {
         let mut metrics = Metrics::new();
         metrics.set("train/loss", report.loss).set("train/grad_norm", report.grad_norm).set("train/lr", report.lr);
-        Ok(metrics)
+        metrics
     }
 
-    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
-        let mut sum = 0.0;
-        let device = self.policy.pass.device;
-        self.policy.forward_rows(rows, interrupt, |indices, output| {
-            let mask = rows.select(indices).mask.to_device(device);
-            sum -= masked_sum(&output.logprobs().to_kind(Kind::Double), &mask).double_value(&[]);
-        })?;
-        let loss = sum / rows.mask.sum(Kind::Double).double_value(&[]);
+    fn evaluated(rows: &Tokens, numbers: &Tensor) -> Metrics {
+        let loss = -numbers.sum(Kind::Double).double_value(&[]) / rows.mask.sum(Kind::Double).double_value(&[]);
         let mut metrics = Metrics::new();
         metrics.set("eval/loss", loss).set("eval/perplexity", loss.exp());
-        Ok(metrics)
-    }
-
-    fn export(&mut self, _rows: &Tokens, folder: &Path) -> echelon_core::Result<()> {
-        export(&self.policy.state, HeadKind::Logits, &self.folder, folder, &[])?;
-        self.tokenizer.save(folder).map_err(|error| Error::other("saving the tokenizer", error))
-    }
-
-    fn shown(&self) -> &'static [&'static str] {
-        &["train/loss", "eval/loss", "train/grad_norm"]
+        metrics
     }
 }
 
 /// Rows as tokens; those over `max_tokens` are dropped and counted.
-pub fn load_data(recipe: &SftRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
+fn load_data(recipe: &SftRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
     let data = &recipe.data;
     let keys = TrainingKeys {
         messages: data.messages_key.clone(),

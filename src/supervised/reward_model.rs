@@ -1,113 +1,94 @@
 //! `reward`: a model with a score head learns which of two responses is the better.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use echelon_algorithms::reward_model;
-use echelon_core::Error;
-use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
-use echelon_core::zero::{ScalarValues, Sharding, TrainingState};
+use echelon_core::verb::LearnReport;
 use echelon_models::chat_template::Message;
-use echelon_models::config::HeadKind;
-use echelon_models::head::ScalarRows;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
 use echelon_tasks::data::{MixSource, Pair, PairKeys, PromptText, Verdict, load_pairs};
-use serde_json::json;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Data, Example, Learner, Speed, prompt_and_response};
-use crate::models::{Scorer, export, trainable_scorer};
+use super::{Data, Example, Lesson, Parts, prompt_and_response};
+use crate::assignment::Job;
+use crate::learner::LearnerPlan;
+use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Init, RewardRecipe};
-use crate::wire;
+use crate::recipe::{Devices, RewardRecipe, Root};
 
-pub struct RewardModel {
-    scorer: Scorer,
-    folder: PathBuf,
-    tokenizer: Arc<Tokenizer>,
-}
+/// Rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
+impl Lesson for RewardRecipe {
+    const ROLE: Role = Role::Reward;
+    const ROWS_PER_EXAMPLE: usize = 2;
+    const SHOWN: &'static [&'static str] = &["train/loss", "train/accuracy", "eval/accuracy", "eval/loss"];
 
-impl RewardModel {
-    pub fn start(
-        recipe: &RewardRecipe,
-        tokenizer: Arc<Tokenizer>,
-        total: usize,
-    ) -> Result<(RewardModel, Speed), Failure> {
-        let folder = wire::model_folder(&recipe.model.model)?;
-        wire::check_one_device("reward", &recipe.placement)?;
-        let (held, _) = wire::held(&recipe.train.compute, &recipe.placement, None)?;
-        let optimizer = wire::optimizer(&recipe.model.optimizer, &recipe.train.compute);
-        let random = (recipe.model.init == Init::Random).then_some(recipe.seed);
-        let reads = ScalarRows::LastTokens;
-        let scorer =
-            trainable_scorer(Role::Reward, &folder, random, recipe.seed, held, (optimizer, &Sharding::whole()), reads)
-                .map_err(Failure::input)?;
-        let schedule = wire::schedule(&recipe.model.optimizer, total);
-        let speed = Speed { lr: recipe.model.optimizer.lr, schedule };
-        Ok((RewardModel { scorer, folder, tokenizer }, speed))
+    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<RewardRecipe, Failure> {
+        let load = if check_files { RewardRecipe::load } else { RewardRecipe::load_for_plan };
+        Ok(load(path, sets)?)
     }
 
-    /// `[2P]` f64 scores: chosen and rejected in turn.
-    fn scores(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Tensor> {
-        let mut parts = Vec::new();
-        self.scorer.forward_rows(rows, interrupt, |_, output| {
-            parts.push(output.values().to_device(Device::Cpu).to_kind(Kind::Double));
-        })?;
-        Ok(Tensor::cat(&parts, 0))
-    }
-}
-
-impl Learner for RewardModel {
-    fn state(&mut self) -> &mut TrainingState {
-        &mut self.scorer.state
+    fn parts(&self) -> Parts<'_> {
+        let RewardRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
+        Parts { model, train, checkpoint, devices, seed: *seed }
     }
 
-    fn step(&mut self, rows: &Tokens, lr: f64) -> echelon_core::Result<Metrics> {
-        let report = reward_model::step(&mut self.scorer, rows, lr)?;
+    fn devices_mut(&mut self) -> &mut Devices {
+        &mut self.placement
+    }
+
+    fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure> {
+        load_data(self, tokenizer)
+    }
+
+    fn learner(&self, folder: &Path, held: Held) -> LearnerPlan {
+        LearnerPlan::of_reward(self, folder, held)
+    }
+
+    fn job(&self, folder: PathBuf) -> Job {
+        Job::Reward { recipe: self.resolved_text(), folder }
+    }
+
+    fn num_learned(rows: &Tokens) -> f64 {
+        (rows.num_rows() / 2) as f64
+    }
+
+    fn learned(report: &LearnReport) -> Metrics {
         let mut metrics = Metrics::new();
         metrics
             .set("train/loss", report.loss)
             .set("train/accuracy", report.accuracy)
             .set("train/grad_norm", report.grad_norm)
             .set("train/lr", report.lr);
-        Ok(metrics)
+        metrics
     }
 
-    fn evaluate(&mut self, rows: &Tokens, interrupt: &Interrupt) -> echelon_core::Result<Metrics> {
-        let scores = self.scores(rows, interrupt)?;
+    fn evaluated(_rows: &Tokens, scores: &Tensor) -> Metrics {
         let pairs = scores.view([-1, 2]);
         let margin = pairs.select(1, 0) - pairs.select(1, 1);
+        let (mean, std) = statistics(scores);
         let mut metrics = Metrics::new();
         metrics
             .set("eval/accuracy", margin.gt(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]))
             .set("eval/loss", -margin.log_sigmoid().mean(Kind::Double).double_value(&[]))
-            .set("eval/score_mean", scores.mean(Kind::Double).double_value(&[]))
-            .set("eval/score_std", scores.std(false).double_value(&[]));
-        Ok(metrics)
+            .set("eval/score_mean", mean)
+            .set("eval/score_std", std);
+        metrics
     }
 
-    /// `mean` and `std` of the held-out scores go into `config.json`, where `reward.normalize` finds them.
-    fn export(&mut self, rows: &Tokens, folder: &Path) -> echelon_core::Result<()> {
-        let mut extra = vec![("num_labels", json!(1))];
-        if rows.num_rows() > 0 {
-            let scores = self.scores(rows, &Interrupt::default())?;
-            extra.push(("mean", json!(scores.mean(Kind::Double).double_value(&[]))));
-            extra.push(("std", json!(scores.std(false).double_value(&[]))));
-        }
-        export(&self.scorer.state, HeadKind::Score, &self.folder, folder, &extra)?;
-        self.tokenizer.save(folder).map_err(|error| Error::other("saving the tokenizer", error))
-    }
-
-    fn shown(&self) -> &'static [&'static str] {
-        &["train/loss", "train/accuracy", "eval/accuracy", "eval/loss"]
+    fn score_statistics(scores: &Tensor) -> Option<(f64, f64)> {
+        Some(statistics(scores))
     }
 }
 
+/// Mean and standard deviation of scores.
+fn statistics(scores: &Tensor) -> (f64, f64) {
+    (scores.mean(Kind::Double).double_value(&[]), scores.std(false).double_value(&[]))
+}
+
 /// Pairs as tokens; those with a side over `max_tokens` are dropped and counted.
-pub fn load_data(recipe: &RewardRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
+fn load_data(recipe: &RewardRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure> {
     let data = &recipe.data;
     let keys = PairKeys {
         prompt: data.prompt_key.clone(),

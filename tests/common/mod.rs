@@ -52,9 +52,40 @@ samples_per_prompt = 1
 max_samples = 4
 "#;
 
+/// Two epochs over forty rows, twenty optimizer steps.
+pub const SUPERVISED: &str = r#"
+name = "supervised"
+seed = 3
+[model]
+model = "QUICKSTART/language-model"
+[model.optimizer]
+lr = 1e-3
+[data]
+train = "train.jsonl"
+eval = "train.jsonl"
+[train]
+epochs = 2
+batch_size = 4
+max_tokens = 256
+eval_every_steps = 5
+[placement]
+device = "cpu"
+[checkpoint]
+every_steps = 3
+"#;
+
 /// The folder of the quickstart's models and prompts.
 pub fn quickstart() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/quickstart")
+}
+
+/// Forty rows for [`SUPERVISED`], of the kind that this program learns from.
+pub fn examples(program: &str) -> String {
+    let row = |index: i32| match program.ends_with("sft") {
+        true => format!("{{\"prompt\": \"The lamp {index} was\", \"completion\": \" bright {index} times.\"}}\n"),
+        false => format!("{{\"prompt\": \"A\", \"chosen\": \" good {index}\", \"rejected\": \" bad {index}\"}}\n"),
+    };
+    (0..40).map(row).collect()
 }
 
 /// A temporary folder with a recipe and the runs made of it.
@@ -178,4 +209,49 @@ pub fn copy_folder(from: &Path, to: &Path) {
             fs::copy(entry.path(), target).unwrap();
         }
     }
+}
+
+/// The largest difference of any metric outside `perf/` and `train/timing/`, relative where it is above 1, and its name.
+pub fn worst(found: &Path, expected: &Path) -> (f64, String) {
+    let (found, expected) = (metrics(found), metrics(expected));
+    assert_eq!(found.len(), expected.len());
+    let mut worst = (0.0, "no metric".to_string());
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        for (name, value) in expected.iter().filter(|(name, _)| !name.starts_with("perf/") && !name.contains("timing"))
+        {
+            let (Some(found), Some(value)) = (found[name].as_f64(), value.as_f64()) else {
+                assert_eq!(&found[name], value, "{name}");
+                continue;
+            };
+            let difference = (found - value).abs() / value.abs().max(1.0);
+            if difference > worst.0 {
+                worst = (difference, format!("{name} of step {}: {found} against {value}", step + 1));
+            }
+        }
+    }
+    worst
+}
+
+/// Processes whose parent is `pid`.
+pub fn children(pid: u32) -> Vec<u32> {
+    let is_child = |pid_of: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid_of}/stat")).unwrap_or_default();
+        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        after_name.split_whitespace().nth(1) == Some(&pid.to_string())
+    };
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut found: Vec<u32> =
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect();
+    found.sort_unstable();
+    found
+}
+
+pub fn exists(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+pub fn signal(pid: u32, signal: i32) {
+    // SAFETY: `kill` touches no memory; the process is a worker of this test's driver, alive until the test ends it.
+    assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
 }

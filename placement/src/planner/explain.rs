@@ -44,7 +44,7 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
 }
 
 /// Such as "1.82 TiB, as assumed (placement.host_memory_gib tells)".
-fn host_memory(cluster: &Cluster) -> String {
+pub(super) fn host_memory(cluster: &Cluster) -> String {
     let mut amounts: Vec<u64> = cluster.nodes.iter().map(|node| node.host_memory_bytes).collect();
     amounts.sort_unstable();
     amounts.dedup();

@@ -21,8 +21,8 @@ const DOUBLINGS: u32 = 7;
 pub struct Refusal {
     /// The hardware, in words.
     pub cluster: String,
-    /// The last tier tried.
-    pub tier: Tier,
+    /// The last tier tried; None where one model is trained alone.
+    pub tier: Option<Tier>,
     pub shortfall: Shortfall,
     /// The nearest change that would fit; None when neither settings nor 128 times the nodes do.
     pub change: Option<Change>,
@@ -62,7 +62,7 @@ pub struct Change {
 pub(super) fn refuse(question: &Question, answer: &Answer) -> Result<Refusal, PlanError> {
     Ok(Refusal {
         cluster: question.cluster.describe(),
-        tier: answer.tier,
+        tier: Some(answer.tier),
         shortfall: shortfall(question, answer),
         change: nearest_change(question, answer)?,
     })
@@ -155,17 +155,22 @@ fn closest(problem: &Problem, inventory: &Inventory, group: &Group, sizes: &[usi
 }
 
 fn memory(problem: &Problem, group: &Group, slice: &Slice, config: &GroupConfig, reject: Reject) -> Shortfall {
-    let Reject::Memory { phase, place, needed, usable } = reject else {
-        return Shortfall::Split { reason: reject.to_string() };
-    };
     // As `Problem::cost` tried last: with the training state moved away where a generator shares the device.
     let held = Held { moves_to_host: can_move(group.roles, slice), slots: 1 };
     let jobs = group.roles.iter().map(|role| problem.job(role, group.roles, slice, config, held));
-    let mut entries: Vec<Entry> = jobs.flat_map(|job| job.entries()).collect();
+    let choice = describe_choice(group.roles, slice.devices, config);
+    memory_shortfall(choice, jobs.flat_map(|job| job.entries()).collect(), slice, reject)
+}
+
+/// What is missing for a choice whose ledger is `entries`.
+pub(super) fn memory_shortfall(choice: String, mut entries: Vec<Entry>, slice: &Slice, reject: Reject) -> Shortfall {
+    let Reject::Memory { phase, place, needed, usable } = reject else {
+        return Shortfall::Split { reason: reject.to_string() };
+    };
     entries.retain(|entry| entry.phases.contains(&phase) && (entry.place == place || slice.shares_host_memory));
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.bytes));
     Shortfall::Memory {
-        choice: describe_choice(group.roles, slice.devices, config),
+        choice,
         phase,
         place,
         needed_bytes: needed,
@@ -301,7 +306,7 @@ fn smaller_passes(question: &Question) -> Vec<Setting> {
 }
 
 /// More of the same hardware: a fuller node first, then more nodes.
-fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
+pub(super) fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
     let mut larger = Vec::new();
     let (Some(first), count) = (cluster.nodes.first(), cluster.nodes.len()) else { return larger };
     let uniform = cluster.nodes.iter().all(|node| node == first);
@@ -325,7 +330,10 @@ fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "no plan fits {} (tier {}): {}", self.cluster, self.tier, self.shortfall)?;
+        let tier = self.tier.map(|tier| format!(" (tier {tier})")).unwrap_or_default();
+        write!(f, "no plan fits {}{tier}: ", self.cluster)?;
+        self.shortfall.write(f, self.tier.is_none())?;
+        writeln!(f)?;
         match &self.change {
             Some(change) => {
                 write!(f, "nearest change that fits: {} ({} a step)", change.change, render::seconds(change.seconds))
@@ -335,14 +343,20 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl fmt::Display for Shortfall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Shortfall {
+    /// Where a model is trained alone, phases have no role's name.
+    fn write(&self, f: &mut fmt::Formatter<'_>, alone: bool) -> fmt::Result {
         match self {
             Shortfall::Memory { choice, phase, place, needed_bytes, usable_bytes, lacking_bytes, entries } => {
                 let [needed, usable, lacking] = [*needed_bytes, *usable_bytes, *lacking_bytes].map(render::bytes);
                 let place = if *place == Place::Device { "device" } else { "device's share of host memory" };
                 write!(f, "the leanest choice, {choice}, needs {needed} of a {place} with {usable} usable: ")?;
-                write!(f, "{lacking} too much (phase: {})", phase.name())?;
+                let phase = match phase {
+                    Phase::Score if alone => "evaluate",
+                    Phase::TrainActor | Phase::TrainCritic if alone => "train",
+                    phase => phase.name(),
+                };
+                write!(f, "{lacking} too much (phase: {phase})")?;
                 for entry in entries.iter().take(5) {
                     write!(
                         f,

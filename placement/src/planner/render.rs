@@ -22,6 +22,11 @@ pub(super) fn bytes(bytes: u64) -> String {
     }
 }
 
+/// Such as "1 device" or "2 devices".
+pub(super) fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
 /// Seconds, three figures.
 pub(super) fn seconds(seconds: f64) -> String {
     match seconds {

@@ -187,7 +187,7 @@ fn auto_raises_the_tier_when_nothing_fits() {
     let plan = planned(&cluster, &workload(GATED_7B), &auto);
     assert_eq!((plan.tier, plan.tier_reason.as_str()), (Tier::Medium, "nothing fits in tier small"));
     let refusal = refused(&cluster, &workload(GATED_7B), &Constraints { tier: Some(Tier::Small), ..auto });
-    assert_eq!(refusal.tier, Tier::Small);
+    assert_eq!(refusal.tier, Some(Tier::Small));
     assert!(refusal.change.is_some(), "{refusal}");
 }
 
