@@ -442,8 +442,13 @@ impl Serve<UpdateCritic> for DeviceRoles {
 
 impl Serve<Learn> for DeviceRoles {
     fn serve(&mut self, request: Learn) -> Result<LearnReport> {
+        let (role, phase) = self.learner(Learn::NAME)?.metered();
+        let metering = self.meter.begin(role, phase);
+        let learner = self.learner(Learn::NAME)?;
+        let report = learner.learn(&request)?;
+        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&request.rows, true));
+        self.meter.end(metering, resident, Load::Pass(load));
         let rows = request.rows.num_rows();
-        let report = self.learner(Learn::NAME)?.learn(&request)?;
         self.progress.advance("train", rows, rows);
         Ok(report)
     }
@@ -452,8 +457,14 @@ impl Serve<Learn> for DeviceRoles {
 impl Serve<Assess> for DeviceRoles {
     fn serve(&mut self, Assess { rows }: Assess) -> Result<Tensor> {
         let (interrupt, progress) = (self.interrupt.clone(), self.progress.clone());
+        let (role, _) = self.learner(Assess::NAME)?.metered();
+        let metering = self.meter.begin(role, Phase::Score);
+        let learner = self.learner(Assess::NAME)?;
         let tell = |done| progress.advance("evaluate", done, rows.num_rows());
-        self.learner(Assess::NAME)?.assess(&rows, &interrupt, tell)
+        let numbers = learner.assess(&rows, &interrupt, tell)?;
+        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&rows, false));
+        self.meter.end(metering, resident, Load::Pass(load));
+        Ok(numbers)
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::reward_model::pair_batches;
 use echelon_algorithms::{reward_model, sft};
 use echelon_core::Result;
+use echelon_core::memory::{PassLoad, Phase};
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
+use echelon_core::rollout::{Tokens, micro_batches};
 use echelon_core::verb::{Learn, LearnReport};
 use echelon_core::zero::{OptimizerConfig, PolicyOutput, ScalarValues, TrainingState};
 use echelon_models::config::HeadKind;
@@ -81,6 +83,26 @@ impl Learner {
         match &mut self.model {
             LearningModel::Language(policy) => &mut policy.state,
             LearningModel::Reward(scorer) => &mut scorer.state,
+        }
+    }
+
+    /// What of `rows` goes through the model at once, in an optimizer step or without one.
+    pub fn load(&self, rows: &Tokens, learns: bool) -> PassLoad {
+        match &self.model {
+            LearningModel::Language(policy) => PassLoad::of(rows, policy.pass.tokens_per_micro_batch),
+            LearningModel::Reward(scorer) => {
+                let budget = scorer.pass.tokens_per_micro_batch;
+                let batches = if learns { pair_batches(rows, budget) } else { micro_batches(&rows.lengths, budget) };
+                PassLoad::of_batches(rows, &batches, |_| 1)
+            }
+        }
+    }
+
+    /// The role by whose formulas the memory ledger knows this model, and its phase of training.
+    pub fn metered(&self) -> (Role, Phase) {
+        match &self.model {
+            LearningModel::Language(_) => (Role::Actor, Phase::TrainActor),
+            LearningModel::Reward(_) => (Role::Critic, Phase::TrainCritic),
         }
     }
 

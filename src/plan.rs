@@ -14,8 +14,9 @@ use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, Training,
 use echelon_placement::rates::Rates;
 use echelon_placement::tier::Tier;
 
+use crate::monitor::PLAN_FILE;
 use crate::node;
-use crate::program::{Failure, PlanFormat};
+use crate::program::{Failure, PlanFormat, write_whole};
 use crate::recipe::{
     self, Auto, Compute, Device, Devices, Dtype, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel,
     SupervisedTrain,
@@ -61,12 +62,27 @@ impl TrainingJob<'_> {
     /// # Errors
     /// [`Failure::Input`]: hardware or a model that cannot be planned.
     pub fn ask(&self) -> Result<Option<Result<TrainingPlan, PlanError>>, Failure> {
+        let Some(training) = self.training()? else { return Ok(None) };
+        let (cluster, compute) = (cluster(self.devices)?, &self.train.compute);
+        let constraints = Constraints {
+            zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
+            adam_offload: compute.adam_offload.then_some(true),
+            ..Constraints::default()
+        };
+        Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
+    }
+
+    /// The same in numbers; None where the model's shape is not at hand.
+    ///
+    /// # Errors
+    /// [`Failure::Input`]: a model whose config cannot be read.
+    pub fn training(&self) -> Result<Option<Training>, Failure> {
         let TrainingJob { role, model, train, devices, rows_per_example } = *self;
         let start = StartModel { model: model.model.clone(), shape: model.shape.clone() };
         let head = if role == Role::Actor { HeadKind::Logits } else { HeadKind::Score };
         let Some(model) = shape(&start, Some(head))? else { return Ok(None) };
-        let (cluster, compute) = (cluster(devices)?, &train.compute);
-        let training = Training {
+        let compute = &train.compute;
+        Ok(Some(Training {
             role,
             model,
             rows: train.batch_size * rows_per_example,
@@ -77,13 +93,7 @@ impl TrainingJob<'_> {
             tokens_per_micro_batch: compute.tokens_per_micro_batch,
             dtype: compute_dtype(compute, devices),
             activation_checkpointing: compute.activation_checkpointing,
-        };
-        let constraints = Constraints {
-            zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
-            adam_offload: compute.adam_offload.then_some(true),
-            ..Constraints::default()
-        };
-        Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
+        }))
     }
 }
 
@@ -123,6 +133,21 @@ pub fn print<P: Serialize + Display>(
             println!("{}", serde_json::to_string_pretty(&json).map_err(Failure::other)?);
             refused.map_or(Ok(()), Err)
         }
+    }
+}
+
+/// Keeps the plan of a run of several workers in its folder; a run of one has none.
+///
+/// # Errors
+/// The operating system's.
+pub fn keep(folder: &Path, plan: Option<&str>) -> Result<(), Failure> {
+    let file = folder.join(PLAN_FILE);
+    match plan {
+        Some(text) => write_whole(&file, text),
+        None if file.exists() => {
+            std::fs::remove_file(&file).map_err(|error| Failure::Other(format!("{}: {error}", file.display())))
+        }
+        None => Ok(()),
     }
 }
 

@@ -11,6 +11,7 @@ use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::planner::Plan;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::crew::End;
@@ -113,7 +114,8 @@ impl Run {
         let forecast = Forecast::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?;
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().for_each(|note| terminal.note(note));
-        let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, .. } = inputs;
+        let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, plan, .. } = inputs;
+        let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         let parts = (interrupt.clone(), watch.clone() as _);
         let teller = terminal.clone();
         let say = Arc::new(move |line: &str| teller.note(line));
@@ -127,6 +129,7 @@ impl Run {
         let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
         let log = if resumes { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
         write_whole(&folder.join(RESOLVED_FILE), &resolved)?;
+        plan::keep(&folder, plan.as_deref())?;
         let mut run = Run {
             folder,
             wired,
@@ -348,6 +351,7 @@ struct Inputs {
     prompts: TrainingPrompts,
     evaluator: Option<Evaluator>,
     layout: Layout,
+    plan: Option<Plan>,
 }
 
 impl Inputs {
@@ -355,12 +359,12 @@ impl Inputs {
         let folders = wire::model_folders(recipe)?;
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
         wire::check_limits(recipe, &folders, held)?;
-        let layout = wire::layout(recipe, held)?;
+        let (layout, plan) = wire::layout(recipe, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
         let evaluator = evaluation_prompts(recipe, &format)?.map(|prompts| Evaluator::new(prompts, recipe));
-        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator, layout })
+        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator, layout, plan })
     }
 }
 

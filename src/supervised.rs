@@ -11,6 +11,7 @@ use echelon_core::role::{LearnerGroup, LearnerRank, Role};
 use echelon_core::rollout::Tokens;
 use echelon_core::verb::{Learn, LearnReport};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::planner::TrainingPlan;
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -28,6 +29,7 @@ use crate::recipe::{
     Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
 };
 use crate::resume::resume;
+use crate::run::memory::MemoryLedger;
 use crate::watch::Watch;
 use crate::wire::{self, Work};
 use crate::worker::absolute;
@@ -112,12 +114,12 @@ fn main<L: Lesson>(arguments: &Arguments) -> Result<(), Failure> {
     let data = recipe.load_data(&prepared.tokenizer)?;
     let runtime = tokio::runtime::Runtime::new().map_err(Failure::other)?;
     let outcome = runtime.block_on(async {
-        let (mut run, crew) = prepared.start(data).await?;
+        let mut run = prepared.start(data).await?;
         let outcome = match run.steps().await {
-            Err(failure) => Err(run.with_next_step(crew.explain(failure).await)),
+            Err(failure) => Err(run.with_next_step(run.crew.explain(failure).await)),
             done => done,
         };
-        crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
+        run.crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
         outcome
     });
     runtime.shutdown_background();
@@ -169,6 +171,7 @@ struct Prepared<'a, L> {
     held: Held,
     warning: Option<String>,
     layout: Layout,
+    plan: Option<TrainingPlan>,
     resumes: bool,
     resumed: Resumed,
     tokenizer: Arc<Tokenizer>,
@@ -188,14 +191,14 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         let keys = format!("train.max_tokens = {}", train.max_tokens);
         wire::check_context(&model, train.max_tokens, &keys)?;
         let (held, warning) = wire::held(&train.compute, devices, None)?;
-        let layout = layout(recipe, wire::num_workers(devices, held)?)?;
+        let (layout, plan) = layout(recipe, wire::num_workers(devices, held)?)?;
         let tokenizer = Arc::new(resumed.tokenizer(&model)?);
         let resumes = arguments.resume;
-        Ok(Prepared { recipe, recipe_text, folder, model, held, warning, layout, resumes, resumed, tokenizer })
+        Ok(Prepared { recipe, recipe_text, folder, model, held, warning, layout, plan, resumes, resumed, tokenizer })
     }
 
     /// Starts the workers, and takes up a checkpoint; only then is the run folder made, or changed.
-    async fn start(self, data: Data) -> Result<(Run<'a, L>, Crew), Failure> {
+    async fn start(self, data: Data) -> Result<Run<'a, L>, Failure> {
         let Parts { model, train, checkpoint, devices, seed } = self.recipe.parts();
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
         let total = train.optimizer_steps(num_rows);
@@ -208,6 +211,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         let held_out = rows_of(data.held_out.iter());
         let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, seed);
 
+        let memory = training_job(self.recipe).training()?;
         let work = Work {
             job: self.recipe.job(absolute(&self.model)),
             plan: HostPlan::Learner(self.recipe.learner(&self.model, self.held)),
@@ -229,9 +233,12 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         std::fs::create_dir_all(&self.folder).map_err(|e| Failure::Other(format!("{}: {e}", self.folder.display())))?;
         let log = if self.resumes { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
         write_whole(&self.folder.join(RESOLVED_FILE), &self.recipe_text)?;
+        plan::keep(&self.folder, self.plan.map(|plan| format!("{plan}\n")).as_deref())?;
         let run = Run {
             recipe: self.recipe,
             learner,
+            crew,
+            memory: memory.map(|training| MemoryLedger::of_training(&training, self.held, &self.layout)),
             lr: model.optimizer.lr,
             schedule: wire::schedule(&model.optimizer, total),
             stream,
@@ -248,7 +255,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
             metric: None,
             total: total as u64,
         };
-        Ok((run, crew))
+        Ok(run)
     }
 
     fn header(&self, terminal: &Terminal, data: &Data, num_rows: usize, total: usize) -> Result<(), Failure> {
@@ -277,21 +284,24 @@ impl<'a, L: Lesson> Prepared<'a, L> {
     }
 }
 
-/// One model on every worker, as the planner would train it.
-fn layout<L: Lesson>(recipe: &L, workers: usize) -> Result<Layout, Failure> {
+/// One model on every worker, as the planner would train it, with its plan.
+fn layout<L: Lesson>(recipe: &L, workers: usize) -> Result<(Layout, Option<TrainingPlan>), Failure> {
     let compute = &recipe.parts().train.compute;
     let plan = if workers > 1 { training_job(recipe).ask()?.transpose().map_err(Failure::input)? } else { None };
-    let held = match plan {
+    let held = match &plan {
         Some(plan) => (plan.zero_stage, plan.adam_offload),
+        // A model from a hub, whose shape the plan does not know.
         None if workers > 1 => (compute.zero_stage.fixed().unwrap_or(1) as u8, compute.adam_offload),
         None => (0, compute.adam_offload),
     };
-    Ok(Layout::alone(L::ROLE, workers, held))
+    Ok((Layout::alone(L::ROLE, workers, held), plan))
 }
 
 struct Run<'a, L> {
     recipe: &'a L,
     learner: LearnerGroup,
+    crew: Crew,
+    memory: Option<MemoryLedger>,
     lr: f64,
     schedule: LrSchedule,
     stream: RowStream<Example>,
@@ -384,6 +394,10 @@ impl<L: Lesson> Run<'_, L> {
         let evaluates = step == self.total || every.is_some_and(|every| step.is_multiple_of(every));
         if evaluates && self.held_out.num_rows() > 0 {
             metrics.extend(self.evaluate().await?);
+        }
+        let reports = self.crew.memory().await?;
+        for warning in self.memory.iter_mut().flat_map(|ledger| ledger.record(&mut metrics, &reports)) {
+            self.terminal.note(&warning);
         }
         self.metric = self.checkpoints.measured(&metrics);
         self.log.write(step, &metrics, &[])?;

@@ -21,6 +21,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::launch::Place;
+use echelon_placement::planner::Plan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
@@ -308,21 +309,23 @@ pub struct RunInputs {
     pub run_folder: PathBuf,
 }
 
-/// Where a run's roles go: on one worker, or as the planner says.
+/// Where a run's roles go: on one worker, or as the planner says, with its plan.
 ///
 /// # Errors
 /// [`Failure::Input`]: a plan that does not fit, with the numbers; hardware that is not here.
-pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<Layout, Failure> {
+pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<(Layout, Option<Plan>), Failure> {
     let compute = &recipe.train.compute;
     let workers = num_workers(&recipe.placement.devices, held)?;
     if workers == 1 {
-        return Ok(Layout::together(1, 0, compute.adam_offload));
+        return Ok((Layout::together(1, 0, compute.adam_offload), None));
     }
-    match plan::of(recipe)? {
-        Some(plan) => Ok(Layout::of(&plan)),
+    let plan = plan::of(recipe)?;
+    let layout = match &plan {
+        Some(plan) => Layout::of(plan),
         // A model from a hub, whose shape the plan does not know.
-        None => Ok(Layout::together(workers, compute.zero_stage.fixed().unwrap_or(1) as u8, false)),
-    }
+        None => Layout::together(workers, compute.zero_stage.fixed().unwrap_or(1) as u8, false),
+    };
+    Ok((layout, plan))
 }
 
 /// How many workers a run has, with what else must be so before any is started.

@@ -69,6 +69,8 @@ fn metrics_do_not_depend_on_the_ranks_nor_on_what_is_divided() {
             let text = learning.finish(&run, &[&always[..], keys].concat(), &[]);
             assert!(text.contains(" processes, ZeRO "), "{text}");
             let run = learning.workplace.path(&run);
+            let plan = fs::read_to_string(run.join("plan.txt")).unwrap();
+            assert!(plan.contains("\n* ZeRO "), "{plan}");
             let (difference, place) = worst(&run, &one);
             assert!(difference <= 1e-9, "{name}, {keys:?}: {place}");
             let config = |run: &Path| fs::read_to_string(run.join("model/config.json")).unwrap();
@@ -98,6 +100,7 @@ fn an_interrupted_run_goes_on_with_as_many_workers_or_others() {
             if run == "two" {
                 assert_eq!(deterministic_lines(&run_folder), deterministic_lines(&whole), "{name}");
             }
+            assert_eq!(run_folder.join("plan.txt").exists(), run != "one", "the plan of what runs");
             let (difference, place) = worst(&run_folder, &whole);
             assert!(difference <= 1e-4, "{name}, {run}: {place}");
         }

@@ -36,7 +36,7 @@ pub fn step<B: Backbone, H: Head<Output: ScalarValues>>(
 }
 
 /// Micro-batches that never part a pair.
-fn pair_batches(rows: &Tokens, budget: i64) -> Vec<Vec<i64>> {
+pub fn pair_batches(rows: &Tokens, budget: i64) -> Vec<Vec<i64>> {
     let lengths: Vec<i64> = rows.lengths.chunks(2).map(|pair| pair.iter().sum()).collect();
     micro_batches(&lengths, budget)
         .into_iter()

@@ -52,17 +52,20 @@ impl PassLoad {
         let mask = Vec::<u8>::try_from(rows.mask.to_device(Device::Cpu).to_kind(tch::Kind::Uint8).flatten(0, -1))
             .expect("a mask of bools");
         let width = rows.token_ids.size()[1] as usize;
-        let batches = micro_batches(&rows.lengths, budget);
+        PassLoad::of_batches(rows, &micro_batches(&rows.lengths, budget), |row| {
+            let (first, length) = (row * width, rows.lengths[row] as usize);
+            let after_the_first = mask.get(first + 1..first + length).unwrap_or_default();
+            after_the_first.iter().map(|&wanted| u64::from(wanted)).sum()
+        })
+    }
+
+    /// Of these micro-batches, where a row has so many predictions.
+    pub fn of_batches(rows: &Tokens, batches: &[Vec<i64>], predicted: impl Fn(usize) -> u64) -> PassLoad {
         let mut load = PassLoad { passes: batches.len() as u64, ..PassLoad::default() };
-        for batch in &batches {
+        for batch in batches {
             let tokens: i64 = batch.iter().map(|&row| rows.lengths[row as usize]).sum();
-            let wanted = |&row: &i64| {
-                let (first, length) = (row as usize * width, rows.lengths[row as usize] as usize);
-                let after_the_first = mask.get(first + 1..first + length).unwrap_or_default();
-                after_the_first.iter().map(|&wanted| u64::from(wanted)).sum::<u64>()
-            };
             load.tokens = load.tokens.max(tokens as u64);
-            load.predicted = load.predicted.max(batch.iter().map(wanted).sum());
+            load.predicted = load.predicted.max(batch.iter().map(|&row| predicted(row as usize)).sum());
         }
         load
     }

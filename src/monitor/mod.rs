@@ -97,6 +97,8 @@ impl RunLog {
 
 const METRICS_FILE: &str = "metrics.jsonl";
 const SAMPLES_FILE: &str = "samples.jsonl";
+/// How a run of several workers was planned.
+pub const PLAN_FILE: &str = "plan.txt";
 const TENSORBOARD_FOLDER: &str = "tensorboard";
 
 /// A file of the run folder could not be written or read.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::chart::{Series, distribution_chart, line_chart, mean_of, significant};
-use super::{METRICS_FILE, MonitorError, SAMPLES_FILE, duration_text, fixed};
+use super::{METRICS_FILE, MonitorError, PLAN_FILE, SAMPLES_FILE, duration_text, fixed};
 
 /// Name of the report in a run folder.
 const REPORT_FILE: &str = "report.html";
@@ -24,8 +24,8 @@ const MAX_PAIRS: usize = 30;
 
 /// Writes `report.html` into the run folder from the other files there, and returns its path.
 ///
-/// Reads `metrics.jsonl`, and where they exist `recipe.resolved.toml`, `eval_before.json`, `eval_after.json` and
-/// `samples.jsonl`. A torn last line of a killed run is left out.
+/// Reads `metrics.jsonl`, and where they exist `recipe.resolved.toml`, `plan.txt`, `eval_before.json`, `eval_after.json`
+/// and `samples.jsonl`. A torn last line of a killed run is left out.
 ///
 /// # Errors
 /// `metrics.jsonl` is missing, a file is damaged, or the report cannot be written.
@@ -80,7 +80,6 @@ impl Evaluation {
         let Some(text) = read_if_present(path)? else {
             return Ok(None);
         };
-        let is_metrics = |value: &Value| value.as_object().is_some_and(|all| all.keys().any(|key| key.contains('/')));
         if serde_json::from_str(&text).is_ok_and(|value| is_metrics(&value)) {
             return Ok(None);
         }
@@ -128,11 +127,14 @@ fn script_json(json: &str) -> String {
 struct Run {
     name: String,
     recipe: Option<String>,
+    plan: Option<String>,
     /// The lines of `metrics.jsonl` as they stand, and parsed.
     lines: Vec<String>,
     steps: Vec<Map<String, Value>>,
     before: Option<Evaluation>,
     after: Option<Evaluation>,
+    /// What a model that learns from examples was measured at before.
+    metrics_before: Map<String, Value>,
     samples: Vec<Map<String, Value>>,
 }
 
@@ -148,8 +150,10 @@ impl Run {
         Ok(Self {
             name: recipe.as_deref().and_then(recipe_name).unwrap_or_else(|| folder_name(run_dir)),
             recipe,
+            plan: read_if_present(&run_dir.join(PLAN_FILE))?,
             lines,
             steps,
+            metrics_before: metrics_before(&run_dir.join("eval_before.json"))?,
             before: Evaluation::read(&run_dir.join("eval_before.json"))?,
             after: Evaluation::read(&run_dir.join("eval_after.json"))?,
             samples: parse_lines(&samples, &samples_path)?.into_iter().map(|(_, sample)| sample).collect(),
@@ -164,7 +168,7 @@ impl Run {
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
              <title>{name}: training report</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n\
              <p class=\"kind\">Training report</p>\n<h1>{name}</h1>\n\
-             <p class=\"lead\">{lead}</p>\n{tiles}{charts}{comparison}{samples}{settings}\
+             <p class=\"lead\">{lead}</p>\n{tiles}{charts}{comparison}{samples}{placement}{settings}\
              <footer>Made by Echelon from the files of this run's folder. Every number of <code>metrics.jsonl</code> is \
              inside this page.</footer>\n</main>\n\
              <script type=\"application/json\" id=\"metrics\">[{metrics}]</script>\n\
@@ -177,6 +181,7 @@ impl Run {
             charts = self.charts(),
             comparison = self.comparison(),
             samples = self.training_samples(),
+            placement = self.placement(),
             settings = self.settings(),
             metrics = script_json(&self.lines.join(",\n")),
             evaluations = script_json(&self.evaluations().to_string()),
@@ -212,6 +217,11 @@ impl Run {
 
     /// What can be said without held-out prompts.
     fn training_sentence(&self) -> String {
+        if let Some((_, key, before, after)) = self.held_out().first() {
+            let name = key.trim_start_matches("eval/");
+            let [before, after] = [before, after].map(|value| significant(*value, 4));
+            return format!("On the held-out rows the {name} went from <b>{before}</b> to <b>{after}</b>.");
+        }
         let (start, end) = (self.start_mean("train/reward"), self.end_mean("train/reward"));
         let steps = self.steps.len().min(END_STEPS);
         if !start.is_finite() || !end.is_finite() {
@@ -223,6 +233,16 @@ impl Run {
             significant(start, 3),
             significant(end, 3)
         )
+    }
+
+    /// Of a model that learns from examples: title, key, and what held-out rows were measured at before and at the end.
+    fn held_out(&self) -> Vec<(&'static str, &'static str, f64, f64)> {
+        let measured = HELD_OUT.iter().filter_map(|&(title, key)| {
+            let before = self.metrics_before.get(key)?.as_f64()?;
+            let (_, after) = self.points(key).into_iter().next_back()?;
+            Some((title, key, before, after))
+        });
+        measured.collect()
     }
 
     fn tiles(&self) -> String {
@@ -238,6 +258,18 @@ impl Run {
                 value,
                 format!("before → after, n = {} prompts", after.num_prompts),
             );
+        } else if !self.metrics_before.is_empty() {
+            for (title, _, before, after) in self.held_out() {
+                let value = format!("{} → {}", significant(before, 3), significant(after, 3));
+                push(" class=\"wide\"", title, value, "before → after".into());
+            }
+        } else if self.has("train/loss") {
+            let value = format!(
+                "{} → {}",
+                significant(self.start_mean("train/loss"), 3),
+                significant(self.end_mean("train/loss"), 3)
+            );
+            push(" class=\"wide\"", "Training loss", value, "first → last steps".into());
         } else {
             let value = format!(
                 "{} → {}",
@@ -365,6 +397,21 @@ impl Run {
         html
     }
 
+    /// Who held what, of a run of several workers.
+    fn placement(&self) -> String {
+        let measured = match self.has("perf/planned_step_s") {
+            true => "; the metrics <code>perf/planned_*</code> rest on rates measured here",
+            false => "",
+        };
+        self.plan.as_ref().map_or_else(String::new, |plan| {
+            format!(
+                "<h2>Placement</h2>\n<p class=\"hint\">The plan that this run followed. Its seconds rest on usual rates{measured}.</p>\n\
+                 <details class=\"box\"><summary>plan.txt</summary><pre>{}</pre></details>\n",
+                escape(plan)
+            )
+        })
+    }
+
     fn settings(&self) -> String {
         self.recipe.as_ref().map_or_else(String::new, |recipe| {
             format!(
@@ -408,9 +455,11 @@ impl Run {
 }
 
 /// The main curves in reading order: does it learn, does it stay close, does it stay sound, how fast is it.
-const MAIN_CHARTS: [(&str, &[&str]); 16] = [
+const MAIN_CHARTS: [(&str, &[&str]); 19] = [
     ("Reward", &["train/reward"]),
     ("Held-out reward", &["eval/reward"]),
+    ("Held-out loss", &["eval/loss"]),
+    ("Held-out accuracy", &["eval/accuracy"]),
     ("KL to the reference", &["train/kl"]),
     ("Response length (tokens)", &["train/response_length"]),
     ("Loss", &["train/loss"]),
@@ -422,10 +471,33 @@ const MAIN_CHARTS: [(&str, &[&str]); 16] = [
     ("KL to the step's start", &["train/ppo_kl"]),
     ("Entropy", &["train/entropy"]),
     ("Gradient norm", &["train/actor_grad_norm", "train/critic_grad_norm"]),
-    ("Learning rate", &["train/actor_lr", "train/critic_lr"]),
+    ("Gradient norm", &["train/grad_norm"]),
+    ("Learning rate", &["train/actor_lr", "train/critic_lr", "train/lr"]),
     ("Tokens per second", &["perf/tokens_per_second"]),
     ("Model FLOP/s utilisation", &["perf/mfu"]),
 ];
+
+/// What held-out rows of a model that learns from examples are measured at, the first of them in words.
+const HELD_OUT: [(&str, &str); 3] = [
+    ("Held-out accuracy", "eval/accuracy"),
+    ("Held-out loss", "eval/loss"),
+    ("Held-out perplexity", "eval/perplexity"),
+];
+
+/// The metrics in `eval_before.json`, as `sft` and `reward` write them; none where it holds an [`Evaluation`].
+fn metrics_before(path: &Path) -> Result<Map<String, Value>, MonitorError> {
+    let text = read_if_present(path)?.unwrap_or_default();
+    Ok(serde_json::from_str(&text)
+        .ok()
+        .filter(is_metrics)
+        .and_then(|value| value.as_object().cloned())
+        .unwrap_or_default())
+}
+
+/// Whether JSON is metrics, whose names are paths.
+fn is_metrics(value: &Value) -> bool {
+    value.as_object().is_some_and(|all| all.keys().any(|key| key.contains('/')))
+}
 
 fn is_phase_time(name: &str) -> bool {
     name.starts_with("train/timing/") && name != "train/timing/step_total"
@@ -675,6 +747,32 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let error = write_report(directory.path()).unwrap_err().to_string();
         assert!(error.contains(METRICS_FILE), "{error}");
+    }
+
+    #[test]
+    fn a_run_that_learns_from_examples_is_told_by_its_held_out_rows() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("eval_before.json"), r#"{"eval/loss": 2.5, "eval/perplexity": 12.1825}"#).unwrap();
+        let mut log = MetricsLog::create(&path(METRICS_FILE)).unwrap();
+        for step in 1..=4_u32 {
+            let mut metrics = Metrics::new();
+            metrics.set("train/loss", 3.0 / f64::from(step));
+            if step == 4 {
+                metrics.set("eval/loss", 0.75).set("eval/perplexity", 2.117);
+            }
+            log.write(u64::from(step), &metrics).unwrap();
+        }
+        std::fs::write(path(PLAN_FILE), "4 devices <of one>").unwrap();
+        let page = report(directory.path());
+        assert!(
+            page.contains("On the held-out rows the loss went from <b>2.5</b> to <b>0.75</b>."),
+            "{}",
+            &page[..4000]
+        );
+        assert!(page.contains("Held-out perplexity") && page.contains("12.2 → 2.12"));
+        assert!(!page.contains("not evaluated") && !page.contains("Training reward"));
+        assert!(page.contains("<h2>Placement</h2>") && page.contains("<pre>4 devices &lt;of one&gt;</pre>"));
     }
 
     #[test]

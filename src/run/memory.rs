@@ -7,10 +7,11 @@ use echelon_core::role::Role;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::ledger::compare::Comparison;
 use echelon_placement::ledger::{ModelSizes, RoleJob, Workload};
+use echelon_placement::planner::Training;
 use echelon_placement::tier::ROLES;
 use tch::Device;
 
-use crate::layout::Layout;
+use crate::layout::{Layout, RoleGroup};
 use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::plan::{self, Shapes};
@@ -31,6 +32,8 @@ pub struct MemoryLedger {
     models: [Option<ModelSizes>; 5],
     layout: Layout,
     on_cpu: bool,
+    /// Whose name a model that is trained alone has, which the ledger knows by another role's formulas.
+    alone: Option<Role>,
     told: HashSet<(Role, Phase)>,
 }
 
@@ -62,9 +65,24 @@ impl MemoryLedger {
             models: ROLES.map(|role| workload.shape(role).map(ModelSizes::of)),
             layout: layout.clone(),
             on_cpu: held.pass.device == Device::Cpu,
+            alone: None,
             workload,
             told: HashSet::new(),
         })
+    }
+
+    /// Of a model that is trained alone.
+    pub fn of_training(training: &Training, held: Held, layout: &Layout) -> MemoryLedger {
+        let workload = training.workload();
+        let group = RoleGroup { role: training.learner(), ..layout.group(training.role).clone() };
+        MemoryLedger {
+            models: ROLES.map(|role| workload.shape(role).map(ModelSizes::of)),
+            layout: Layout { groups: vec![group], ..layout.clone() },
+            on_cpu: held.pass.device == Device::Cpu,
+            alone: Some(training.role),
+            workload,
+            told: HashSet::new(),
+        }
     }
 
     /// How a role is held on each rank; None for one without a model.
@@ -89,7 +107,11 @@ impl MemoryLedger {
 
     /// The ledger beside what a rank was metered at, for what it worked on.
     pub fn compare(&self, uses: &[MemoryUse]) -> Vec<Comparison> {
-        uses.iter().filter_map(|measured| Some(Comparison::new(&self.job(measured.role)?, measured))).collect()
+        let of = |measured: &MemoryUse| {
+            let found = Comparison::new(&self.job(measured.role)?, measured);
+            Some(Comparison { role: self.alone.unwrap_or(found.role), ..found })
+        };
+        uses.iter().filter_map(of).collect()
     }
 
     /// Sets `perf/memory_*`; of several ranks the largest. What a person should know comes back, each thing once in a run.

@@ -22,6 +22,14 @@ pub(super) fn bytes(bytes: u64) -> String {
     }
 }
 
+/// Such as "134.5 million" or "13.02 billion".
+pub(super) fn params(params: u64) -> String {
+    match params {
+        0..1_000_000_000 => format!("{:.1} million", params as f64 / 1e6),
+        _ => format!("{:.2} billion", params as f64 / 1e9),
+    }
+}
+
 /// Such as "1 device" or "2 devices".
 pub(super) fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
@@ -40,12 +48,9 @@ pub(super) fn seconds(seconds: f64) -> String {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let params = self.actor_params as f64 / 1e9;
-        writeln!(
-            f,
-            "{}, tier {} ({}; the actor has {params:.3} billion parameters)",
-            self.cluster, self.tier, self.tier_reason
-        )?;
+        let params = params(self.actor_params);
+        let Plan { cluster, tier, tier_reason, .. } = self;
+        writeln!(f, "{cluster}, tier {tier} ({tier_reason}; the actor has {params} parameters)")?;
         writeln!(f, "host memory of a node: {}", self.host_memory)?;
         for group in &self.groups {
             writeln!(f)?;

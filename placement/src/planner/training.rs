@@ -70,11 +70,12 @@ pub struct Choice {
 
 impl Training {
     /// The role by which ledger and estimates know a model that learns: with logits or with one number per row.
-    fn learner(&self) -> Role {
+    pub fn learner(&self) -> Role {
         if self.role == Role::Actor { Role::Actor } else { Role::Critic }
     }
 
-    fn workload(&self) -> Workload {
+    /// As a PPO step that does nothing but train this model.
+    pub fn workload(&self) -> Workload {
         Workload {
             actor: self.model.clone(),
             critic: Some(self.model.clone()),
@@ -289,11 +290,7 @@ fn said(stage: u8, offload: bool) -> String {
 
 impl fmt::Display for TrainingPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let params = match self.params {
-            0..1_000_000_000 => format!("{:.1} million", self.params as f64 / 1e6),
-            params => format!("{:.2} billion", params as f64 / 1e9),
-        };
-        writeln!(f, "{}; the model has {params} parameters", self.cluster)?;
+        writeln!(f, "{}; the model has {} parameters", self.cluster, render::params(self.params))?;
         writeln!(f, "host memory of a node: {}", self.host_memory)?;
         writeln!(f, "\non each of {}, at most at once:", render::count(self.num_devices, "device"))?;
         let on_host = self.choices.iter().any(|choice| choice.host_bytes > 0);
