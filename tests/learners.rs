@@ -144,6 +144,29 @@ fn what_cannot_be_is_refused_before_anything_starts() {
     }
 }
 
+#[test]
+fn a_run_says_how_far_the_ledger_is_off() {
+    for (name, binary) in PROGRAMS {
+        let learning = Learning::new(binary);
+        for keys in
+            [&[][..], &["placement.workers=2", "train.zero_stage=3"], &["placement.workers=2", "train.zero_stage=1"]]
+        {
+            let run = format!("run {}", keys.join(" "));
+            let always = ["train.batch_size=40", "train.epochs=1", "checkpoint.every_steps=off"];
+            let text = learning.finish(&run, &[&always[..], keys].concat(), &[]);
+            assert!(!text.contains("memory: the ledger says"), "{text}");
+            let step = metrics(&learning.workplace.path(&run)).remove(0);
+            let error = step["perf/memory_ledger_error_max"].as_f64().unwrap();
+            assert!(error > 0.0 && error < 0.1, "{name}, {keys:?}: {error}");
+            let role = if name == "sft" { "actor" } else { "reward" };
+            assert!(
+                step[&format!("perf/memory_{role}_train_bytes")].as_f64().is_some_and(|bytes| bytes > 10e6),
+                "{step:?}"
+            );
+        }
+    }
+}
+
 /// With no device present and nothing started.
 #[test]
 fn a_plan_says_what_each_stage_needs() {
