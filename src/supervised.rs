@@ -26,7 +26,7 @@ use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report}
 use crate::plan::{self, TrainingJob, count_gpus};
 use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
 use crate::recipe::{
-    Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
+    self, Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
 };
 use crate::resume::resume;
 use crate::run::memory::MemoryLedger;
@@ -56,7 +56,6 @@ trait Lesson: Root + Sized {
     /// What a step's line shows.
     const SHOWN: &'static [&'static str];
 
-    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<Self, Failure>;
     fn parts(&self) -> Parts<'_>;
     fn devices_mut(&mut self) -> &mut Devices;
     fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure>;
@@ -103,7 +102,7 @@ pub fn reward(arguments: &Arguments) -> Result<(), Failure> {
 
 /// Everything from the arguments to the report.
 fn main<L: Lesson>(arguments: &Arguments) -> Result<(), Failure> {
-    let mut recipe = L::load(&arguments.recipe, &arguments.sets, arguments.plan.is_none())?;
+    let mut recipe: L = recipe::load(&arguments.recipe, &arguments.sets, arguments.plan.is_none())?;
     count_gpus(recipe.devices_mut());
     if let Some(format) = arguments.plan {
         let text = recipe.resolved_text();

@@ -171,7 +171,11 @@ pub(crate) trait Root: Table {
     }
 }
 
-fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, RecipeError> {
+/// Reads a recipe of any program, with the `--set` arguments laid over it; for `--plan`, files that it names need not exist.
+///
+/// # Errors
+/// Everything wrong with it.
+pub(crate) fn load<T: Root>(path: &Path, sets: &[String], check_files: bool) -> Result<T, RecipeError> {
     let mut recipe: T = from_documents(read_documents(path, sets)?, check_files)?;
     let (name, _) = recipe.common();
     if name.is_empty() {

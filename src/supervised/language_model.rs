@@ -23,11 +23,6 @@ impl Lesson for SftRecipe {
     const ROWS_PER_EXAMPLE: usize = 1;
     const SHOWN: &'static [&'static str] = &["train/loss", "eval/loss", "train/grad_norm"];
 
-    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<SftRecipe, Failure> {
-        let load = if check_files { SftRecipe::load } else { SftRecipe::load_for_plan };
-        Ok(load(path, sets)?)
-    }
-
     fn parts(&self) -> Parts<'_> {
         let SftRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
         Parts { model, train, checkpoint, devices, seed: *seed }

@@ -24,11 +24,6 @@ impl Lesson for RewardRecipe {
     const ROWS_PER_EXAMPLE: usize = 2;
     const SHOWN: &'static [&'static str] = &["train/loss", "train/accuracy", "eval/accuracy", "eval/loss"];
 
-    fn load(path: &Path, sets: &[String], check_files: bool) -> Result<RewardRecipe, Failure> {
-        let load = if check_files { RewardRecipe::load } else { RewardRecipe::load_for_plan };
-        Ok(load(path, sets)?)
-    }
-
     fn parts(&self) -> Parts<'_> {
         let RewardRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
         Parts { model, train, checkpoint, devices, seed: *seed }
