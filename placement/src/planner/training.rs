@@ -301,7 +301,7 @@ impl fmt::Display for TrainingPlan {
             write!(f, "{} {name:<24} {device:>22}", if chosen { '*' } else { ' ' })?;
             match choice.host_bytes {
                 _ if !on_host => {}
-                0 => write!(f, "{:26}", "")?,
+                0 => write!(f, "{:27}", "")?,
                 host => write!(f, "{:>12} in host memory", render::bytes(host))?,
             }
             match choice.seconds {
