@@ -302,3 +302,76 @@ fn eight_devices_and_ten_thousand_have_a_plan() {
         check_devices(&plan, nodes * 8);
     }
 }
+
+fn training(shape: [i64; 6]) -> Training {
+    let Workload { actor: model, .. } = workload(shape);
+    Training {
+        role: Role::Actor,
+        model,
+        rows: 128,
+        rows_per_example: 1,
+        max_tokens: 2048,
+        mean_tokens: 1024.0,
+        tokens_per_micro_batch: 16384,
+        dtype: ComputeDtype::Bfloat16,
+        activation_checkpointing: false,
+    }
+}
+
+/// Does what a refusal says: one change, or two.
+fn changed(change: &str, (kind, nodes, devices): (&str, usize, usize), mut training: Training) -> Option<TrainingPlan> {
+    let (mut nodes, mut devices, mut constraints) = (nodes, devices, Constraints::default());
+    for setting in change.split(" and ") {
+        let (key, value) = setting.split_once(" = ").unwrap();
+        let number = || value.parse::<usize>().unwrap();
+        match key {
+            "train.zero_stage" => constraints.zero_stage = Some(number() as u8),
+            "train.activation_checkpointing" => training.activation_checkpointing = value == "true",
+            "train.tokens_per_micro_batch" => training.tokens_per_micro_batch = number(),
+            "train.batch_size" => training.rows = number() * training.rows_per_example,
+            "placement.nodes" => nodes = number(),
+            "placement.gpus_per_node" => devices = number(),
+            other => panic!("{other}"),
+        }
+    }
+    let cluster = Cluster::of(nodes, devices, kind).unwrap();
+    plan_training(&cluster, &training, &constraints, &Rates::gpu()).ok()
+}
+
+#[test]
+fn a_model_alone_is_trained_at_the_plainest_of_the_fastest_stages_that_fit() {
+    let (mut refused, mut fitting) = (0, 0);
+    let works = [(GATED_7B, false), (GATED_7B, true), (GATED_13B, false), (GATED_70B, true)];
+    for ((shape, reward), activation_checkpointing) in works.into_iter().flat_map(|work| [(work, false), (work, true)])
+    {
+        for hardware in [("H100-80GB", 1, 8), ("A100-40GB", 1, 2), ("L40S", 1, 1), ("H200", 2, 8), ("H100-80GB", 32, 8)]
+        {
+            let whole = Training { activation_checkpointing, ..training(shape) };
+            let work = match reward {
+                true => Training { role: Role::Reward, rows: 256, rows_per_example: 2, ..whole },
+                false => whole,
+            };
+            let cluster = Cluster::of(hardware.1, hardware.2, hardware.0).unwrap();
+            match plan_training(&cluster, &work, &Constraints::default(), &Rates::gpu()) {
+                Ok(plan) => {
+                    fitting += 1;
+                    let seconds = plan.choices.iter().filter_map(|choice| choice.seconds);
+                    assert_eq!(plan.seconds, seconds.fold(f64::INFINITY, f64::min), "{plan}");
+                    let first = plan.choices.iter().find(|choice| choice.seconds == Some(plan.seconds)).unwrap();
+                    assert_eq!((first.zero_stage, first.adam_offload), (plan.zero_stage, plan.adam_offload), "{plan}");
+                    assert!(first.device_bytes <= first.usable_bytes && first.host_bytes <= first.usable_host_bytes);
+                    assert!(plan.ledger.iter().all(|entry| entry.role == work.role));
+                }
+                Err(PlanError::Refused(refusal)) => {
+                    refused += 1;
+                    let Some(change) = refusal.change else { continue };
+                    let plan = changed(&change.change, hardware, work.clone());
+                    let plan = plan.unwrap_or_else(|| panic!("{hardware:?}: {} does not fit", change.change));
+                    assert!((plan.seconds - change.seconds).abs() < 1e-9, "{}: {plan}", change.change);
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    assert!(refused > 9 && fitting > 9, "{refused} refused, {fitting} fitting");
+}
