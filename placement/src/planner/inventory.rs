@@ -62,9 +62,33 @@ struct Member<'a> {
     nodes: usize,
 }
 
+impl Member<'_> {
+    /// All nodes of a class.
+    fn whole(class: &NodeClass) -> Member<'_> {
+        Member { class, kinds: class.kinds.clone(), nodes: class.nodes.len() }
+    }
+}
+
 impl<'a> Inventory<'a> {
     /// Of the devices not in `taken`, by their numbers; every slice may be picked where there are at most `every_slice`.
     pub fn new(cluster: &'a Cluster, taken: &[usize], memory_fraction: f64, every_slice: usize) -> Inventory<'a> {
+        let mut inventory = Inventory::unpicked(cluster, taken, memory_fraction);
+        if inventory.num_slices() <= every_slice {
+            inventory.separate_nodes();
+            inventory.picks = inventory.every_slice();
+        } else {
+            inventory.picks = inventory.regular_picks();
+        }
+        inventory
+    }
+
+    /// What all devices of a cluster together are worth.
+    pub fn whole(cluster: &Cluster, memory_fraction: f64) -> Slice {
+        let all = Inventory::unpicked(cluster, &[], memory_fraction);
+        all.slice(&all.classes.iter().map(Member::whole).collect::<Vec<_>>())
+    }
+
+    fn unpicked(cluster: &'a Cluster, taken: &[usize], memory_fraction: f64) -> Inventory<'a> {
         let mut is_taken = vec![false; cluster.num_devices()];
         taken.iter().for_each(|&device| is_taken[device] = true);
         let mut inventory = Inventory { cluster, classes: Vec::new(), memory_fraction, picks: Vec::new() };
@@ -74,12 +98,6 @@ impl<'a> Inventory<'a> {
             let kinds = counted(free.map(|(kind, _)| *kind));
             first += node.devices.len();
             inventory.add_node(index, kinds);
-        }
-        if inventory.num_slices() <= every_slice {
-            inventory.separate_nodes();
-            inventory.picks = inventory.every_slice();
-        } else {
-            inventory.picks = inventory.regular_picks();
         }
         inventory
     }
@@ -161,10 +179,7 @@ impl<'a> Inventory<'a> {
             }
         }
         for classes in mixtures(self.classes.len()) {
-            let member = |&index: &usize| {
-                let class = &self.classes[index];
-                Member { class, kinds: class.kinds.clone(), nodes: class.nodes.len() }
-            };
+            let member = |&index: &usize| Member::whole(&self.classes[index]);
             let slice = self.slice(&classes.iter().map(member).collect::<Vec<_>>());
             picks.push((Pick::Mixed { classes }, slice));
         }

@@ -139,9 +139,7 @@ struct Search<'a> {
 impl<'a> Search<'a> {
     fn new(question: &Question<'a>, training: &Training) -> Search<'a> {
         let problem = question.problem();
-        let devices: Vec<usize> = (0..question.cluster.num_devices()).collect();
-        let inventory = Inventory::new(question.cluster, &devices, question.constraints.memory_fraction, 0);
-        let slice = inventory.hand_slice(&devices);
+        let slice = Inventory::whole(question.cluster, question.constraints.memory_fraction);
         let learner = training.learner();
         let roles = RoleSet::of(&[learner]);
         let examples = training.rows / training.rows_per_example;
