@@ -15,6 +15,8 @@ use crate::tier::Tier;
 
 /// How many times the cluster is doubled in search of one that suffices.
 const DOUBLINGS: u32 = 7;
+/// As many as a recipe may have.
+const MOST_NODES: usize = 100_000;
 
 /// Nothing fits.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -322,6 +324,9 @@ pub(super) fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
     }
     let mut doubled = cluster.clone();
     for _ in 0..DOUBLINGS {
+        if 2 * doubled.nodes.len() > MOST_NODES {
+            break;
+        }
         doubled.nodes.extend(doubled.nodes.clone());
         larger.push((format!("placement.nodes = {}", doubled.nodes.len()), doubled.clone()));
     }
@@ -338,7 +343,7 @@ impl fmt::Display for Refusal {
             Some(change) => {
                 write!(f, "nearest change that fits: {} ({} a step)", change.change, render::seconds(change.seconds))
             }
-            None => f.write_str("no change of the settings would fit, nor up to 128 times the nodes"),
+            None => f.write_str("no change of the settings would fit, nor up to 128 times the nodes or 100,000"),
         }
     }
 }
@@ -353,7 +358,7 @@ impl Shortfall {
                 write!(f, "the leanest choice, {choice}, needs {needed} of a {place} with {usable} usable: ")?;
                 let phase = match phase {
                     Phase::Score if alone => "evaluate",
-                    Phase::TrainActor | Phase::TrainCritic if alone => "train",
+                    _ if alone => "train",
                     phase => phase.name(),
                 };
                 write!(f, "{lacking} too much (phase: {phase})")?;
