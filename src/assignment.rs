@@ -74,12 +74,12 @@ impl Job {
             Job::Sft { recipe, folder } => {
                 let recipe = SftRecipe::read_text(&recipe)?;
                 let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement, Some(place))?;
-                (HostPlan::Learner(LearnerPlan::of_sft(&recipe, &folder, held)), warning)
+                (HostPlan::Learner(LearnerPlan::of_sft(&recipe, &folder, held), run_folder), warning)
             }
             Job::Reward { recipe, folder } => {
                 let recipe = RewardRecipe::read_text(&recipe)?;
                 let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement, Some(place))?;
-                (HostPlan::Learner(LearnerPlan::of_reward(&recipe, &folder, held)), warning)
+                (HostPlan::Learner(LearnerPlan::of_reward(&recipe, &folder, held), run_folder), warning)
             }
         })
     }
@@ -122,8 +122,8 @@ impl Message for Built {
 pub enum HostPlan {
     /// Roles of PPO.
     Ppo(Box<PpoPlan>),
-    /// A model that learns from examples.
-    Learner(LearnerPlan),
+    /// A model that learns from examples, and the folder of its run.
+    Learner(LearnerPlan, PathBuf),
 }
 
 #[derive(Clone)]
@@ -171,7 +171,7 @@ impl HostPlan {
     fn held(&self) -> Held {
         match self {
             HostPlan::Ppo(plan) => plan.held,
-            HostPlan::Learner(plan) => plan.held,
+            HostPlan::Learner(plan, _) => plan.held,
         }
     }
 
@@ -189,11 +189,11 @@ impl HostPlan {
     ) -> echelon_core::Result<DeviceRoles> {
         match self {
             HostPlan::Ppo(plan) => plan.build(seat, tokenizer, interrupt, progress),
-            HostPlan::Learner(plan) => {
+            HostPlan::Learner(plan, run_folder) => {
                 let held = plan.held;
                 let learner = plan.build(&seat)?;
                 let roles = DeviceRoles::none(seat, held, tokenizer, (interrupt, progress));
-                Ok(DeviceRoles { learner: Some(learner), ..roles })
+                Ok(DeviceRoles { learner: Some(learner), run_folder, ..roles })
             }
         }
     }

@@ -241,9 +241,7 @@ impl Crew {
                     Error::WorkerGone(_) => error.into(),
                     _ => Failure::input(error),
                 };
-                let failure = crew.explain(failure).await;
-                crew.finish(End::of(&failure)).await;
-                Err(failure)
+                Err(Crew::Processes(Box::new(crew)).give_up(failure).await)
             }
         }
     }
@@ -281,6 +279,13 @@ impl Crew {
             Crew::Here { .. } => failure,
             Crew::Processes(crew) => crew.explain(failure).await,
         }
+    }
+
+    /// Ends a run that did not begin; the failure, or what caused it.
+    pub async fn give_up(self, failure: Failure) -> Failure {
+        let failure = self.explain(failure).await;
+        self.finish(End::of(&failure)).await;
+        failure
     }
 
     /// Lets the workers go and waits until they have.

@@ -217,25 +217,29 @@ impl DeviceRoles {
     }
 
     /// Writes the batch of a refused optimizer step beside the run's other files and says where.
-    fn keep_evidence(&self, error: Error, experience: &Experience) -> Error {
+    fn keep_evidence(&self, error: Error, tokens: &Tokens, more: &[(&str, &Tensor)]) -> Error {
         let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
         let worker = if self.seat.is_alone() { String::new() } else { format!("-worker-{}", self.seat.worker) };
         let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}{worker}.safetensors"));
-        let named = |name: &str, tensor: &Tensor| (name.to_string(), tensor.shallow_clone());
-        let mut tensors = vec![
-            named("token_ids", &experience.tokens.token_ids),
-            ("lengths".to_string(), Tensor::from_slice(&experience.tokens.lengths)),
-            named("response_mask", &experience.tokens.mask),
-            named("old_logprobs", &experience.old_logprobs),
-            named("values", &experience.values),
-            named("advantages", &experience.advantages),
-            named("returns", &experience.returns),
-        ];
-        tensors.extend(experience.ref_logprobs.iter().map(|tensor| named("ref_logprobs", tensor)));
+        let named = |(name, tensor): (&str, &Tensor)| (name.to_string(), tensor.shallow_clone());
+        let lengths = Tensor::from_slice(&tokens.lengths);
+        let own = [("token_ids", &tokens.token_ids), ("lengths", &lengths), ("response_mask", &tokens.mask)];
+        let tensors: Vec<_> = own.into_iter().chain(more.iter().copied()).map(named).collect();
         match write_tensors(&path, &tensors, &[]) {
             Ok(()) => Error::Refused(format!("{error}; its batch is in {}", path.display())),
             Err(_) => error,
         }
+    }
+
+    fn keep_experience(&self, error: Error, experience: &Experience) -> Error {
+        let mut more = vec![
+            ("old_logprobs", &experience.old_logprobs),
+            ("values", &experience.values),
+            ("advantages", &experience.advantages),
+            ("returns", &experience.returns),
+        ];
+        more.extend(experience.ref_logprobs.iter().map(|tensor| ("ref_logprobs", tensor)));
+        self.keep_evidence(error, &experience.tokens, &more)
     }
 }
 
@@ -421,7 +425,7 @@ impl Serve<UpdateActor> for DeviceRoles {
         let resident = actor.policy.state.bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train actor", experience.num_rows(), experience.num_rows());
-        updated.map_err(|error| self.keep_evidence(error, &experience))
+        updated.map_err(|error| self.keep_experience(error, &experience))
     }
 }
 
@@ -436,7 +440,7 @@ impl Serve<UpdateCritic> for DeviceRoles {
         let resident = critic.model.state.bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train critic", experience.num_rows(), experience.num_rows());
-        updated.map_err(|error| self.keep_evidence(error, &experience))
+        updated.map_err(|error| self.keep_experience(error, &experience))
     }
 }
 
@@ -445,12 +449,12 @@ impl Serve<Learn> for DeviceRoles {
         let (role, phase) = self.learner(Learn::NAME)?.metered();
         let metering = self.meter.begin(role, phase);
         let learner = self.learner(Learn::NAME)?;
-        let report = learner.learn(&request)?;
+        let learned = learner.learn(&request);
         let (resident, load) = (learner.state().bytes_by_part(), learner.load(&request.rows, true));
         self.meter.end(metering, resident, Load::Pass(load));
         let rows = request.rows.num_rows();
         self.progress.advance("train", rows, rows);
-        Ok(report)
+        learned.map_err(|error| self.keep_evidence(error, &request.rows, &[]))
     }
 }
 

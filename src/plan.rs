@@ -36,6 +36,15 @@ pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
     ask(recipe)?.transpose().map_err(Failure::input)
 }
 
+/// The plan of a run whose models are at hand, wherever they came from.
+///
+/// # Errors
+/// As [`of`].
+pub fn of_run(recipe: &ResolvedRecipe, shapes: Shapes) -> Result<Plan, Failure> {
+    let (cluster, workload) = (cluster(&recipe.placement.devices)?, workload_of(recipe, shapes));
+    plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster)).map_err(Failure::input)
+}
+
 /// The same, with a refusal as the planner gives it.
 ///
 /// # Errors
@@ -50,6 +59,8 @@ pub fn ask(recipe: &ResolvedRecipe) -> Result<Option<Result<Plan, PlanError>>, F
 pub struct TrainingJob<'a> {
     pub role: Role,
     pub model: &'a Model,
+    /// Where the model is, when it is at hand.
+    pub folder: Option<&'a Path>,
     pub train: &'a SupervisedTrain,
     pub devices: &'a Devices,
     /// Rows that belong together: 2 of a pair.
@@ -67,6 +78,8 @@ impl TrainingJob<'_> {
         let constraints = Constraints {
             zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
             adam_offload: compute.adam_offload.then_some(true),
+            use_all_devices: self.devices.workers.fixed().is_some(),
+            pools: !self.devices.node_pool.is_empty(),
             ..Constraints::default()
         };
         Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
@@ -77,8 +90,9 @@ impl TrainingJob<'_> {
     /// # Errors
     /// [`Failure::Input`]: a model whose config cannot be read.
     pub fn training(&self) -> Result<Option<Training>, Failure> {
-        let TrainingJob { role, model, train, devices, rows_per_example } = *self;
-        let start = StartModel { model: model.model.clone(), shape: model.shape.clone() };
+        let TrainingJob { role, model, folder, train, devices, rows_per_example } = *self;
+        let source = folder.map_or_else(|| model.model.clone(), |folder| ModelSource::Folder(folder.into()));
+        let start = StartModel { model: source, shape: model.shape.clone() };
         let head = if role == Role::Actor { HeadKind::Logits } else { HeadKind::Score };
         let Some(model) = shape(&start, Some(head))? else { return Ok(None) };
         let compute = &train.compute;
@@ -111,7 +125,7 @@ pub fn print<P: Serialize + Display>(
             let plan = plan.transpose().map_err(Failure::input)?;
             print!("{text}");
             let plan = plan.map_or(
-                "no plan: a model's config.json is not at hand; name a folder that has it, as `shape`".into(),
+                "no plan: a model has no config.json here (a folder that is not there, or a hub id): name a folder that has it, as `shape`".into(),
                 |plan| plan.to_string(),
             );
             plan.lines().for_each(|line| println!("{}", format!("# {line}").trim_end()));
@@ -224,7 +238,7 @@ fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
 }
 
 /// The shapes of a recipe's models.
-pub(crate) struct Shapes {
+pub struct Shapes {
     pub actor: ModelShape,
     pub critic: ModelShape,
     pub reference: Option<ModelShape>,
@@ -310,6 +324,7 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
         tensor_parallel: Some(recipe.generation.tensor_parallel_size).filter(|&size| size > 1),
         by_hand: by_hand.collect(),
         use_all_devices: placement.devices.workers.fixed().is_some(),
+        pools: !placement.devices.node_pool.is_empty(),
         ..Constraints::default()
     }
 }

@@ -1,7 +1,12 @@
 //! What all programs share: arguments, exit codes, signals, and the process's settings.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use echelon_core::progress::Interrupt;
@@ -85,6 +90,45 @@ pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
     written.map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
 }
 
+/// A folder that is made beside its name, and gets it when it is whole.
+pub struct WholeFolder {
+    folder: PathBuf,
+    unfinished: PathBuf,
+}
+
+impl WholeFolder {
+    /// # Errors
+    /// What an earlier attempt left cannot be removed.
+    pub fn begin(folder: &Path) -> Result<WholeFolder, Failure> {
+        let unfinished = folder.with_extension("unfinished");
+        let whole = WholeFolder { folder: folder.to_owned(), unfinished };
+        whole.remove(&whole.unfinished)?;
+        Ok(whole)
+    }
+
+    /// Where it is made; not there yet.
+    pub fn path(&self) -> &Path {
+        &self.unfinished
+    }
+
+    /// Takes the place of what had its name.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn finish(self) -> Result<(), Failure> {
+        self.remove(&self.folder)?;
+        std::fs::rename(&self.unfinished, &self.folder).map_err(|error| self.failed(&error))
+    }
+
+    fn remove(&self, folder: &Path) -> Result<(), Failure> {
+        if folder.exists() { std::fs::remove_dir_all(folder).map_err(|error| self.failed(&error)) } else { Ok(()) }
+    }
+
+    fn failed(&self, error: &std::io::Error) -> Failure {
+        Failure::Other(format!("{}: {error}", self.folder.display()))
+    }
+}
+
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     echelon_core::shim::install_cpu_allocator();
@@ -106,6 +150,22 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     // A device may still be at work, for a driver that is gone: libtorch's exit handlers would take away what it uses.
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(i32::from(code)) }
+}
+
+/// How often libgomp's threads look for work before they sleep. Its default is milliseconds of looking, which take the cores
+/// from whoever has work where other programs run beside: two to three times slower there (docs/log.md).
+const SPINS: &str = "2000";
+
+/// Begins this program again with calmer threads, once, unless somebody has chosen: libgomp reads its settings when it is
+/// loaded. One thread waits for nobody.
+pub fn calm_threads() {
+    let chosen = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().any(|name| std::env::var_os(name).is_some());
+    let alone = std::env::var("OMP_NUM_THREADS").is_ok_and(|threads| threads == "1");
+    if let (false, false, Ok(program)) = (chosen, alone, std::env::current_exe()) {
+        let mut arguments = std::env::args_os();
+        let name = arguments.next().unwrap_or_else(|| program.clone().into());
+        let _not_replaced = Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", SPINS).exec();
+    }
 }
 
 /// Warnings of all parts go to stderr; `RUST_LOG=echelon=debug` shows more.
@@ -209,10 +269,10 @@ pub fn watch_signals(interrupt: Interrupt) {
     });
 }
 
-/// The folder of a run: given, or `runs/<name>`.
+/// The folder of a run: given, or `runs/<name>`. One that is resumed is this process's from here on.
 ///
 /// # Errors
-/// It has files already and this is no `--resume`.
+/// It has files already and this is no `--resume`; it cannot be made; another run is at work in it.
 pub fn run_folder(name: &str, arguments: &Arguments) -> Result<PathBuf, Failure> {
     let folder = arguments.output_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(name));
     let occupied = std::fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_some());
@@ -226,5 +286,52 @@ pub fn run_folder(name: &str, arguments: &Arguments) -> Result<PathBuf, Failure>
         let folder = folder.display();
         return Err(Failure::Input(format!("the run folder {folder} is a file: choose another with --output-dir")));
     }
+    if folder.is_dir() {
+        hold(&folder)?;
+    } else {
+        try_to_make(&folder)?;
+    }
     Ok(folder)
+}
+
+/// Makes a run's folder, if it is not there, and keeps other runs out of it.
+///
+/// # Errors
+/// It cannot be made, or another run is at work in it.
+pub fn make_run_folder(folder: &Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(folder).map_err(|error| Failure::Other(format!("{}: {error}", folder.display())))?;
+    hold(folder)
+}
+
+/// Keeps other runs out of a folder as long as this process lives, however it ends.
+fn hold(folder: &Path) -> Result<(), Failure> {
+    static HELD: OnceLock<File> = OnceLock::new();
+    if HELD.get().is_some() {
+        return Ok(());
+    }
+    let opened = File::open(folder).map_err(|error| Failure::Input(format!("{}: {error}", folder.display())))?;
+    // SAFETY: a system call on an open descriptor.
+    let taken = unsafe { libc::flock(opened.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
+    if taken != 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::WouldBlock {
+        let folder = folder.display();
+        return Err(Failure::Input(format!(
+            "another run is at work in {folder}: wait for its end, or choose another folder with --output-dir"
+        )));
+    }
+    let _ = HELD.set(opened); // a file system without locks has none to give
+    Ok(())
+}
+
+/// Finds out before anything starts whether a folder can be made; leaves nothing.
+fn try_to_make(folder: &Path) -> Result<(), Failure> {
+    let missing: Vec<&Path> =
+        folder.ancestors().take_while(|part| !part.as_os_str().is_empty() && !part.exists()).collect();
+    let made = std::fs::create_dir_all(folder);
+    missing.iter().for_each(|part| {
+        let _ = std::fs::remove_dir(part); // innermost first
+    });
+    made.map_err(|error| {
+        let folder = folder.display();
+        Failure::Input(format!("the run folder {folder} cannot be made: {error}; choose another with --output-dir"))
+    })
 }

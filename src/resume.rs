@@ -11,7 +11,7 @@ use std::path::Path;
 use crate::checkpoint::{Checkpoints, Resumed};
 use crate::monitor::{Evaluation, RunLog};
 use crate::program::Failure;
-use crate::recipe::{FREE_KEYS, RESOLVED_FILE, Root, changes_since};
+use crate::recipe::{RESOLVED_FILE, Root, changes_since, free_keys};
 
 /// What only a run that has come to its end leaves in its folder.
 const ENDS: [&str; 4] = ["actor", "model", "eval_after.json", "report.html"];
@@ -74,6 +74,6 @@ fn refuse_changes<T: Root>(folder: &Path, present: &str) -> Result<(), Failure> 
         "the recipe is not the one that the run in {} began with:{lines}\nchange it back, or start a new run with another \
          --output-dir; a resumed run may change {}",
         folder.display(),
-        FREE_KEYS.join(", ")
+        free_keys(present).join(", ")
     )))
 }

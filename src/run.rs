@@ -20,7 +20,9 @@ use crate::layout::Layout;
 use crate::models::Held;
 use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::plan;
-use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
+use crate::program::{
+    Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
+};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{RESOLVED_FILE, Recipe, ResolvedRecipe, Root};
 use crate::replay::{self, record};
@@ -121,15 +123,23 @@ impl Run {
         let say = Arc::new(move |line: &str| teller.note(line));
         let read = RunInputs { folders, held, tokenizer: tokenizer.clone(), layout, run_folder: folder.clone() };
         let wired = wire::wire(&recipe, read, parts, say).await?;
-        if let Some((path, state)) = &resumed.saved {
-            restore(&wired, &mut prompts, path, state).await?;
-        }
-
-        std::fs::create_dir_all(&folder).map_err(|error| Failure::Other(format!("{}: {error}", folder.display())))?;
         let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
-        let log = if resumes { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
-        write_whole(&folder.join(RESOLVED_FILE), &resolved)?;
-        plan::keep(&folder, plan.as_deref())?;
+        let opened = async {
+            if let Some((path, state)) = &resumed.saved {
+                restore(&wired, &mut prompts, path, state).await?;
+            }
+            make_run_folder(&folder)?;
+            let log = if resumes { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
+            write_whole(&folder.join(RESOLVED_FILE), &resolved)?;
+            if step < recipe.train.steps as u64 {
+                plan::keep(&folder, plan.as_deref())?;
+            }
+            Ok(log)
+        };
+        let log = match opened.await {
+            Ok(log) => log,
+            Err(failure) => return Err(wired.crew.give_up(failure).await),
+        };
         let mut run = Run {
             folder,
             wired,
@@ -310,20 +320,10 @@ impl Run {
     /// The trained actor as a Hugging Face folder, the report, the last lines.
     async fn finish(&mut self, before: Option<Evaluation>, after: Option<Evaluation>) -> Result<(), Failure> {
         let actor = self.folder.join("actor");
-        // Beside its name first: a folder called `actor` is whole.
-        let unfinished = self.folder.join("actor.unfinished");
-        let moved = |result: std::io::Result<()>| {
-            result.map_err(|error| Failure::Other(format!("{}: {error}", actor.display())))
-        };
-        if unfinished.exists() {
-            moved(std::fs::remove_dir_all(&unfinished))?;
-        }
-        let folder = worker::absolute(&unfinished);
+        let whole = WholeFolder::begin(&actor)?;
+        let folder = worker::absolute(whole.path());
         self.wired.roles.actor.export(Export { role: Role::Actor, folder, score_statistics: None }).await?;
-        if actor.exists() {
-            moved(std::fs::remove_dir_all(&actor))?;
-        }
-        moved(std::fs::rename(&unfinished, &actor))?;
+        whole.finish()?;
         let report = write_report(&self.folder)?;
         let reward = |evaluation: &Evaluation| (evaluation.mean_reward, evaluation.std_reward);
         self.terminal.summary(&Outcome {
@@ -359,7 +359,7 @@ impl Inputs {
         let folders = wire::model_folders(recipe)?;
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
         wire::check_limits(recipe, &folders, held)?;
-        let (layout, plan) = wire::layout(recipe, held)?;
+        let (layout, plan) = wire::layout(recipe, &folders, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;

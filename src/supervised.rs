@@ -24,7 +24,9 @@ use crate::learner::LearnerPlan;
 use crate::models::Held;
 use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
 use crate::plan::{self, TrainingJob, count_gpus};
-use crate::program::{Arguments, BEFORE_THE_FIRST_STEP, Failure, run_folder, watch_signals, write_whole};
+use crate::program::{
+    Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
+};
 use crate::recipe::{
     self, Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
 };
@@ -107,7 +109,7 @@ fn main<L: Lesson>(arguments: &Arguments) -> Result<(), Failure> {
     if let Some(format) = arguments.plan {
         let text = recipe.resolved_text();
         let headed = format!("# The recipe as it would run, with every default.\n\n{text}");
-        return plan::print(format, (headed, json_of(&text)), training_job(&recipe).ask()?);
+        return plan::print(format, (headed, json_of(&text)), training_job(&recipe, None).ask()?);
     }
     let prepared = Prepared::new(&recipe, arguments)?;
     let data = recipe.load_data(&prepared.tokenizer)?;
@@ -125,9 +127,10 @@ fn main<L: Lesson>(arguments: &Arguments) -> Result<(), Failure> {
     outcome
 }
 
-fn training_job<L: Lesson>(recipe: &L) -> TrainingJob<'_> {
+/// What is planned, of a model that may be at hand already.
+fn training_job<'a, L: Lesson>(recipe: &'a L, folder: Option<&'a Path>) -> TrainingJob<'a> {
     let Parts { model, train, devices, .. } = recipe.parts();
-    TrainingJob { role: L::ROLE, model, train, devices, rows_per_example: L::ROWS_PER_EXAMPLE }
+    TrainingJob { role: L::ROLE, model, folder, train, devices, rows_per_example: L::ROWS_PER_EXAMPLE }
 }
 
 /// Rows to learn from and rows held out.
@@ -138,26 +141,33 @@ struct Data {
 }
 
 impl Data {
-    /// Sets `fraction` of each source aside, unless there are held-out rows of their own.
-    fn new(
-        mut sources: Vec<MixSource<Example>>,
-        held_out: Option<Vec<Example>>,
-        fraction: f64,
+    /// Reads every file with its weight. Held-out rows have a file of their own, or are a fraction of each of these.
+    fn read(
+        files: Vec<(&Path, f64)>,
+        (held_out, fraction): (Option<&Path>, f64),
         seed: u64,
-        reports: Vec<(String, LoadReport)>,
-    ) -> Data {
-        let held_out = held_out.unwrap_or_else(|| {
-            let mut aside = Vec::new();
-            for source in sources.iter_mut().filter(|_| fraction > 0.0) {
+        load: impl Fn(&Path) -> Result<(Vec<Example>, LoadReport), Failure>,
+    ) -> Result<Data, Failure> {
+        let mut data = Data { sources: Vec::new(), held_out: Vec::new(), reports: Vec::new() };
+        for (path, weight) in files {
+            let (rows, report) = load(path)?;
+            data.reports.push((path.display().to_string(), report));
+            data.sources.push(MixSource { name: path.display().to_string(), weight, rows });
+        }
+        if let Some(path) = held_out {
+            let (rows, report) = load(path)?;
+            data.reports.push((format!("{} (held out)", path.display()), report));
+            data.held_out = rows;
+        } else if fraction > 0.0 {
+            for source in &mut data.sources {
                 let rows = std::mem::take(&mut source.rows);
-                let count = (rows.len() as f64 * fraction).round() as usize;
+                let count = ((rows.len() as f64 * fraction).round() as usize).max(1);
                 let (kept, held) = hold_out(rows, count, seed);
                 source.rows = kept;
-                aside.extend(held);
+                data.held_out.extend(held);
             }
-            aside
-        });
-        Data { sources, held_out, reports }
+        }
+        Ok(data)
     }
 }
 
@@ -190,7 +200,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         let keys = format!("train.max_tokens = {}", train.max_tokens);
         wire::check_context(&model, train.max_tokens, &keys)?;
         let (held, warning) = wire::held(&train.compute, devices, None)?;
-        let (layout, plan) = layout(recipe, wire::num_workers(devices, held)?)?;
+        let (layout, plan) = layout(recipe, &model, wire::num_workers(devices, held)?)?;
         let tokenizer = Arc::new(resumed.tokenizer(&model)?);
         let resumes = arguments.resume;
         Ok(Prepared { recipe, recipe_text, folder, model, held, warning, layout, plan, resumes, resumed, tokenizer })
@@ -210,10 +220,10 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         let held_out = rows_of(data.held_out.iter());
         let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, seed);
 
-        let memory = training_job(self.recipe).training()?;
+        let memory = training_job(self.recipe, Some(&self.model)).training()?;
         let work = Work {
             job: self.recipe.job(absolute(&self.model)),
-            plan: HostPlan::Learner(self.recipe.learner(&self.model, self.held)),
+            plan: HostPlan::Learner(self.recipe.learner(&self.model, self.held), self.folder.clone()),
             layout: self.layout.clone(),
             tokenizer: self.tokenizer.clone(),
             run_folder: self.folder.clone(),
@@ -222,17 +232,25 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         let say = Arc::new(move |line: &str| teller.note(line));
         let crew = wire::start_crew(work, devices, (interrupt.clone(), watch.clone()), say).await?;
         let learner = crew.group::<dyn LearnerRank>(&self.layout, L::ROLE, |w| Arc::new(w), |w| Arc::new(w));
-        let mut step = 0;
-        if let Some((path, state)) = &self.resumed.saved {
-            restore(&learner, &mut stream, path, state).await?;
-            terminal.note(&format!("resumed after step {} from {}", state.step, path.display()));
-            step = state.step;
-        }
-
-        std::fs::create_dir_all(&self.folder).map_err(|e| Failure::Other(format!("{}: {e}", self.folder.display())))?;
-        let log = if self.resumes { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
-        write_whole(&self.folder.join(RESOLVED_FILE), &self.recipe_text)?;
-        plan::keep(&self.folder, self.plan.map(|plan| format!("{plan}\n")).as_deref())?;
+        let step = self.resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
+        let opened = async {
+            if let Some((path, state)) = &self.resumed.saved {
+                restore(&learner, &mut stream, path, state).await?;
+                terminal.note(&format!("resumed after step {step} from {}", path.display()));
+            }
+            make_run_folder(&self.folder)?;
+            let log = if self.resumes { RunLog::resume(&self.folder, step)? } else { RunLog::create(&self.folder)? };
+            write_whole(&self.folder.join(RESOLVED_FILE), &self.recipe_text)?;
+            if step < total as u64 {
+                let plan = self.plan.as_ref().map(|plan| format!("workers {}\n\n{plan}\n", self.layout));
+                plan::keep(&self.folder, plan.as_deref())?;
+            }
+            Ok(log)
+        };
+        let log = match opened.await {
+            Ok(log) => log,
+            Err(failure) => return Err(crew.give_up(failure).await),
+        };
         let run = Run {
             recipe: self.recipe,
             learner,
@@ -284,14 +302,14 @@ impl<'a, L: Lesson> Prepared<'a, L> {
 }
 
 /// One model on every worker, as the planner would train it, with its plan.
-fn layout<L: Lesson>(recipe: &L, workers: usize) -> Result<(Layout, Option<TrainingPlan>), Failure> {
-    let compute = &recipe.parts().train.compute;
-    let plan = if workers > 1 { training_job(recipe).ask()?.transpose().map_err(Failure::input)? } else { None };
+fn layout<L: Lesson>(recipe: &L, model: &Path, workers: usize) -> Result<(Layout, Option<TrainingPlan>), Failure> {
+    let plan = match workers {
+        1 => None,
+        _ => training_job(recipe, Some(model)).ask()?.transpose().map_err(Failure::input)?,
+    };
     let held = match &plan {
         Some(plan) => (plan.zero_stage, plan.adam_offload),
-        // A model from a hub, whose shape the plan does not know.
-        None if workers > 1 => (compute.zero_stage.fixed().unwrap_or(1) as u8, compute.adam_offload),
-        None => (0, compute.adam_offload),
+        None => (0, recipe.parts().train.compute.adam_offload),
     };
     Ok((Layout::alone(L::ROLE, workers, held), plan))
 }
@@ -447,7 +465,9 @@ impl<L: Lesson> Run<'_, L> {
             }
         };
         self.watch.clear();
-        Ok(self.learner.export(absolute(folder), statistics).await?)
+        let whole = WholeFolder::begin(folder)?;
+        self.learner.export(absolute(whole.path()), statistics).await?;
+        whole.finish()
     }
 
     /// A lost worker, and how the run goes on without it.

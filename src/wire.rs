@@ -37,6 +37,7 @@ use crate::recipe::{
 };
 use crate::replay::replaying;
 use crate::reward::{Source, WeightedSources, distinct_names, task_source};
+use crate::run::memory::shapes;
 use crate::worker::absolute;
 
 /// A run's parts, ready to step.
@@ -313,19 +314,13 @@ pub struct RunInputs {
 ///
 /// # Errors
 /// [`Failure::Input`]: a plan that does not fit, with the numbers; hardware that is not here.
-pub fn layout(recipe: &ResolvedRecipe, held: Held) -> Result<(Layout, Option<Plan>), Failure> {
-    let compute = &recipe.train.compute;
+pub fn layout(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held) -> Result<(Layout, Option<Plan>), Failure> {
     let workers = num_workers(&recipe.placement.devices, held)?;
     if workers == 1 {
-        return Ok((Layout::together(1, 0, compute.adam_offload), None));
+        return Ok((Layout::together(1, 0, recipe.train.compute.adam_offload), None));
     }
-    let plan = plan::of(recipe)?;
-    let layout = match &plan {
-        Some(plan) => Layout::of(plan),
-        // A model from a hub, whose shape the plan does not know.
-        None => Layout::together(workers, compute.zero_stage.fixed().unwrap_or(1) as u8, false),
-    };
-    Ok((layout, plan))
+    let plan = plan::of_run(recipe, shapes(folders)?)?;
+    Ok((Layout::of(&plan), Some(plan)))
 }
 
 /// How many workers a run has, with what else must be so before any is started.

@@ -52,6 +52,7 @@ fn is_asked(arguments: &[String]) -> bool {
 
 /// A program that drives, and that its own driver starts as its workers.
 pub fn or_driver(drive: impl FnOnce() -> Result<(), Failure>) -> ! {
+    program::calm_threads();
     let arguments = arguments();
     program::main(|| if is_asked(&arguments) { main(&arguments) } else { drive() })
 }
@@ -69,7 +70,7 @@ pub fn main(arguments: &[String]) -> Result<(), Failure> {
     let joining = Joining::read(arguments)?;
     let place = place().map_err(Failure::input)?;
     let credentials = match &joining.credentials {
-        Some(file) => wait_for(file, joining.patience)?,
+        Some(file) => wait_for(file, joining.patience, None)?,
         None => Credentials::receive(std::io::stdin())
             .map_err(|error| Failure::Input(format!("credentials over stdin: {error}\n{USAGE}")))?,
     };
@@ -79,14 +80,24 @@ pub fn main(arguments: &[String]) -> Result<(), Failure> {
     outcome.map_err(Failure::other)?
 }
 
-/// The driver's credentials, once they are there: a scheduler may start this worker before the driver has written them.
-fn wait_for(file: &Path, patience: Duration) -> Result<Credentials, Failure> {
+/// The driver's credentials, once they are there: a scheduler may start this worker before the driver has written them, and
+/// beside those of a driver that was killed.
+fn wait_for(file: &Path, patience: Duration, stale: Option<&Credentials>) -> Result<Credentials, Failure> {
     let begun = Instant::now();
-    if !file.exists() {
-        eprintln!("waiting for {}, which the driver writes", file.display());
+    let is_stale =
+        || stale.is_some_and(|stale| Credentials::read(file).is_ok_and(|found| found.text() == stale.text()));
+    let missing = || !file.exists() || is_stale();
+    if missing() {
+        let anew = if stale.is_some() { " anew: those there are another run's" } else { "" };
+        eprintln!("waiting for {}, which the driver writes{anew}", file.display());
     }
-    while !file.exists() && begun.elapsed() < patience {
+    while missing() && begun.elapsed() < patience {
         std::thread::sleep(LOOK);
+    }
+    if is_stale() {
+        let waited = patience.as_secs_f64();
+        let message = format!("is of another run than the driver's, and was not written anew within {waited} s");
+        return Err(Failure::Input(format!("{}: {message}: was its driver killed? remove it", file.display())));
     }
     if !file.exists() {
         let waited = patience.as_secs_f64();
@@ -134,12 +145,10 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
         build: BUILD.into(),
         ..Hello::of_this_process(place.rank, place.world_size, place.attempt, "not chosen yet")
     };
-    let limits = Limits::default();
     let tasks = TaskServer::start(node::functions()).map_err(Failure::other)?;
     let interrupts = Arc::new(Interrupts::default());
     let beside = Arc::new(BesideDevice { tasks, interrupts: interrupts.clone() });
-    let session = join_with(&joining.driver, &credentials, hello, limits, joining.patience, Some(beside));
-    let mut session = session.await.map_err(refused)?;
+    let mut session = enter(&joining, credentials, hello, beside).await?;
     let watched = Watched::default();
     let watching = tokio::spawn(watch(watched.clone(), session.progress()));
     let mut worker: Option<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>)> = None;
@@ -168,6 +177,27 @@ async fn work(joining: Joining, place: Place, credentials: Credentials) -> Resul
     watching.abort();
     // Without a driver nothing is worth finishing: the process ends with whatever its device is at.
     ended
+}
+
+/// Joins the driver's run. Credentials of another run in a file may be what a killed driver left: new ones are waited for.
+async fn enter(
+    joining: &Joining,
+    mut credentials: Credentials,
+    hello: Hello,
+    beside: Arc<BesideDevice>,
+) -> Result<Session, Failure> {
+    let begun = Instant::now();
+    loop {
+        let left = joining.patience.saturating_sub(begun.elapsed());
+        let (limits, beside) = (Limits::default(), beside.clone() as Arc<dyn Beside>);
+        let session = join_with(&joining.driver, &credentials, hello.clone(), limits, left, Some(beside)).await;
+        match (session, &joining.credentials) {
+            (Err(ControlError::OtherRun { .. }), Some(file)) => {
+                credentials = tokio::task::block_in_place(|| wait_for(file, left, Some(&credentials)))?;
+            }
+            (session, _) => return session.map_err(refused),
+        }
+    }
 }
 
 /// Asks a worker's device to stop what it is at, where it can be stopped.

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use common::{
-    SUPERVISED, Workplace, children, deterministic_lines, examples, exists, metrics, num_lines, said, send, signal,
-    wait_for, worst,
+    SUPERVISED, Workplace, children, copy_folder, deterministic_lines, examples, exists, metrics, num_lines,
+    quickstart, said, send, signal, wait_for, worst,
 };
 
 mod common;
@@ -27,14 +27,19 @@ impl Learning {
         Learning { workplace, binary }
     }
 
-    fn start(&self, run: &str, keys: &[&str], more: &[&str]) -> Child {
+    fn command(&self, run: &str, keys: &[&str], more: &[&str]) -> Command {
         let mut command = Command::new(self.binary);
         command.arg(self.workplace.path("supervised.toml")).arg("--output-dir").arg(self.workplace.path(run));
         keys.iter().for_each(|key| {
             command.args(["--set", key]);
         });
         command.args(more).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self, run: &str, keys: &[&str], more: &[&str]) -> Child {
+        self.command(run, keys, more).spawn().unwrap()
     }
 
     fn end(&self, run: &str, keys: &[&str], more: &[&str]) -> Output {
@@ -131,7 +136,7 @@ fn what_cannot_be_is_refused_before_anything_starts() {
     for (_, binary) in PROGRAMS {
         let learning = Learning::new(binary);
         for (key, wanted) in [
-            ("placement.workers=5", "nearest change that fits: train.batch_size = 5"),
+            ("placement.workers=5", "nearest change that fits: placement.workers = 4"),
             ("placement.gpus_per_node=2", "the recipe is for 2 GPUs, and this machine has none"),
             ("placement.nodes=2", "placement.listen"),
         ] {
@@ -197,5 +202,118 @@ fn a_plan_says_what_each_stage_needs() {
         assert_eq!(output.status.code(), Some(2), "{name}");
         assert!(said(&output).contains("nearest change that fits: train.zero_stage = "), "{}", said(&output));
         assert!(!learning.workplace.path("run").exists(), "nothing was started");
+    }
+}
+
+/// A model in the hub's cache is as good as a folder: it is planned, and what cannot be is refused.
+#[test]
+fn a_model_of_the_hub_is_planned() {
+    let learning = Learning::new(PROGRAMS[0].1);
+    let model = learning.workplace.path("hf/hub/models--acme--tiny");
+    copy_folder(&quickstart().join("language-model"), &model.join("snapshots/abc"));
+    fs::create_dir_all(model.join("refs")).unwrap();
+    fs::write(model.join("refs/main"), "abc").unwrap();
+    let run = |keys: &[&str]| {
+        let keys = [&["model.model=acme/tiny", "train.steps=1", "train.epochs=1"], keys].concat();
+        let mut command = learning.command("run", &keys, &[]);
+        command.env("HF_HOME", learning.workplace.path("hf")).env("HF_HUB_OFFLINE", "1").output().unwrap()
+    };
+    let output = run(&["placement.workers=5"]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("5 ranks share 4 rows"), "{}", said(&output));
+    let output = run(&["placement.workers=2", "train.zero_stage=2"]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    let plan = fs::read_to_string(learning.workplace.path("run/plan.txt")).unwrap();
+    assert!(plan.contains("workers 2: actor (ZeRO 2) on 0-1") && plan.contains("* ZeRO 2"), "{plan}");
+    assert!(metrics(&learning.workplace.path("run"))[0].contains_key("perf/memory_ledger_error_max"));
+}
+
+/// What a finished run has made stays when making it again fails.
+#[test]
+fn a_failed_export_leaves_the_model_as_it_was() {
+    let learning = Learning::new(PROGRAMS[1].1);
+    let keys = ["train.steps=2", "train.epochs=1"];
+    learning.finish("run", &keys, &[]);
+    let file = learning.workplace.path("run/model/model.safetensors");
+    let before = fs::read(&file).unwrap();
+    let again = learning.command("run", &keys, &["--resume"]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -f 1000; exec \"$@\"", "sh"]).arg(again.get_program()).args(again.get_args());
+    let output = limited.env("OMP_NUM_THREADS", "1").output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("File too large"), "{}", said(&output));
+    assert!(fs::read(&file).unwrap() == before, "the model of the finished run");
+}
+
+#[test]
+fn a_run_folder_is_one_runs() {
+    let learning = Learning::new(PROGRAMS[0].1);
+    let mut first = learning.start("run", &["train.epochs=500"], &[]);
+    let log = learning.workplace.path("run/metrics.jsonl");
+    assert!(wait_for(&mut first, || num_lines(&log) > 3), "the run ended early");
+    let second = learning.end("run", &["train.epochs=500"], &["--resume"]);
+    assert_eq!(second.status.code(), Some(2), "{}", said(&second));
+    assert!(said(&second).contains("another run is at work in"), "{}", said(&second));
+    send(&first, libc::SIGINT);
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(130), "{}", said(&first));
+}
+
+#[test]
+fn a_run_folder_that_cannot_be_made_is_known_before_anything_starts() {
+    let learning = Learning::new(PROGRAMS[0].1);
+    let mut command = Command::new(learning.binary);
+    command.arg(learning.workplace.path("supervised.toml")).args(["--output-dir", "/proc/no/such"]);
+    let output = command.args(["--set", "placement.workers=2"]).env("OMP_NUM_THREADS", "1").output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(said(&output).contains("the run folder /proc/no/such cannot be made"), "{}", said(&output));
+    // Looking leaves nothing, nor does a run that is refused.
+    let output = learning.end("new/deep", &["placement.workers=5"], &[]);
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+    assert!(!learning.workplace.path("new").exists());
+}
+
+#[test]
+fn the_batch_of_a_loss_that_is_not_finite_is_kept() {
+    let learning = Learning::new(PROGRAMS[0].1);
+    for workers in ["placement.workers=1", "placement.workers=2"] {
+        let model = learning.workplace.path("model");
+        copy_folder(&quickstart().join("language-model"), &model);
+        spoil(&model.join("model.safetensors"));
+        let model = format!("model.model={}", model.display());
+        let output = learning.end(workers, &[workers, &model], &[]);
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("is NaN at optimizer step 1; the optimizer has not moved; its batch is in"), "{text}");
+        let kept = fs::read_dir(learning.workplace.path(workers)).unwrap().flatten();
+        let kept = kept.filter(|entry| entry.file_name().to_string_lossy().starts_with("non-finite-actor-1")).count();
+        assert!(kept > 0, "{text}");
+    }
+}
+
+/// Makes the last weights of a safetensors file NaN.
+fn spoil(file: &Path) {
+    let mut bytes = fs::read(file).unwrap();
+    let end = bytes.len();
+    bytes[end - 64..].fill(0xff);
+    fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn sizes_beyond_sense_are_refused() {
+    for (_, binary) in PROGRAMS {
+        let learning = Learning::new(binary);
+        for key in ["train.max_tokens", "train.batch_size", "train.tokens_per_micro_batch", "placement.workers"] {
+            let set = format!("{key}=9223372036854775807");
+            for more in [&[][..], &["--plan"]] {
+                let output = learning.end("run", &[&set], more);
+                assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+                assert!(
+                    said(&output).contains(&format!("`{key}` = 9223372036854775807 is out of range")),
+                    "{}",
+                    said(&output)
+                );
+            }
+        }
     }
 }

@@ -182,6 +182,29 @@ fn workers_of_a_failed_run_wait_for_it_and_fail_with_it() {
     assert!(!PathBuf::from(&credentials).exists(), "the run's secrets end with it");
 }
 
+/// A killed driver leaves its credentials: workers that come before the next driver wait for its own.
+#[test]
+fn credentials_of_a_killed_driver_are_waited_out() {
+    let workplace = Workplace::new();
+    let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let credentials = workplace.path("credentials").display().to_string();
+    let (listen, file) = (format!("placement.listen={address}"), format!("placement.credentials={credentials}"));
+    let arguments = [&TWO[..], &["--set", &listen, "--set", &file, "--set", "train.steps=1"]].concat();
+    let mut killed = workplace.ppo("killed", &arguments).spawn().unwrap();
+    assert!(wait_for(&mut killed, || PathBuf::from(&credentials).exists()));
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(PathBuf::from(&credentials).exists(), "what a killed driver cannot remove");
+    let workers = [0, 1].map(|rank| worker(rank, &address, &credentials));
+    std::thread::sleep(Duration::from_millis(500));
+    let output = workplace.ppo("run", &arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    for worker in workers {
+        let output = worker.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    }
+}
+
 #[test]
 fn a_file_that_is_not_the_runs_own_is_kept() {
     let workplace = Workplace::new();

@@ -41,6 +41,8 @@ pub struct Constraints {
     pub by_hand: Vec<ByHand>,
     /// Every device gets a role, also where fewer would be faster.
     pub use_all_devices: bool,
+    /// The nodes are declared in pools, so that no key says how many there are.
+    pub pools: bool,
     /// Part of a device's memory that is planned for; the rest covers fragmentation.
     pub memory_fraction: f64,
 }
@@ -54,6 +56,7 @@ impl Default for Constraints {
             tensor_parallel: None,
             by_hand: Vec::new(),
             use_all_devices: false,
+            pools: false,
             memory_fraction: 0.92,
         }
     }

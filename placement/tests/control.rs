@@ -190,8 +190,8 @@ async fn who_has_no_certificate_of_the_run_gets_nothing() {
     let other = RunAuthority::new().unwrap().worker(None).unwrap();
     let hello = Hello::of_this_process(0, 1, 0, "cpu");
     let error = join(&run.address(), &other, hello.clone(), brisk(), SOON).await.err().unwrap();
-    assert!(matches!(error, ControlError::Refused { .. }), "{error}");
-    assert!(error.to_string().contains("not of one run"), "{error}");
+    assert!(matches!(error, ControlError::OtherRun { .. }), "{error}");
+    assert!(error.to_string().contains("is not of the run"), "{error}");
     assert_eq!(bytes_without_certificate(run.server.address()).await, 0);
     assert!(run.server.roster().borrow().workers.is_empty());
     let certified = run.authority.worker(Some(1)).unwrap();

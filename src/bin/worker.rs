@@ -3,5 +3,6 @@
 use echelon::{program, worker};
 
 fn main() -> ! {
+    program::calm_threads();
     program::main(|| worker::main(&worker::arguments()))
 }

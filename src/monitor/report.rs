@@ -405,7 +405,7 @@ impl Run {
         };
         self.plan.as_ref().map_or_else(String::new, |plan| {
             format!(
-                "<h2>Placement</h2>\n<p class=\"hint\">The plan that this run followed. Its seconds rest on usual rates{measured}.</p>\n\
+                "<h2>Placement</h2>\n<p class=\"hint\">The plan that this run followed last. Its seconds rest on usual rates{measured}.</p>\n\
                  <details class=\"box\"><summary>plan.txt</summary><pre>{}</pre></details>\n",
                 escape(plan)
             )

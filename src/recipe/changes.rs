@@ -10,7 +10,7 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-pub(crate) const FREE_KEYS: [&str; 17] = [
+const FREE_KEYS: [&str; 17] = [
     "name",
     "train.steps",
     "train.epochs",
@@ -29,6 +29,17 @@ pub(crate) const FREE_KEYS: [&str; 17] = [
     "placement.*",
     "*.shape",
 ];
+
+/// Those of [`FREE_KEYS`] that are of tables of this recipe.
+pub(crate) fn free_keys(resolved: &str) -> Vec<&'static str> {
+    let tables: Vec<String> =
+        flat(resolved).into_keys().map(|key| key.split('.').next().unwrap_or_default().into()).collect();
+    let has = |key: &&str| {
+        let table = key.split('.').next().unwrap_or_default();
+        table == "*" || !key.contains('.') || tables.iter().any(|known| known == table)
+    };
+    FREE_KEYS.into_iter().filter(has).collect()
+}
 
 /// A key with another value than before; `None` where it is not set.
 #[derive(Debug, PartialEq)]

@@ -100,6 +100,7 @@ impl Root for SftRecipe {
         check_init(self.model.init, &self.model.model, rules);
         check_supervised(&self.data, &self.train, &self.checkpoint, &["eval/loss", "eval/perplexity"], rules);
         check_devices(&self.placement, rules);
+        check_no_tier(Self::PROGRAM, &self.placement, rules);
     }
 }
 
@@ -121,6 +122,7 @@ impl Root for RewardRecipe {
         let measured = ["eval/accuracy", "eval/loss", "eval/score_mean", "eval/score_std"];
         check_supervised(&self.data, &self.train, &self.checkpoint, &measured, rules);
         check_devices(&self.placement, rules);
+        check_no_tier(Self::PROGRAM, &self.placement, rules);
         if self.data.chosen_key == self.data.rejected_key {
             let message = format!("`data.chosen_key` and `data.rejected_key` are both \"{}\"", self.data.chosen_key);
             rules.broken(&["data.rejected_key", "data.chosen_key"], message, String::new());
@@ -379,6 +381,14 @@ fn check_clips(ppo: &Ppo, rules: &mut Rules) {
     if let Some(high) = ppo.policy_clip_high.filter(|high| *high < ppo.policy_clip) {
         let message = format!("`ppo.policy_clip_high` = {high} is below `ppo.policy_clip` = {}", ppo.policy_clip);
         rules.broken(&["ppo.policy_clip_high"], message, "the upper side of the clip is the wider one".into());
+    }
+}
+
+/// A model that is trained alone shares its devices with nobody.
+fn check_no_tier(program: &str, devices: &Devices, rules: &mut Rules) {
+    if devices.tier != Tier::Auto {
+        let message = format!("`placement.tier` says how roles share devices, and `{program}` has one model");
+        rules.broken(&["placement.tier"], message, "delete the key".into());
     }
 }
 

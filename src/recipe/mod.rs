@@ -28,7 +28,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use arithmetic::BatchArithmetic;
-pub(crate) use changes::{FREE_KEYS, RESOLVED_FILE, changes_since};
+pub(crate) use changes::{RESOLVED_FILE, changes_since, free_keys};
 pub use error::{Diagnostic, RecipeError};
 pub use reference::reference_page;
 pub use resolve::{

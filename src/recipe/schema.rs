@@ -95,6 +95,9 @@ pub const fn at_least(min: f64) -> Range {
     Range { min, ..Range::ANY }
 }
 
+/// Most rows or tokens of anything: what is computed of them stays a number.
+pub const MOST: f64 = 1e9;
+
 /// More than `min`.
 pub const fn above(min: f64) -> Range {
     Range { min, above: true, ..Range::ANY }

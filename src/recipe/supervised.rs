@@ -1,9 +1,9 @@
 //! The tables of the recipes of the `sft` and `reward` programs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Origins;
-use super::schema::{at_least, choice, from_below, table};
+use super::schema::{MOST, at_least, between, choice, from_below, table};
 use super::tables::{Checkpoint, Compute, Devices, Optimizer};
 use super::value::ModelSource;
 
@@ -139,13 +139,13 @@ table! {
     /// Length of the run, numbers and memory.
     pub struct SupervisedTrain {
         /// Passes over the training rows.
-        pub epochs: usize = 1, in at_least(1.0);
+        pub epochs: usize = 1, in between(1.0, MOST);
         /// Optimizer steps, in place of `epochs`.
         pub steps: Option<usize> = None, in at_least(1.0);
         /// Rows (or pairs) per optimizer step.
-        pub batch_size: usize = 128, in at_least(1.0);
+        pub batch_size: usize = 128, in between(1.0, MOST);
         /// Rows with more tokens are left out, and counted.
-        pub max_tokens: usize = 2048, in at_least(2.0);
+        pub max_tokens: usize = 2048, in between(2.0, MOST);
         /// Evaluate every so many optimizer steps, beside before and after the run.
         pub eval_every_steps: Option<usize> = None, in at_least(1.0);
         inline_last compute: Compute;
@@ -158,6 +158,26 @@ impl SupervisedTrain {
         self.steps.unwrap_or(self.epochs * num_rows.div_ceil(self.batch_size))
     }
 }
+
+/// Which files either kind of training data is in.
+macro_rules! files_of {
+    ($($Data:ident),*) => {
+        $(impl $Data {
+            /// Files to learn from, with their weights.
+            pub fn files(&self) -> Vec<(&Path, f64)> {
+                let mixed = self.mix.iter().map(|part| (part.train.as_path(), part.weight));
+                self.train.iter().map(|path| (path.as_path(), 1.0)).chain(mixed).collect()
+            }
+
+            /// The file of held-out rows, or the part of the training rows that is held out.
+            pub fn held_out(&self) -> (Option<&Path>, f64) {
+                (self.eval.as_deref(), self.eval_fraction)
+            }
+        })*
+    };
+}
+
+files_of!(SftData, PairData);
 
 /// What the shared rules need from either kind of training data.
 pub(super) trait Sources {

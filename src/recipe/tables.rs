@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::Origins;
-use super::schema::{above, above_to, at_least, between, choice, from_below, table};
+use super::schema::{MOST, above, above_to, at_least, between, choice, from_below, table};
 use super::value::{Auto, ModelSource, NewPath};
 
 table! {
@@ -206,7 +206,7 @@ table! {
         /// System message put before each prompt; needs `apply_chat_template`.
         pub system_prompt: Option<String> = None;
         /// Prompts with more tokens are left out, and counted.
-        pub max_prompt_tokens: usize = 1024, in at_least(1.0);
+        pub max_prompt_tokens: usize = 1024, in between(1.0, MOST);
         /// Use the first so many rows of all sources.
         pub max_samples: Option<usize> = None, in at_least(1.0);
         /// Several sources, drawn from by weight.
@@ -232,11 +232,11 @@ table! {
     /// What one step samples.
     pub struct Rollout {
         /// Prompts per step.
-        pub batch_size: usize = 1024, in at_least(1.0);
+        pub batch_size: usize = 1024, in between(1.0, MOST);
         /// Responses sampled for each prompt.
-        pub samples_per_prompt: usize = 1, in at_least(1.0);
+        pub samples_per_prompt: usize = 1, in between(1.0, MOST);
         /// A response ends after so many tokens.
-        pub max_new_tokens: usize = 1024, in at_least(1.0);
+        pub max_new_tokens: usize = 1024, in between(1.0, MOST);
         /// Logits are divided by it, for sampling and for log-probabilities.
         pub temperature: f64 = 1.0, in above_to(0.0, 100.0);
         /// Sample among the likeliest tokens whose probabilities sum to this.
@@ -258,9 +258,9 @@ table! {
     /// How a step learns from its rollout.
     pub struct Ppo {
         /// Passes over each rollout.
-        pub epochs: usize = 1, in at_least(1.0);
+        pub epochs: usize = 1, in between(1.0, MOST);
         /// Responses per optimizer step; divides the step's responses.
-        pub mini_batch_size: usize = 128, in at_least(1.0);
+        pub mini_batch_size: usize = 128, in between(1.0, MOST);
         /// The probability ratio counts up to 1 - this and 1 + this.
         pub policy_clip: f64 = 0.2, in above_to(0.0, 1.0);
         /// Upper side of the clip, when it differs from `policy_clip`.
@@ -325,12 +325,12 @@ table! {
     /// Numbers and memory of training. None of these keys but `dtype` and `max_grad_norm` changes a result.
     pub struct Compute {
         /// Tokens per forward and backward pass on one device; a longer sequence goes alone.
-        pub tokens_per_micro_batch: usize = 16192, in at_least(1.0);
+        pub tokens_per_micro_batch: usize = 16192, in between(1.0, MOST);
         /// Type that models compute in; `auto` is bfloat16 on CUDA, else float32.
         pub dtype: Dtype = Dtype::Auto;
         /// What is split over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters.
         pub zero_stage: Auto<usize> = Auto::Auto, in between(0.0, 3.0);
-        /// Keep master weights and moments in host memory and step there.
+        /// Keep master weights and moments in host memory and step there; `false` leaves that to the plan where there is one.
         pub adam_offload: bool = false;
         /// Recompute activations in the backward pass instead of keeping them.
         pub activation_checkpointing: bool = false;
@@ -359,11 +359,11 @@ table! {
         /// Which engine.
         pub engine: Engine = Engine::Embedded;
         /// Devices that share one copy of the engine's weights.
-        pub tensor_parallel_size: usize = 1, in at_least(1.0);
+        pub tensor_parallel_size: usize = 1, in between(1.0, MOST);
         /// Sequences decoded at once.
-        pub max_sequences: usize = 64, in at_least(1.0);
+        pub max_sequences: usize = 64, in between(1.0, MOST);
         /// Tokens of one engine pass.
-        pub max_batched_tokens: usize = 8192, in at_least(1.0);
+        pub max_batched_tokens: usize = 8192, in between(1.0, MOST);
         /// Memory of the key-value cache; `auto` is what `max_sequences` of full length need.
         pub kv_cache_bytes: Auto<usize> = Auto::Auto, in at_least(1.0);
     }
@@ -387,13 +387,13 @@ table! {
         /// Machines.
         pub nodes: usize = 1, in between(1.0, 100_000.0);
         /// GPUs of each machine; `auto` counts them.
-        pub gpus_per_node: Auto<usize> = Auto::Auto, in at_least(1.0);
+        pub gpus_per_node: Auto<usize> = Auto::Auto, in between(1.0, 1024.0);
         /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; unset, this machine's, else H100-80GB.
         pub gpu: Option<String> = None;
         /// Host memory of each machine that plans count on; `auto` is this machine's where it works itself, else 2 TB.
         pub host_memory_gib: Auto<f64> = Auto::Auto, in above(0.0);
         /// Devices in use; on CPU the number of worker processes.
-        pub workers: Auto<usize> = Auto::Auto, in at_least(1.0);
+        pub workers: Auto<usize> = Auto::Auto, in between(1.0, 1_000_000.0);
         /// Address at which workers that others start join, such as 0.0.0.0:7401; without it they are started on this
         /// machine.
         pub listen: Option<SocketAddr> = None;
@@ -413,7 +413,7 @@ table! {
         /// Machines of the pool.
         pub nodes: usize = 1, in between(1.0, 100_000.0);
         /// GPUs of each.
-        pub gpus_per_node: usize, in at_least(1.0);
+        pub gpus_per_node: usize, in between(1.0, 1024.0);
         /// Their kind, as in `placement.gpu`.
         pub gpu: String;
         /// Host memory of each; `auto` is 2 TB.
@@ -510,7 +510,7 @@ table! {
         /// Evaluate every so many steps, beside before and after the run.
         pub every_steps: Option<usize> = None, in at_least(1.0);
         /// Responses sampled for each prompt.
-        pub samples_per_prompt: usize = 4, in at_least(1.0);
+        pub samples_per_prompt: usize = 4, in between(1.0, MOST);
         /// Sampling temperature; 0 takes the likeliest token.
         pub temperature: f64 = 0.6, in between(0.0, 100.0);
         /// Use the first so many prompts.

@@ -38,7 +38,7 @@ pub struct MemoryLedger {
 }
 
 /// The shapes of a run's models.
-pub(crate) fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
+pub fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
     let shape = |folder: &std::path::PathBuf, head: HeadKind| {
         let config = DecoderConfig::read(folder).map_err(Failure::input)?;
         Ok::<_, Failure>(DecoderConfig { head, ..config }.shape())

@@ -7,7 +7,7 @@ use echelon_core::rollout::Tokens;
 use echelon_core::verb::LearnReport;
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::Tokenizer;
-use echelon_tasks::data::{MixSource, PromptText, TrainingExample, TrainingKeys, Verdict, load_training};
+use echelon_tasks::data::{PromptText, TrainingExample, TrainingKeys, Verdict, load_training};
 use tch::{Kind, Tensor};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
@@ -82,15 +82,7 @@ fn load_data(recipe: &SftRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure>
         let rows = loaded.rows.iter().map(|row| encode(row).map_err(Failure::input)).collect::<Result<Vec<_>, _>>()?;
         Ok::<_, Failure>((rows, loaded.report))
     };
-    let files = data.train.iter().map(|path| (path, 1.0)).chain(data.mix.iter().map(|part| (&part.train, part.weight)));
-    let (mut sources, mut reports) = (Vec::new(), Vec::new());
-    for (path, weight) in files {
-        let (rows, report) = load(path)?;
-        reports.push((path.display().to_string(), report));
-        sources.push(MixSource { name: path.display().to_string(), weight, rows });
-    }
-    let held_out = data.eval.as_deref().map(load).transpose()?.map(|(rows, _)| rows);
-    Ok(Data::new(sources, held_out, data.eval_fraction, recipe.seed, reports))
+    Data::read(data.files(), data.held_out(), recipe.seed, load)
 }
 
 type TokenizerError = echelon_models::tokenizer::TokenizerError;

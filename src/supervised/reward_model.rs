@@ -7,7 +7,7 @@ use echelon_core::rollout::Tokens;
 use echelon_core::verb::LearnReport;
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
-use echelon_tasks::data::{MixSource, Pair, PairKeys, PromptText, Verdict, load_pairs};
+use echelon_tasks::data::{Pair, PairKeys, PromptText, Verdict, load_pairs};
 use tch::{Kind, Tensor};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
@@ -100,15 +100,7 @@ fn load_data(recipe: &RewardRecipe, tokenizer: &Tokenizer) -> Result<Data, Failu
         let encode = |pair| encode(tokenizer, pair, data.apply_chat_template).map_err(Failure::input);
         Ok::<_, Failure>((loaded.rows.iter().map(encode).collect::<Result<Vec<_>, _>>()?, loaded.report))
     };
-    let files = data.train.iter().map(|path| (path, 1.0)).chain(data.mix.iter().map(|part| (&part.train, part.weight)));
-    let (mut sources, mut reports) = (Vec::new(), Vec::new());
-    for (path, weight) in files {
-        let (rows, report) = load(path)?;
-        reports.push((path.display().to_string(), report));
-        sources.push(MixSource { name: path.display().to_string(), weight, rows });
-    }
-    let held_out = data.eval.as_deref().map(load).transpose()?.map(|(rows, _)| rows);
-    Ok(Data::new(sources, held_out, data.eval_fraction, recipe.seed, reports))
+    Data::read(data.files(), data.held_out(), recipe.seed, load)
 }
 
 /// Both sides as PPO will show them: the prompt, the response, and the token that ends it.

@@ -71,7 +71,8 @@ pub struct Reply {
 /// Dials the driver at `HOST:PORT` until it answers, at most `patience`, and joins its run.
 ///
 /// # Errors
-/// [`ControlError::Unreachable`] when no driver answered in time; [`ControlError::Refused`] in the driver's words.
+/// [`ControlError::Unreachable`] when no driver answered in time; [`ControlError::Refused`] in the driver's words;
+/// [`ControlError::OtherRun`] when the credentials are not of its run.
 pub async fn join(
     driver: &str,
     credentials: &Credentials,
@@ -104,6 +105,7 @@ pub async fn join_with(
             Ok(Err(Attempt::Refused(reason))) => {
                 return Err(ControlError::Refused { driver: driver.into(), reason });
             }
+            Ok(Err(Attempt::OtherRun(cause))) => return Err(ControlError::OtherRun { driver: driver.into(), cause }),
             Ok(Err(Attempt::Failed(cause))) => cause,
             Err(_) => format!("no answer within {} s", ATTEMPT.as_secs()),
         };
@@ -122,6 +124,8 @@ enum Attempt {
     /// Trying again may help.
     Failed(String),
     Refused(String),
+    /// Its certificate or ours is another run's.
+    OtherRun(String),
 }
 
 async fn enter(
@@ -177,8 +181,7 @@ fn fault(error: &(dyn StdError + 'static)) -> Attempt {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(tls) = tls_refusal(error) {
-            let advice = "use the credentials that this run's driver wrote";
-            return Attempt::Refused(format!("{tls}: the two are not of one run: {advice}"));
+            return Attempt::OtherRun(tls);
         }
         let cause = error.to_string();
         if !text.contains(&cause) {

@@ -36,12 +36,14 @@ pub enum RefusalKind {
     OtherCertificate,
     /// A newer incarnation has the rank.
     Stale,
+    /// The run is over already.
+    Over,
 }
 
 impl RefusalKind {
     /// Whether waiting cannot help: the run was started wrongly.
     pub fn is_fatal(self) -> bool {
-        self != RefusalKind::Stale
+        !matches!(self, RefusalKind::Stale | RefusalKind::Over)
     }
 }
 
@@ -65,6 +67,11 @@ pub enum ControlError {
     /// The driver did not let this worker in.
     #[error("the driver at {driver} refused this worker: {reason}")]
     Refused { driver: String, reason: String },
+    /// The driver at this address is of another run than the credentials.
+    #[error(
+        "the driver at {driver} is not of the run that these credentials are of ({cause}): use what it wrote itself"
+    )]
+    OtherRun { driver: String, cause: String },
     /// The run ended badly while this worker was in it.
     #[error("the driver at {driver} let this worker go: {reason}")]
     LetGo { driver: String, reason: String },

@@ -259,6 +259,11 @@ impl Reception {
                     let reason = format!("{newcomer}: a newer incarnation has had this rank: end this process");
                     return Err(self.refuse(Refusal(RefusalKind::Stale, reason)));
                 }
+                Claimed::Over(returned, reason) => {
+                    returned.hold.let_go();
+                    let reason = format!("{newcomer}: it came when the run was over: {reason}");
+                    return Err(self.refuse(Refusal(RefusalKind::Over, reason)));
+                }
                 Claimed::Held(holder, returned) => {
                     if holder.answers(self.limits.probe).await {
                         returned.hold.let_go();

@@ -52,6 +52,8 @@ pub(super) enum Claimed {
     Held(RemoteWorker, Seating),
     /// A newer incarnation had the rank already.
     Stale(Seating),
+    /// The run is over, for this reason.
+    Over(Seating, String),
 }
 
 pub(super) struct Supervisor;
@@ -61,7 +63,8 @@ pub(super) struct State {
     roster: watch::Sender<Roster>,
     /// Newest incarnation that ever had a rank: an older one never comes back.
     newest: HashMap<u32, Incarnation>,
-    finished: bool,
+    /// Why the run is over.
+    finished: Option<String>,
 }
 
 impl Actor for Supervisor {
@@ -74,7 +77,7 @@ impl Actor for Supervisor {
         _me: ActorRef<Message>,
         (num_workers, roster): (u32, watch::Sender<Roster>),
     ) -> Result<State, ActorProcessingErr> {
-        Ok(State { num_workers: num_workers as usize, roster, newest: HashMap::new(), finished: false })
+        Ok(State { num_workers: num_workers as usize, roster, newest: HashMap::new(), finished: None })
     }
 
     async fn handle(
@@ -97,7 +100,7 @@ impl Actor for Supervisor {
             }),
             Message::Met => state.roster.send_modify(|roster| roster.misconfigured = None),
             Message::Finish { finished, reason } => {
-                state.finished = true;
+                state.finished = Some(reason.clone());
                 for worker in state.roster.borrow().workers.values() {
                     worker.dismiss(finished, &reason);
                 }
@@ -118,7 +121,7 @@ impl Actor for Supervisor {
         state.roster.send_modify(|roster| {
             let seated = roster.workers.iter().find(|(_, worker)| worker.proxy().get_id() == gone.get_id());
             let Some((&rank, worker)) = seated else { return };
-            if let Some(loss) = worker.loss().filter(|_| !state.finished && roster.losses.len() < LOSSES) {
+            if let Some(loss) = worker.loss().filter(|_| state.finished.is_none() && roster.losses.len() < LOSSES) {
                 tracing::debug!(%loss, "worker lost"); // the driver says why the run ends
                 roster.losses.push(loss);
             }
@@ -136,6 +139,9 @@ impl State {
         me: &ActorRef<Message>,
     ) -> Result<Claimed, ActorProcessingErr> {
         let (rank, incarnation) = (seating.hello.rank, seating.hello.incarnation());
+        if let Some(reason) = self.finished.clone() {
+            return Ok(Claimed::Over(seating, reason));
+        }
         let holder = self.roster.borrow().workers.get(&rank).cloned();
         if let Some(holder) = holder {
             let held_by = holder.hello().incarnation();
@@ -153,7 +159,7 @@ impl State {
                 holder.dismiss(false, &format!("replaced by a newer incarnation, {}", told(&seating.hello)));
             }
         }
-        if self.finished || self.newest.get(&rank).is_some_and(|newest| *newest > incarnation) {
+        if self.newest.get(&rank).is_some_and(|newest| *newest > incarnation) {
             return Ok(Claimed::Stale(seating));
         }
         let worker = Proxy::seat(seating, me.get_cell()).await?;

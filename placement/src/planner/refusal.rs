@@ -204,7 +204,7 @@ fn nearest_change(question: &Question, answer: &Answer) -> Result<Option<Change>
             return Ok(Some(Change { change, seconds: best.seconds + question.rates.step_s }));
         }
     }
-    for (change, cluster) in hardware(question.cluster) {
+    for (change, cluster) in hardware(question) {
         let changed = Question { cluster: &cluster, ..*question };
         if let Some(best) = changed.solve()?.outcome.best {
             return Ok(Some(Change { change, seconds: best.seconds + question.rates.step_s }));
@@ -222,12 +222,8 @@ fn left_to_the_planner(limits: &Constraints) -> Option<(String, Constraints)> {
         ("placement.tier", limits.tier.is_some()),
     ];
     let fixed: Vec<&str> = keys.iter().filter(|(_, fixed)| *fixed).map(|(key, _)| *key).collect();
-    let free = Constraints {
-        by_hand: limits.by_hand.clone(),
-        use_all_devices: limits.use_all_devices,
-        ..Constraints::default()
-    };
-    let free = Constraints { memory_fraction: limits.memory_fraction, ..free };
+    let free =
+        Constraints { zero_stage: None, adam_offload: None, tensor_parallel: None, tier: None, ..limits.clone() };
     (fixed.len() > 1).then(|| (format!("leave {} to the planner", fixed.join(", ")), free))
 }
 
@@ -241,6 +237,10 @@ fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
     for stage in fixed_stage..=3 {
         let constraints = Constraints { zero_stage: Some(stage), ..limits.clone() };
         settings.push((format!("train.zero_stage = {stage}"), work.clone(), constraints));
+    }
+    if limits.adam_offload == Some(true) {
+        let constraints = Constraints { adam_offload: None, ..limits.clone() };
+        settings.push(("train.adam_offload = false".into(), work.clone(), constraints));
     }
     if limits.adam_offload == Some(false) {
         let constraints = Constraints { adam_offload: Some(true), ..limits.clone() };
@@ -308,12 +308,13 @@ fn smaller_passes(question: &Question) -> Vec<Setting> {
 }
 
 /// More of the same hardware: a fuller node first, then more nodes.
-pub(super) fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
+pub(super) fn hardware(question: &Question) -> Vec<(String, Cluster)> {
+    let (cluster, pools) = (question.cluster, question.constraints.pools);
     let mut larger = Vec::new();
     let (Some(first), count) = (cluster.nodes.first(), cluster.nodes.len()) else { return larger };
     let uniform = cluster.nodes.iter().all(|node| node == first);
     let is_host = !cluster.has_accelerators();
-    if uniform && count == 1 && !is_host {
+    if uniform && count == 1 && !is_host && !pools {
         let mut devices = first.devices.len() * 2;
         while devices <= 8 {
             let mut fuller = cluster.clone();
@@ -328,7 +329,11 @@ pub(super) fn hardware(cluster: &Cluster) -> Vec<(String, Cluster)> {
             break;
         }
         doubled.nodes.extend(doubled.nodes.clone());
-        larger.push((format!("placement.nodes = {}", doubled.nodes.len()), doubled.clone()));
+        let change = match pools {
+            true => format!("{} times the nodes of every [[placement.node_pool]]", doubled.nodes.len() / count),
+            false => format!("placement.nodes = {}", doubled.nodes.len()),
+        };
+        larger.push((change, doubled.clone()));
     }
     larger
 }
@@ -363,14 +368,8 @@ impl Shortfall {
                 };
                 write!(f, "{lacking} too much (phase: {phase})")?;
                 for entry in entries.iter().take(5) {
-                    write!(
-                        f,
-                        "\n  {:>10}  {} {}: {}",
-                        render::bytes(entry.bytes),
-                        entry.role,
-                        entry.name,
-                        entry.formula
-                    )?;
+                    let role = if alone { String::new() } else { format!("{} ", entry.role) };
+                    write!(f, "\n  {:>10}  {role}{}: {}", render::bytes(entry.bytes), entry.name, entry.formula)?;
                 }
                 Ok(())
             }

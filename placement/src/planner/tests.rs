@@ -338,6 +338,20 @@ fn changed(change: &str, (kind, nodes, devices): (&str, usize, usize), mut train
     plan_training(&cluster, &training, &constraints, &Rates::gpu()).ok()
 }
 
+/// However small micro-batches are to be, one holds both rows of a pair.
+#[test]
+fn a_plan_for_pairs_has_room_for_a_pair() {
+    let cluster = Cluster::of(1, 8, "H100-80GB").unwrap();
+    let most = |tokens_per_micro_batch: usize| {
+        let pairs = Training { role: Role::Reward, rows: 64, rows_per_example: 2, ..training(GATED_7B) };
+        let work = Training { max_tokens: 4096, activation_checkpointing: true, tokens_per_micro_batch, ..pairs };
+        let plan = plan_training(&cluster, &work, &Constraints::default(), &Rates::gpu()).unwrap();
+        plan.choices.iter().map(|choice| choice.device_bytes).collect::<Vec<_>>()
+    };
+    assert_eq!(most(4096), most(8192));
+    assert!(most(8192).iter().zip(most(16384)).all(|(one, two)| *one < two));
+}
+
 #[test]
 fn a_model_alone_is_trained_at_the_plainest_of_the_fastest_stages_that_fit() {
     let (mut refused, mut fitting) = (0, 0);

@@ -74,20 +74,29 @@ impl Training {
         if self.role == Role::Actor { Role::Actor } else { Role::Critic }
     }
 
-    /// As a PPO step that does nothing but train this model.
+    fn examples(&self) -> usize {
+        self.rows / self.rows_per_example
+    }
+
+    /// Tokens of the longest example, whose rows are in one micro-batch.
+    fn longest(&self) -> usize {
+        self.max_tokens * self.rows_per_example
+    }
+
+    /// As a PPO step that does nothing but train this model; a row of it is an example.
     pub fn workload(&self) -> Workload {
         Workload {
             actor: self.model.clone(),
             critic: Some(self.model.clone()),
             reference: None,
             reward: None,
-            prompts: self.rows,
+            prompts: self.examples(),
             samples_per_prompt: 1,
-            max_prompt_tokens: self.max_tokens - 1,
+            max_prompt_tokens: self.longest() - 1,
             max_response_tokens: 1,
             mean_prompt_tokens: 0.0,
-            mean_response_tokens: self.mean_tokens,
-            mini_batch: self.rows,
+            mean_response_tokens: self.mean_tokens * self.rows_per_example as f64,
+            mini_batch: self.examples(),
             epochs: 1,
             tokens_per_micro_batch: self.tokens_per_micro_batch,
             dtype: self.dtype,
@@ -95,7 +104,7 @@ impl Training {
             entropy_in_loss: false,
             reference_offload: false,
             max_sequences: 1,
-            max_batched_tokens: self.max_tokens,
+            max_batched_tokens: self.longest(),
             kv_cache_bytes: None,
         }
     }
@@ -142,11 +151,7 @@ impl<'a> Search<'a> {
         let slice = Inventory::whole(question.cluster, question.constraints.memory_fraction);
         let learner = training.learner();
         let roles = RoleSet::of(&[learner]);
-        let examples = training.rows / training.rows_per_example;
-        let cost = |config: &GroupConfig| match slice.devices > examples {
-            true => Err(Reject::Ranks { devices: slice.devices, rows: examples }),
-            false => problem.cost(roles, &slice, config).map(|cost| cost.train()),
-        };
+        let cost = |config: &GroupConfig| problem.cost(roles, &slice, config).map(|cost| cost.train());
         let costs = GroupConfig::all(&problem, roles, &[1]).into_iter().map(|config| (config, cost(&config)));
         let costs = costs.filter(|(_, cost)| *cost != Err(Reject::Redundant)).collect();
         Search { slice, learner, costs, problem }
@@ -191,6 +196,7 @@ impl<'a> Search<'a> {
         let fitting = choices.iter().filter(|choice| choice.seconds.is_some()).count();
         let why = match (fitting, choices.len()) {
             (_, 1) => "the only choice".to_string(),
+            (1, all) => format!("the only one that fits of {all} choices"),
             (fitting, all) if fitting == all => format!("fastest of {all} choices, which all fit"),
             (fitting, all) => format!("fastest of the {fitting} choices that fit, {all} in all"),
         };
@@ -219,6 +225,10 @@ impl<'a> Search<'a> {
         let Some((config, reject)) = rejected.min_by_key(|(_, reject)| lacking(reject)) else {
             return Shortfall::Split { reason: "there is no choice of a ZeRO stage".into() };
         };
+        if let (Reject::Ranks { devices, rows }, 2..) = (reject, training.rows_per_example) {
+            let reason = format!("{devices} ranks share {rows} pairs: every rank needs one");
+            return Shortfall::Split { reason };
+        }
         let (stage, offload) = self.stage(config);
         let choice = format!("{} on {}", said(stage, offload), render::count(self.slice.devices, "device"));
         refusal::memory_shortfall(choice, self.entries(config, training.role), &self.slice, reject)
@@ -235,18 +245,22 @@ fn settings(question: &Question, training: &Training) -> Vec<Setting> {
         let set = move |_: &mut Training, limits: &mut Constraints| limits.zero_stage = Some(stage);
         settings.push((format!("train.zero_stage = {stage}"), Box::new(set)));
     }
+    if question.constraints.adam_offload == Some(true) {
+        let set = |_: &mut Training, limits: &mut Constraints| limits.adam_offload = None;
+        settings.push(("train.adam_offload = false".into(), Box::new(set)));
+    }
     if !training.activation_checkpointing {
         let set = |training: &mut Training, _: &mut Constraints| training.activation_checkpointing = true;
         settings.push(("train.activation_checkpointing = true".into(), Box::new(set)));
     }
     let mut tokens = training.tokens_per_micro_batch;
-    while tokens > training.max_tokens {
-        tokens = (tokens / 2).max(training.max_tokens);
+    while tokens > training.longest() {
+        tokens = (tokens / 2).max(training.longest());
         let set = move |training: &mut Training, _: &mut Constraints| training.tokens_per_micro_batch = tokens;
         settings.push((format!("train.tokens_per_micro_batch = {tokens}"), Box::new(set)));
     }
     let devices = question.cluster.num_devices();
-    if devices > training.rows / training.rows_per_example {
+    if devices > training.examples() {
         let set =
             move |training: &mut Training, _: &mut Constraints| training.rows = devices * training.rows_per_example;
         settings.push((format!("train.batch_size = {devices}"), Box::new(set)));
@@ -274,11 +288,24 @@ fn nearest_change(question: &Question, training: &Training) -> Option<Change> {
     let pairs =
         settings.iter().enumerate().flat_map(|(at, first)| settings[at + 1..].iter().map(move |next| [first, next]));
     let two = || fastest(&mut pairs.filter_map(|pair| with(&pair)));
-    one.or_else(two).or_else(|| {
-        refusal::hardware(question.cluster).into_iter().find_map(|(change, cluster)| {
+    fewer(question, training).or(one).or_else(two).or_else(|| {
+        refusal::hardware(question).into_iter().find_map(|(change, cluster)| {
             solve(&cluster, training, question.constraints).map(|seconds| Change { change, seconds })
         })
     })
+}
+
+/// No more devices than there are examples, so that each has one: that changes nothing that is learned.
+fn fewer(question: &Question, training: &Training) -> Option<Change> {
+    let (nodes, examples) = (question.cluster.nodes.len(), training.examples());
+    let per_node = examples / nodes;
+    let cluster = question.cluster.repeated(nodes, per_node).filter(|_| question.cluster.num_devices() > examples)?;
+    let (_, seconds) = Search::new(&Question { cluster: &cluster, ..*question }, training).best()?;
+    let change = match question.constraints.use_all_devices {
+        true => format!("placement.workers = {}", per_node * nodes),
+        false => format!("placement.gpus_per_node = {per_node}"),
+    };
+    (!question.constraints.pools).then_some(Change { change, seconds })
 }
 
 /// Such as "ZeRO 2, Adam on the host".

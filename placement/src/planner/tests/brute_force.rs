@@ -112,6 +112,7 @@ fn constraints(random: &mut Random, num_devices: usize) -> Constraints {
         by_hand.push(ByHand { role, devices: Some((num_devices - count..num_devices).collect()), colocate_with: None });
     }
     Constraints {
+        pools: false,
         tier: random.pick(&[None, Some(Tier::Small), Some(Tier::Medium), Some(Tier::Large)]),
         zero_stage: random.pick(&[None, None, Some(0), Some(1), Some(2), Some(3)]),
         adam_offload: random.pick(&[None, Some(false), Some(true)]),
