@@ -309,7 +309,7 @@ fn sizes_beyond_sense_are_refused() {
                 let output = learning.end("run", &[&set], more);
                 assert_eq!(output.status.code(), Some(2), "{}", said(&output));
                 assert!(
-                    said(&output).contains(&format!("`{key}` = 9223372036854775807 is out of range")),
+                    said(&output).contains(&format!("`{key}` = 9223372036854776000 is out of range")),
                     "{}",
                     said(&output)
                 );
