@@ -84,6 +84,7 @@ fn setting(text: &str) -> Result<Setting, Box<dyn std::error::Error>> {
             ("prompt", n) => setting.prompt_tokens = n.parse()?,
             ("response", n) => setting.response_tokens = n.parse()?,
             ("tokens", n) => setting.tokens_per_micro_batch = n.parse()?,
+            ("layout", name) => setting.weight_layout = name.parse()?,
             ("sequences", n) => setting.max_sequences = n.parse()?,
             _ => return Err(format!("`{pair}` is no setting").into()),
         }

@@ -9,6 +9,7 @@ use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::store::{Store, StoreAddress};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::OptimizerConfig;
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
@@ -21,6 +22,7 @@ use crate::generator::{Generator, sender};
 use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardModel};
 use crate::layout::{Layout, RoleGroup};
 use crate::learner::LearnerPlan;
+use crate::machine;
 use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use crate::program::Failure;
 use crate::recipe::{Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
@@ -46,7 +48,7 @@ pub struct Assignment {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Job {
-    Ppo { recipe: String, folders: ModelFolders },
+    Ppo { recipe: String, folders: ModelFolders, weight_layout: WeightLayout },
     Sft { recipe: String, folder: PathBuf },
     Reward { recipe: String, folder: PathBuf },
 }
@@ -66,9 +68,10 @@ impl Job {
     /// A recipe that this worker reads otherwise than the driver; a device that is not here.
     pub fn plan(self, place: &Place, run_folder: PathBuf) -> Result<(HostPlan, Option<String>), Failure> {
         Ok(match self {
-            Job::Ppo { recipe, folders } => {
+            Job::Ppo { recipe, folders, weight_layout } => {
                 let recipe = Recipe::read_text(&recipe)?.resolve();
                 let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, Some(place))?;
+                let held = Held { weight_layout: machine::usable(weight_layout, held), ..held };
                 (HostPlan::of(&recipe, folders, held, run_folder), warning)
             }
             Job::Sft { recipe, folder } => {
@@ -152,7 +155,7 @@ impl HostPlan {
             critic: critic_config(recipe),
             actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
             critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
-            engine: engine_config(recipe),
+            engine: engine_config(recipe, held),
             folders,
             run_folder,
             store: None,

@@ -245,6 +245,7 @@ impl Probe {
             max_sequences: work.max_sequences,
             max_batched_tokens: work.max_batched_tokens,
             kv_cache_bytes: None,
+            weight_layout: self.held.weight_layout,
         });
         let model = echelon_generation::Policy { model: &policy.model, head: policy.head.weight(), tokenizer: None };
         let (_, report) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default())?;

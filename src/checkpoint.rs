@@ -12,6 +12,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use echelon_algorithms::kl::KlController;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::StreamPosition;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -34,6 +35,8 @@ pub struct RunState {
     pub kl: Option<KlController>,
     /// libtorch's CPU threads: sums round by how work is split.
     pub num_threads: i32,
+    /// How weights lay while a CPU decoded: products round by it. Of a PPO run.
+    pub weight_layout: Option<WeightLayout>,
     /// What `strftime_now` shows in chat templates.
     pub render_time: Option<String>,
     /// What `checkpoint.best_metric` was at this step, where it was measured.

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use echelon_core::device::{self, DeviceChoice};
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, SamplingConfig, Sequence, Tokens};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{PassConfig, Sharding, forward_rows};
 use echelon_generation::{Engine, EngineConfig, Policy};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -17,6 +18,7 @@ use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
 use crate::json_lines::{self, LineWriter, kind_of};
+use crate::machine;
 use crate::models::{Held, check_folder, frozen_policy, frozen_scorer};
 use crate::options::{Options, Usage};
 use crate::program::{Failure, watch_signals};
@@ -92,7 +94,8 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
 
     let policy = frozen_policy(&reader.folder, held, 1.0, (&Sharding::whole(), None)).map_err(Failure::input)?;
     let policy = Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
-    let engine = Engine::new(EngineConfig { max_sequences, ..defaults });
+    let (weight_layout, _) = machine::weight_layout(&reader.config.shape(), held, None)?;
+    let engine = Engine::new(EngineConfig { max_sequences, weight_layout, ..defaults });
     let (sequences, report) =
         interruptible(|interrupt| Ok(engine.generate(policy, &prompts, &sampling, &Unwatched, interrupt)?))?;
     for sequence in &sequences {
@@ -309,7 +312,7 @@ fn held(options: &Options) -> Result<Held, Failure> {
         tokens_per_micro_batch: TOKENS_PER_MICRO_BATCH,
         activation_checkpointing: false,
     };
-    Ok(Held { kind: kind.unwrap_or(automatic), pass })
+    Ok(Held { kind: kind.unwrap_or(automatic), pass, weight_layout: WeightLayout::Plain })
 }
 
 fn check_counts(sampling: &SamplingConfig, max_sequences: usize) -> Result<(), Failure> {

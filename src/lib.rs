@@ -12,6 +12,7 @@ pub mod supervised;
 pub mod calibration;
 pub mod forecast;
 pub mod layout;
+pub mod machine;
 pub mod plan;
 pub mod program;
 

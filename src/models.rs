@@ -6,6 +6,7 @@ use std::time::Duration;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::store::Store;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{
     FrozenState, FrozenWhole, OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, TensorFile,
     TensorWriter, Trainable, TrainingState, Units, WholeModel, ZeroStage,
@@ -21,11 +22,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::calibration::probe_parameter;
 
-/// How a model is held: dtype, device and passes.
+/// How a model is held: dtype, device and passes, and how weights lie while a CPU decodes.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
     pub kind: Kind,
     pub pass: PassConfig,
+    pub weight_layout: WeightLayout,
 }
 
 pub type Policy = Trainable<Decoder, LogprobHead>;

@@ -10,6 +10,7 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::planner::Plan;
 
@@ -17,8 +18,9 @@ use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
 use crate::crew::End;
 use crate::forecast::Forecast;
 use crate::layout::Layout;
+use crate::machine;
 use crate::models::Held;
-use crate::monitor::{Evaluation, Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
+use crate::monitor::{Evaluation, Metrics, Outcome, RunClock, RunLog, StepLine, Terminal, write_report};
 use crate::plan;
 use crate::program::{
     Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
@@ -86,7 +88,10 @@ struct Run {
     interrupt: Interrupt,
     work: Work,
     memory: MemoryLedger,
-    forecast: Forecast,
+    /// Where `train.calibrate` asks for it.
+    forecast: Option<Forecast>,
+    clock: RunClock,
+    weight_layout: WeightLayout,
     begun: Instant,
     /// The last finished step.
     step: u64,
@@ -113,9 +118,12 @@ impl Run {
         watch_signals(interrupt.clone());
         let shape = wire::shape(&inputs.folders.actor)?;
         let memory = MemoryLedger::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?;
-        let forecast = Forecast::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?;
+        let forecast = match recipe.train.calibrate {
+            true => Some(Forecast::new(&recipe, &inputs.folders, inputs.held, &inputs.layout)?),
+            false => None,
+        };
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
-        resumed.notes.iter().for_each(|note| terminal.note(note));
+        resumed.notes.iter().chain(&inputs.note).for_each(|note| terminal.note(note));
         let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, plan, .. } = inputs;
         let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         let parts = (interrupt.clone(), watch.clone() as _);
@@ -155,6 +163,8 @@ impl Run {
             work: Work::new(&shape, held, &recipe),
             memory,
             forecast,
+            clock: RunClock::start(),
+            weight_layout: held.weight_layout,
             begun,
             step,
             policy_version: 0,
@@ -183,6 +193,7 @@ impl Run {
             Err(Failure::Interrupted(_)) => return self.stop().await,
             before => before?,
         };
+        self.clock = RunClock::start();
         while self.step < self.recipe.train.steps as u64 {
             let position = self.prompts.position();
             match self.step().await {
@@ -222,12 +233,18 @@ impl Run {
         self.kl.update(report.kl, report.scores.len());
         self.step = step;
         self.policy_version = report.policy_version;
-        self.work.record(&mut metrics, &report, begun.elapsed().as_secs_f64());
+        let phases_s = begun.elapsed().as_secs_f64();
+        self.work.record(&mut metrics, &report, phases_s);
         let memory = self.wired.crew.memory().await?;
         for warning in self.memory.record(&mut metrics, &memory) {
             self.terminal.note(&warning);
         }
-        self.forecast.record(&mut metrics, &report, &self.interrupt);
+        if let Some(forecast) = &mut self.forecast {
+            let begun = Instant::now();
+            forecast.record(&mut metrics, &report, &self.interrupt);
+            self.clock.name("perf/calibration_s", begun.elapsed().as_secs_f64());
+        }
+        let evaluation_began = Instant::now();
         let evaluation = match (&self.evaluator, recipe.eval.every_steps) {
             (Some(evaluator), Some(every)) if step.is_multiple_of(every as u64) => {
                 Some(evaluator.run(&self.wired).await?)
@@ -236,14 +253,18 @@ impl Run {
         };
         if let Some(evaluation) = &evaluation {
             metrics.extend(eval_metrics(evaluation));
+            self.clock.name("perf/evaluation_s", evaluation_began.elapsed().as_secs_f64());
         }
+        self.clock.record(&mut metrics, phases_s);
         self.record(&metrics, &report).map_err(|error| Error::other("logging", error))?;
         let last = step == self.recipe.train.steps as u64;
         let checkpoint = &self.recipe.checkpoint;
         self.metric = self.checkpoints.measured(&metrics);
         if checkpoint.every_steps.is_some_and(|every| last || step.is_multiple_of(every as u64)) {
             let unsaved = |error| Error::Refused(format!("{error}; --resume continues from the checkpoint before it"));
+            let begun = Instant::now();
             self.save().await.map_err(unsaved)?;
+            self.clock.name("perf/checkpoint_s", begun.elapsed().as_secs_f64());
         }
         Ok(())
     }
@@ -269,6 +290,7 @@ impl Run {
             data: self.prompts.position(),
             kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
+            weight_layout: Some(self.weight_layout),
             render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };
@@ -347,6 +369,8 @@ struct Inputs {
     held: Held,
     /// Why the device is not what the hardware suggests.
     warning: Option<String>,
+    /// What is otherwise than before a resume.
+    note: Option<String>,
     tokenizer: Arc<Tokenizer>,
     prompts: TrainingPrompts,
     evaluator: Option<Evaluator>,
@@ -358,13 +382,16 @@ impl Inputs {
     fn load(recipe: &ResolvedRecipe, resumed: &Resumed) -> Result<Inputs, Failure> {
         let folders = wire::model_folders(recipe)?;
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
+        let before = resumed.saved.as_ref().and_then(|(_, state)| state.weight_layout);
+        let (weight_layout, note) = machine::weight_layout(&wire::shape(&folders.actor)?.shape(), held, before)?;
+        let held = Held { weight_layout, ..held };
         wire::check_limits(recipe, &folders, held)?;
         let (layout, plan) = wire::layout(recipe, &folders, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
         let evaluator = evaluation_prompts(recipe, &format)?.map(|prompts| Evaluator::new(prompts, recipe));
-        Ok(Inputs { folders, held, warning, tokenizer, prompts, evaluator, layout, plan })
+        Ok(Inputs { folders, held, warning, note, tokenizer, prompts, evaluator, layout, plan })
     }
 }
 

@@ -22,7 +22,7 @@ use crate::crew::{Crew, End};
 use crate::layout::Layout;
 use crate::learner::LearnerPlan;
 use crate::models::Held;
-use crate::monitor::{Metrics, Outcome, RunLog, StepLine, Terminal, write_report};
+use crate::monitor::{Metrics, Outcome, RunClock, RunLog, StepLine, Terminal, write_report};
 use crate::plan::{self, TrainingJob, count_gpus};
 use crate::program::{
     Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
@@ -270,6 +270,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
             step,
             saved: (step > 0).then_some(step),
             metric: None,
+            clock: RunClock::start(),
             total: total as u64,
         };
         Ok(run)
@@ -335,6 +336,7 @@ struct Run<'a, L> {
     saved: Option<u64>,
     /// What `checkpoint.best_metric` was at the last finished step, where it was measured.
     metric: Option<Measured>,
+    clock: RunClock,
     total: u64,
 }
 
@@ -344,6 +346,7 @@ impl<L: Lesson> Run<'_, L> {
         if self.step == 0 {
             self.evaluate_before().await?;
         }
+        self.clock = RunClock::start();
         while self.step < self.total {
             self.one_step().await?;
             if self.interrupt.is_raised() {
@@ -410,12 +413,15 @@ impl<L: Lesson> Run<'_, L> {
         let every = train.eval_every_steps.map(|every| every as u64);
         let evaluates = step == self.total || every.is_some_and(|every| step.is_multiple_of(every));
         if evaluates && self.held_out.num_rows() > 0 {
+            let begun = Instant::now();
             metrics.extend(self.evaluate().await?);
+            self.clock.name("perf/evaluation_s", begun.elapsed().as_secs_f64());
         }
         let reports = self.crew.memory().await?;
         for warning in self.memory.iter_mut().flat_map(|ledger| ledger.record(&mut metrics, &reports)) {
             self.terminal.note(&warning);
         }
+        self.clock.record(&mut metrics, seconds);
         self.metric = self.checkpoints.measured(&metrics);
         self.log.write(step, &metrics, &[])?;
         let mut line = StepLine::new(step, seconds);
@@ -431,7 +437,9 @@ impl<L: Lesson> Run<'_, L> {
         self.terminal.step(&line);
         let due = checkpoint.every_steps.is_some_and(|every| step.is_multiple_of(every as u64));
         if due || step == self.total {
+            let begun = Instant::now();
             self.save().await?;
+            self.clock.name("perf/checkpoint_s", begun.elapsed().as_secs_f64());
         }
         Ok(())
     }
@@ -447,6 +455,7 @@ impl<L: Lesson> Run<'_, L> {
             data: self.stream.position(),
             kl: None,
             num_threads: tch::get_num_threads(),
+            weight_layout: None,
             render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };

@@ -15,6 +15,7 @@ use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::{ActorRank, CriticRank, Endpoint, GeneratorRank, Role, Roles};
 use echelon_core::rollout::SamplingConfig;
 use echelon_core::verb::{Logprobs, Scores};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig};
 use echelon_generation::{EngineConfig, check_budget};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -119,7 +120,8 @@ pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
 }
 
 /// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests. A worker
-/// among several of its host has its `place`, which names its device.
+/// among several of its host has its `place`, which names its device. Weights lie plainly: the driver decides otherwise, and
+/// tells its workers.
 pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Result<(Held, Option<String>), Failure> {
     let choice = match devices.device {
         recipe::Device::Auto => DeviceChoice::Auto,
@@ -143,7 +145,7 @@ pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Resu
         tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
         activation_checkpointing: compute.activation_checkpointing,
     };
-    Ok((Held { kind, pass }, chosen.warning))
+    Ok((Held { kind, pass, weight_layout: WeightLayout::Plain }, chosen.warning))
 }
 
 /// Device, dtype and threads, for a run's first lines.
@@ -177,8 +179,13 @@ pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held)
     {
         return Err(error);
     }
-    check_budget(&engine_config(recipe), (&shape(&folders.actor)?, held.kind, tensor_parallel_size), prompt, response)
-        .map_err(|error| Failure::Input(format!("generation.{error}")))
+    check_budget(
+        &engine_config(recipe, held),
+        (&shape(&folders.actor)?, held.kind, tensor_parallel_size),
+        prompt,
+        response,
+    )
+    .map_err(|error| Failure::Input(format!("generation.{error}")))
 }
 
 /// Refuses sequences of up to `tokens`, which come of `keys`, where the model in `folder` was made for shorter ones.
@@ -196,11 +203,12 @@ pub fn check_context(folder: &Path, tokens: usize, keys: &str) -> Result<(), Fai
     )))
 }
 
-pub fn engine_config(recipe: &ResolvedRecipe) -> EngineConfig {
+pub fn engine_config(recipe: &ResolvedRecipe, held: Held) -> EngineConfig {
     EngineConfig {
         max_sequences: recipe.generation.max_sequences,
         max_batched_tokens: recipe.generation.max_batched_tokens,
         kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed(),
+        weight_layout: held.weight_layout,
     }
 }
 
@@ -241,7 +249,7 @@ pub async fn wire(
     let names: Vec<String> =
         tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
     let has_reference = folders.reference.is_some();
-    let job = Job::Ppo { recipe: recipe.to_toml(), folders: folders.absolute() };
+    let job = Job::Ppo { recipe: recipe.to_toml(), folders: folders.absolute(), weight_layout: held.weight_layout };
     let plan = HostPlan::of(recipe, folders, held, run_folder.clone());
     let work = Work { job, plan, layout: layout.clone(), tokenizer, run_folder };
     let crew = start_crew(work, &recipe.placement.devices, (interrupt.clone(), progress), say).await?;

@@ -19,6 +19,7 @@ use echelon_core::pack::PackedRows;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
 use echelon_core::rollout::Tokens;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, Sharding, TensorFile, TrainingState, forward};
 use echelon_models::head::ScalarRows;
 use serde_json::Value;
@@ -62,7 +63,8 @@ const OPTIMIZER: OptimizerConfig =
     OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
 
 fn held(kind: Kind, tokens_per_micro_batch: i64, activation_checkpointing: bool) -> Held {
-    Held { kind, pass: PassConfig { device: Device::Cpu, tokens_per_micro_batch, activation_checkpointing } }
+    let pass = PassConfig { device: Device::Cpu, tokens_per_micro_batch, activation_checkpointing };
+    Held { kind, pass, weight_layout: WeightLayout::Plain }
 }
 
 /// Twelve rows of 6 to 39 tokens; old log-probs are near the policy's own, so that some ratios are clipped.

@@ -2,6 +2,10 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -40,35 +44,62 @@ size_t size_class(size_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
+// A block begins with its own facts; the data follows on the next alignment boundary. Data and context are one pointer,
+// which is what libtorch's raw_allocate asks for.
+struct Header {
+  size_t size;      // of the block
+  size_t counted;   // as live, for whoever holds it
+  size_t resident;  // memory that it takes
+  bool reserved;    // address space of its own, of which memory is what was touched
+};
+
+size_t page_size() {
+  static const size_t size = sysconf(_SC_PAGESIZE);
+  return size;
+}
+
+// Gives a block back to the system.
+void give_back(void* block) {
+  auto [size, counted, resident, reserved] = *static_cast<Header*>(block);
+  taken -= resident;
+  if (reserved)
+    munmap(block, size);
+  else
+    std::free(block);
+}
+
 class FreeBlocks {
  public:
-  void* take(size_t size) {
+  void* take(size_t size, bool reserved) {
     std::lock_guard<std::mutex> lock(mutex_);
-    auto found = blocks_.find(size);
+    auto found = blocks_.find(key(size, reserved));
     if (found == blocks_.end() || found->second.empty()) return nullptr;
     void* block = found->second.back();
     found->second.pop_back();
-    kept_ -= size;
+    kept_ -= static_cast<Header*>(block)->resident;
     return block;
   }
   // Keeps at most a quarter of what was ever live: what a phase needed is there for the next, and no more.
-  bool keep(void* block, size_t size) {
+  bool keep(void* block) {
+    const Header& header = *static_cast<Header*>(block);
     std::lock_guard<std::mutex> lock(mutex_);
-    if (kept_ + size > std::max(kKeepAtLeast, most.load() / 4)) return false;
-    blocks_[size].push_back(block);
-    kept_ += size;
+    if (kept_ + header.resident > std::max(kKeepAtLeast, most.load() / 4)) return false;
+    blocks_[key(header.size, header.reserved)].push_back(block);
+    kept_ += header.resident;
     return true;
   }
   void release() {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& entry : blocks_)
-      for (void* block : entry.second) std::free(block);
-    taken -= kept_;
+      for (void* block : entry.second) give_back(block);
     blocks_.clear();
     kept_ = 0;
   }
 
  private:
+  // Sizes are multiples of the alignment: the last bit is free.
+  static size_t key(size_t size, bool reserved) { return size | static_cast<size_t>(reserved); }
+
   std::mutex mutex_;
   std::unordered_map<size_t, std::vector<void*>> blocks_;
   size_t kept_ = 0;
@@ -79,30 +110,28 @@ FreeBlocks& free_blocks() {
   return *blocks;
 }
 
-// A block begins with its size and the bytes that were asked for; the data follows on the next alignment boundary. Data
-// and context are one pointer, which is what libtorch's raw_allocate asks for.
-struct Header {
-  size_t size, bytes;
-};
+void* block_of(void* data) { return static_cast<char*>(data) - kAlignment; }
+
+// Blocks that this thread has reserved and not counted yet; null outside of a `Reserving`.
+thread_local std::vector<void*>* reserved_here = nullptr;
 
 void release(void* data) {
   if (data == nullptr) return;
-  void* block = static_cast<char*>(data) - kAlignment;
-  auto [size, bytes] = *static_cast<Header*>(block);
-  live -= bytes;
-  if (size >= kKeepFrom && free_blocks().keep(block, size)) return;
-  std::free(block);
-  taken -= size;
+  void* block = block_of(data);
+  const Header& header = *static_cast<Header*>(block);
+  if (reserved_here != nullptr && header.reserved)
+    reserved_here->erase(std::remove(reserved_here->begin(), reserved_here->end(), block), reserved_here->end());
+  live -= header.counted;
+  if (header.size >= kKeepFrom && free_blocks().keep(block)) return;
+  give_back(block);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &release, c10::Device(c10::DeviceType::CPU)};
-    size_t size = size_class(bytes + kAlignment);
-    void* block = size >= kKeepFrom ? free_blocks().take(size) : nullptr;
-    if (block == nullptr) block = fresh(size);
-    *static_cast<Header*>(block) = {size, bytes};
-    count(bytes);
+    void* block = reserved_here != nullptr ? reserve(bytes + kAlignment) : take(bytes + kAlignment);
+    size_t counted = static_cast<Header*>(block)->counted = reserved_here != nullptr ? 0 : bytes;
+    count(counted);
     void* data = static_cast<char*>(block) + kAlignment;
     return {data, data, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -110,17 +139,45 @@ struct CountingAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  static void* fresh(size_t size) {
-    void* data = nullptr;
-    if (posix_memalign(&data, kAlignment, size) != 0) {
+  static void* take(size_t bytes) {
+    size_t size = size_class(bytes);
+    void* block = size >= kKeepFrom ? free_blocks().take(size, false) : nullptr;
+    if (block != nullptr) return block;
+    if (posix_memalign(&block, kAlignment, size) != 0) {
       free_blocks().release();
-      TORCH_CHECK(posix_memalign(&data, kAlignment, size) == 0, "out of memory: ", size, " bytes wanted, ", live.load(),
-                  " bytes live in tensors");
+      TORCH_CHECK(posix_memalign(&block, kAlignment, size) == 0, "out of memory: ", size, " bytes wanted, ",
+                  live.load(), " bytes live in tensors");
     }
     taken += size;
-    return data;
+    *static_cast<Header*>(block) = {size, 0, size, false};
+    return block;
+  }
+
+  static void* reserve(size_t bytes) {
+    size_t size = (bytes + page_size() - 1) / page_size() * page_size();
+    void* block = free_blocks().take(size, true);
+    if (block == nullptr) block = address_space(size);
+    reserved_here->push_back(block);
+    return block;
+  }
+
+  static void* address_space(size_t size) {
+    void* block = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    TORCH_CHECK(block != MAP_FAILED, "out of memory: ", size, " bytes of address space wanted");
+    // A huge page would take what nobody touches.
+    (void)madvise(block, size, MADV_NOHUGEPAGE);
+    *static_cast<Header*>(block) = {size, 0, 0, true};
+    return block;
   }
 };
+
+size_t resident_bytes(void* block, size_t size) {
+  std::vector<unsigned char> pages((size + page_size() - 1) / page_size());
+  if (mincore(block, size, pages.data()) != 0) return size;
+  size_t resident = 0;
+  for (unsigned char page : pages) resident += page & 1;
+  return resident * page_size();
+}
 
 }  // namespace
 
@@ -133,10 +190,23 @@ size_t peak_bytes() { return peak.load(); }
 void reset_peak_bytes() { peak = live.load(); }
 size_t taken_bytes() { return taken.load(); }
 
+Reserving::Reserving() { reserved_here = &blocks_; }
+
+Reserving::~Reserving() {
+  reserved_here = nullptr;
+  for (void* block : blocks_) {
+    Header& header = *static_cast<Header*>(block);
+    size_t resident = resident_bytes(block, header.size);
+    taken += resident - header.resident;
+    count(resident);
+    header.resident = header.counted = resident;
+  }
+}
+
 }  // namespace echelon
 
 #include <ATen/ATen.h>
-#include <sys/mman.h>
+#include <ATen/Parallel.h>
 
 namespace echelon {
 
@@ -154,6 +224,19 @@ std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype) {
     taken -= bytes;
   };
   return std::make_unique<at::Tensor>(at::from_blob(data, {numel}, unmap, options));
+}
+
+void take_pages(const at::Tensor& tensor) {
+  if (!tensor.device().is_cpu() || tensor.numel() == 0) return;
+  const size_t page = page_size();
+  const size_t begin = reinterpret_cast<size_t>(tensor.data_ptr()) / page * page;
+  const size_t end = reinterpret_cast<size_t>(tensor.data_ptr()) + tensor.nbytes();
+  const int64_t pages = (end - begin + page - 1) / page;
+  constexpr int64_t kPagesAtOnce = 4096;
+  at::parallel_for(0, pages, kPagesAtOnce, [&](int64_t from, int64_t to) {
+    // Kernels before 5.14 do not know it: then the first write takes them one by one.
+    (void)madvise(reinterpret_cast<void*>(begin + from * page), (to - from) * page, MADV_POPULATE_WRITE);
+  });
 }
 
 }  // namespace echelon

@@ -76,50 +76,48 @@ std::optional<c10::OperatorHandle> cpu_operator(const char* name) {
   return found;
 }
 
-// MKL's layout is the faster one on Intel's processors alone, and takes several times the weights' memory on others. The
-// choice follows from the machine, not from a measurement: the same run gives the same bits again.
-bool packs_with_mkl(const at::Tensor& weight) {
-  if (weight.scalar_type() != at::kFloat) return false;
-#if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-#else
-  static const bool intel = false;
-#endif
-  return intel && cpu_operator(kMklPack) && cpu_operator(kMklLinear);
+std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 }  // namespace
 
-std::unique_ptr<at::Tensor> pack_linear(const at::Tensor& weight, int64_t rows) {
+std::unique_ptr<at::Tensor> pack_with_mkl(const at::Tensor& weight, int64_t rows) {
   at::NoGradGuard no_grad;
-  using Mkl = at::Tensor(const at::Tensor&, int64_t);
-  using OneDnn = at::Tensor(const at::Tensor&, std::optional<int64_t>);
-  at::Tensor packed;
-  const bool has_layout = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
-  if (!weight.device().is_cpu() || !has_layout) return std::make_unique<at::Tensor>();
-  if (packs_with_mkl(weight)) {
-    packed = cpu_operator(kMklPack)->typed<Mkl>().call(weight, rows);
-  } else {
-    auto pack = cpu_operator(kOneDnnPack);
-    if (pack && cpu_operator(kOneDnnLinear)) packed = pack->typed<OneDnn>().call(weight, rows);
-  }
-  return std::make_unique<at::Tensor>(std::move(packed));
+  auto pack = cpu_operator(kMklPack);
+  if (!weight.device().is_cpu() || weight.scalar_type() != at::kFloat || !pack || !cpu_operator(kMklLinear))
+    return std::make_unique<at::Tensor>();
+  // MKL asks for up to four times the weights' memory, and touches as much as the weights have.
+  Reserving reserving;
+  return std::make_unique<at::Tensor>(pack->typed<at::Tensor(const at::Tensor&, int64_t)>().call(weight, rows));
 }
 
-std::unique_ptr<at::Tensor> packed_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight,
-                                          const at::Tensor& bias, int64_t rows) {
-  using Mkl = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                         int64_t);
-  using OneDnn = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
+std::unique_ptr<at::Tensor> pack_with_onednn(const at::Tensor& weight, int64_t rows) {
+  at::NoGradGuard no_grad;
+  auto pack = cpu_operator(kOneDnnPack);
+  const bool has_layout = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
+  if (!weight.device().is_cpu() || !has_layout || !pack || !cpu_operator(kOneDnnLinear))
+    return std::make_unique<at::Tensor>();
+  using Pack = at::Tensor(const at::Tensor&, std::optional<int64_t>);
+  return std::make_unique<at::Tensor>(pack->typed<Pack>().call(weight, rows));
+}
+
+std::unique_ptr<at::Tensor> linear_with_mkl(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight,
+                                            const at::Tensor& bias, int64_t rows) {
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                            int64_t);
+  at::NoGradGuard no_grad;
+  auto linear = cpu_operator(kMklLinear)->typed<Linear>();
+  return std::make_unique<at::Tensor>(linear.call(x, packed, weight, if_defined(bias), rows));
+}
+
+std::unique_ptr<at::Tensor> linear_with_onednn(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias) {
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
                             c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
   at::NoGradGuard no_grad;
-  std::optional<at::Tensor> added;
-  if (bias.defined()) added = bias;
-  auto out = packs_with_mkl(weight)
-                 ? cpu_operator(kMklLinear)->typed<Mkl>().call(x, packed, weight, added, rows)
-                 : cpu_operator(kOneDnnLinear)->typed<OneDnn>().call(
-                       x, packed, added, "none", c10::List<std::optional<at::Scalar>>(), std::nullopt);
-  return std::make_unique<at::Tensor>(std::move(out));
+  auto linear = cpu_operator(kOneDnnLinear)->typed<Linear>();
+  c10::List<std::optional<at::Scalar>> no_scalars;
+  return std::make_unique<at::Tensor>(linear.call(x, packed, if_defined(bias), "none", no_scalars, std::nullopt));
 }
 
 }  // namespace echelon

@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 #include <memory>
+#include <vector>
 #include "rust/cxx.h"
 
 namespace echelon {
@@ -20,16 +21,33 @@ void fused_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tens
                  const at::Tensor& exp_avg_sq, const at::Tensor& step, double lr, double beta1, double beta2,
                  double weight_decay, double eps);
 
-// A linear layer's weight [out, in] laid out for products with `rows` rows; undefined where this build has no such layout.
-std::unique_ptr<at::Tensor> pack_linear(const at::Tensor& weight, int64_t rows);
+// A linear layer's weight [out, in] laid out for products with `rows` rows. Undefined where this build of libtorch has no
+// such layout for its dtype; throws where this processor lacks what the layout needs.
+std::unique_ptr<at::Tensor> pack_with_mkl(const at::Tensor& weight, int64_t rows);
+std::unique_ptr<at::Tensor> pack_with_onednn(const at::Tensor& weight, int64_t rows);
 // x [rows, in] times the packed weight, plus `bias` where it is defined.
-std::unique_ptr<at::Tensor> packed_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight,
-                                          const at::Tensor& bias, int64_t rows);
+std::unique_ptr<at::Tensor> linear_with_mkl(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& weight,
+                                            const at::Tensor& bias, int64_t rows);
+std::unique_ptr<at::Tensor> linear_with_onednn(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias);
 
 // A flat tensor of zeros whose memory is taken page by page when first touched.
 std::unique_ptr<at::Tensor> zeros_on_demand(int64_t numel, int32_t dtype);
+// Takes all of that memory at once, for somebody who reads it before writing: a page that is read first is mapped to the
+// kernel's zero page, and copied later with a flush of every core's address cache.
+void take_pages(const at::Tensor& tensor);
 
 void install_cpu_allocator();
+// While it lives, this thread's tensors get address space instead of memory; at its end they are counted by the pages
+// that were touched. For libraries that ask for several times what they use.
+class Reserving {
+ public:
+  Reserving();
+  ~Reserving();
+  Reserving(const Reserving&) = delete;
+
+ private:
+  std::vector<void*> blocks_;
+};
 size_t live_bytes();
 size_t peak_bytes();
 void reset_peak_bytes();

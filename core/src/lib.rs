@@ -39,5 +39,6 @@ pub mod device;
 pub mod collective;
 mod error;
 pub mod shim;
+pub mod weight_layout;
 
 pub use error::{Error, Result};

@@ -33,19 +33,22 @@ pub(crate) mod ffi {
             weight_decay: f64,
             eps: f64,
         ) -> Result<()>;
-        fn pack_linear(weight: &Tensor, rows: i64) -> Result<UniquePtr<Tensor>>;
-        fn packed_linear(
+        fn pack_with_mkl(weight: &Tensor, rows: i64) -> Result<UniquePtr<Tensor>>;
+        fn pack_with_onednn(weight: &Tensor, rows: i64) -> Result<UniquePtr<Tensor>>;
+        fn linear_with_mkl(
             x: &Tensor,
             packed: &Tensor,
             weight: &Tensor,
             bias: &Tensor,
             rows: i64,
         ) -> Result<UniquePtr<Tensor>>;
+        fn linear_with_onednn(x: &Tensor, packed: &Tensor, bias: &Tensor) -> Result<UniquePtr<Tensor>>;
         include!("fused.h");
         fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<UniquePtr<Tensor>>;
         fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn swiglu(gate: &Tensor, up: &Tensor) -> Result<UniquePtr<Tensor>>;
         fn zeros_on_demand(numel: i64, dtype: i32) -> Result<UniquePtr<Tensor>>;
+        fn take_pages(tensor: &Tensor) -> Result<()>;
         fn install_cpu_allocator();
         fn live_bytes() -> usize;
         fn peak_bytes() -> usize;
@@ -107,6 +110,12 @@ pub fn zeros_on_demand(numel: i64, kind: Kind, device: Device) -> Result<Tensor,
         return Tensor::f_zeros([numel], (kind, device));
     }
     Ok(adopt(&ffi::zeros_on_demand(numel, scalar_type(kind)?).map_err(torch_error)?))
+}
+
+/// Takes all memory of a tensor of [`zeros_on_demand`] at once. Call before zeros are read that will be written: a page that
+/// is read first has to be taken twice.
+pub fn take_pages(tensor: &Tensor) -> Result<(), TchError> {
+    ffi::take_pages(raw(tensor)).map_err(torch_error)
 }
 
 pub(crate) fn adopt(tensor: &cxx::UniquePtr<ffi::Tensor>) -> Tensor {
@@ -189,44 +198,6 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor, TchError
 /// Another dtype or device, or two shapes.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor, TchError> {
     Ok(adopt(&ffi::swiglu(raw(gate), raw(up)).map_err(torch_error)?))
-}
-
-/// A linear layer's weight laid out once for products with a fixed number of rows.
-///
-/// Where a product has few rows, laying the weight out anew at every call (which BLAS does) costs more than the product.
-#[derive(Debug)]
-pub struct PackedLinear {
-    weight: Tensor,
-    bias: Tensor,
-    packed: Tensor,
-    rows: i64,
-}
-
-impl PackedLinear {
-    /// Packs `weight` `[out, in]` for inputs of `rows` rows: f32 and bf16 on the CPU. None where libtorch has no such
-    /// layout.
-    ///
-    /// # Errors
-    /// libtorch's, when memory runs out.
-    pub fn new(weight: &Tensor, bias: Option<&Tensor>, rows: i64) -> Result<Option<PackedLinear>, TchError> {
-        let packed = adopt(&ffi::pack_linear(raw(weight), rows).map_err(torch_error)?);
-        let bias = bias.map_or_else(Tensor::new, Tensor::shallow_clone);
-        Ok(packed.defined().then(|| PackedLinear { weight: weight.shallow_clone(), bias, packed, rows }))
-    }
-
-    /// `[rows, in]` to `[rows, out]`; no gradient.
-    ///
-    /// # Errors
-    /// libtorch's, about shapes and dtypes.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
-        let out = ffi::packed_linear(raw(x), raw(&self.packed), raw(&self.weight), raw(&self.bias), self.rows);
-        Ok(adopt(&out.map_err(torch_error)?))
-    }
-
-    /// Rows that an input must have.
-    pub fn rows(&self) -> i64 {
-        self.rows
-    }
 }
 
 /// Makes libtorch use the counting, block-keeping CPU allocator. Call once, before the first tensor.

@@ -14,6 +14,8 @@ use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::random::{Domain, uniform};
 use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::shape::ModelShape;
+use echelon_core::weight_layout::WeightLayout;
+use echelon_generation::weight_layout::{Matrices, fastest};
 use echelon_generation::{Engine, EngineConfig, Policy};
 use echelon_models::checkpoint::{Checkpoint, random_parameter};
 use echelon_models::config::DecoderConfig;
@@ -89,6 +91,7 @@ fn measure(
     let model = Decoder::sliced(config, &over_ranks, load)?;
     let head = if config.tied_embeddings { model.embedding().shallow_clone() } else { load("lm_head.weight")? };
     let policy = Policy { model: &model, head: &head, tokenizer: None };
+    let weight_layout = weight_layout(kind, &Matrices::of(&shape), &over_ranks)?;
     for max_new_tokens in [1, 128, 128] {
         let (temperature, top_k, top_p, min_p) = (1.0, 0, 1.0, 0.0);
         let sampling =
@@ -96,7 +99,7 @@ fn measure(
         let group = over_ranks.group();
         let (collectives, bytes_sent) = (group.standing().sequence, group.bytes_sent());
         let started = Instant::now();
-        let engine = Engine::new(EngineConfig::default());
+        let engine = Engine::new(EngineConfig { weight_layout, ..EngineConfig::default() });
         let (_, report) =
             engine.generate(policy, &prompts(config.vocab_size), &sampling, &Unwatched, &Interrupt::default())?;
         let seconds = started.elapsed().as_secs_f64();
@@ -105,6 +108,7 @@ fn measure(
                 "tensor_parallel": over_ranks.size(),
                 "threads_per_rank": tch::get_num_threads(),
                 "dtype": format!("{kind:?}"),
+                "weight_layout": weight_layout,
                 "prompt_tokens": report.prefill_tokens,
                 "new_tokens": report.generated_tokens,
                 "decode_steps": report.decode_steps,
@@ -117,6 +121,13 @@ fn measure(
         }
     }
     Ok(())
+}
+
+/// What the first rank finds fastest.
+fn weight_layout(kind: Kind, matrices: &Matrices, over_ranks: &TensorParallel) -> Result<WeightLayout, Failure> {
+    let number = |layout| WeightLayout::ALL.iter().position(|known| *known == layout).unwrap_or_default();
+    let found = if over_ranks.rank() == 0 { number(fastest(kind, matrices).0) } else { 0 };
+    Ok(WeightLayout::ALL[over_ranks.group().max("weight layout", found as i64)? as usize])
 }
 
 /// This rank's slice of a parameter of a model with random weights.

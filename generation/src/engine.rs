@@ -9,6 +9,7 @@ use std::time::Instant;
 use echelon_core::memory::DecodeLoad;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::rollout::{GenerationReport, Prompts, SamplingConfig, Sequence};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::Backbone;
 use echelon_core::{Error, Result};
 use echelon_models::decoder::Decoder;
@@ -30,11 +31,18 @@ pub struct EngineConfig {
     pub max_batched_tokens: usize,
     /// Bytes of the KV cache, at most. None bounds it by the slots alone.
     pub kv_cache_bytes: Option<usize>,
+    /// How weights lie while a CPU decodes.
+    pub weight_layout: WeightLayout,
 }
 
 impl Default for EngineConfig {
     fn default() -> EngineConfig {
-        EngineConfig { max_sequences: 64, max_batched_tokens: 8192, kv_cache_bytes: None }
+        EngineConfig {
+            max_sequences: 64,
+            max_batched_tokens: 8192,
+            kv_cache_bytes: None,
+            weight_layout: WeightLayout::default(),
+        }
     }
 }
 
@@ -122,7 +130,7 @@ impl Engine {
             prefill_tokens: tokens as u64,
             prefill_prompts: count as u64,
             refills: slots < made.len(),
-            packs: model_runner::packs(model, sampling.max_new_tokens.saturating_sub(1)),
+            packs: model_runner::packs(model, self.config.weight_layout, sampling.max_new_tokens.saturating_sub(1)),
         }
     }
 }
@@ -170,7 +178,7 @@ impl<'a> Generation<'a> {
             tokenizer: policy.tokenizer,
             progress,
             scheduler,
-            runner: ModelRunner::new(policy.model, policy.head, sampler.logits_temperature(), cache),
+            runner: ModelRunner::new(policy, (sampler.logits_temperature(), engine.weight_layout), cache),
             sampler,
             ends,
             finished: std::iter::repeat_with(|| None).take(total).collect(),

@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`engine`] (the loop), [`sequence`] (what is being generated and what ends it), [`scheduler`] (who
 //! has a slot), [`kv_cache`] (what the slots remember), [`model_runner`] (prompts and steps through the model),
-//! [`sampler`] (logits to tokens). The engine knows tokens and log-probs, never rewards.
+//! [`sampler`] (logits to tokens), [`weight_layout`] (how weights lie while decoding). The engine knows tokens and log-probs, never rewards.
 
 pub mod engine;
 
@@ -15,6 +15,8 @@ pub mod kv_cache;
 pub mod model_runner;
 
 pub mod sampler;
+
+pub mod weight_layout;
 
 pub use engine::{Engine, EngineConfig, Policy};
 pub use kv_cache::check_budget;

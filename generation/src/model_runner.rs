@@ -1,11 +1,13 @@
 //! Prompts and decoding steps through the model: the same layers as in training, attending to the KV cache.
 
 use echelon_core::Result;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
 use echelon_models::layers::{Linear, packed_attention};
 use tch::{Device, Kind, Tensor};
 
+use crate::engine::Policy;
 use crate::kv_cache::KvCache;
 use crate::scheduler::Admission;
 
@@ -17,6 +19,7 @@ pub struct ModelRunner<'a> {
     temperature: f64,
     cache: KvCache,
     kept: Option<KeptPrompt>,
+    weight_layout: WeightLayout,
     packed: Option<PackedModel>,
 }
 
@@ -33,8 +36,9 @@ struct PackedModel {
 const STEPS_THAT_PAY: usize = 12;
 
 /// Whether `model` is laid out anew for `steps` decoding steps.
-pub(crate) fn packs(model: &Decoder, steps: usize) -> bool {
-    model.embedding().device() == Device::Cpu && model.kind() != Kind::Double && steps >= STEPS_THAT_PAY
+pub(crate) fn packs(model: &Decoder, layout: WeightLayout, steps: usize) -> bool {
+    let has_layout = model.embedding().device() == Device::Cpu && model.kind() != Kind::Double;
+    has_layout && layout != WeightLayout::Plain && steps >= STEPS_THAT_PAY
 }
 
 /// Slots up to which a product with fewer rows takes about as long.
@@ -57,11 +61,15 @@ struct Span<'a> {
 }
 
 impl<'a> ModelRunner<'a> {
-    /// Takes `head` `[V, H]`; logits are divided by `temperature`. Where ranks share the model, `head` has the rows and
-    /// logits the columns of this rank's part of the vocabulary.
-    pub fn new(model: &'a Decoder, head: &Tensor, temperature: f64, cache: KvCache) -> ModelRunner<'a> {
-        let head = Linear::new(head.detach(), None);
-        ModelRunner { model, head, temperature, cache, kept: None, packed: None }
+    /// Logits are divided by `temperature`. Where ranks share the model, they have the columns of this rank's part of the
+    /// vocabulary.
+    pub fn new(
+        policy: Policy<'a>,
+        (temperature, weight_layout): (f64, WeightLayout),
+        cache: KvCache,
+    ) -> ModelRunner<'a> {
+        let head = Linear::new(policy.head.detach(), None);
+        ModelRunner { model: policy.model, head, temperature, cache, kept: None, weight_layout, packed: None }
     }
 
     /// Brings prompts into the slots of their sequences; `[S, V]` logits of the first tokens, one row per slot given out.
@@ -158,11 +166,13 @@ impl<'a> ModelRunner<'a> {
     /// they are packed for are empty.
     fn pack(&mut self, live: i64, steps_left: usize) -> Result<()> {
         let fits = |packed: &PackedModel| live * 2 > packed.slots || packed.slots <= SLOTS_AT_ONE_PRICE;
-        if self.device() != Device::Cpu || steps_left < STEPS_THAT_PAY || self.packed.as_ref().is_some_and(fits) {
+        let layout = self.weight_layout;
+        if !packs(self.model, layout, steps_left) || self.packed.as_ref().is_some_and(fits) {
             return Ok(());
         }
         self.packed = None; // one packed copy at a time
-        self.packed = Some(PackedModel { model: self.model.packed(live)?, head: self.head.packed(live)?, slots: live });
+        let (model, head) = (self.model.packed(live, layout)?, self.head.packed(live, layout)?);
+        self.packed = Some(PackedModel { model, head, slots: live });
         Ok(())
     }
 

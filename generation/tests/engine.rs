@@ -8,7 +8,9 @@ use echelon_core::pack::PackedRows;
 use echelon_core::progress::{Interrupt, Progress, Unwatched};
 use echelon_core::random::{Domain, normal, uniform};
 use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, Rollout, SamplingConfig, Sequence};
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{Backbone, forward};
+use echelon_generation::weight_layout::works;
 use echelon_generation::{Engine, EngineConfig, Policy};
 use echelon_models::checkpoint::Checkpoint;
 use echelon_models::config::{DecoderConfig, HeadKind, Rope, RopeScaling};
@@ -154,14 +156,20 @@ fn slots(max_sequences: usize) -> EngineConfig {
     EngineConfig { max_sequences, ..EngineConfig::default() }
 }
 
+/// The layouts of weights that work here.
+fn layouts(kind: Kind) -> impl Iterator<Item = WeightLayout> {
+    WeightLayout::ALL.into_iter().filter(move |&layout| works(layout, kind))
+}
+
 fn tokens(sequences: &[Sequence]) -> Vec<Vec<i64>> {
     sequences.iter().map(|sequence| sequence.response_token_ids.clone()).collect()
 }
 
 /// Engine minus trainer, over all response tokens.
-fn worst_logprob_difference(model: &Model, temperature: f64) -> f64 {
+fn worst_logprob_difference(model: &Model, temperature: f64, weight_layout: WeightLayout) -> f64 {
     let prompts = prompts(&[3, 11, 1, 20], 2, 112);
-    let (sequences, report) = model.generate(slots(3), &prompts, &sampling(temperature, 24));
+    let (sequences, report) =
+        model.generate(EngineConfig { weight_layout, ..slots(3) }, &prompts, &sampling(temperature, 24));
     let rollout = Rollout::from_sequences(&prompts, &sequences, 0, report);
     let batch = PackedRows::new(&rollout.tokens(), Device::Cpu);
     let head = LogprobHead::frozen(model.head.shallow_clone(), temperature);
@@ -174,9 +182,11 @@ fn worst_logprob_difference(model: &Model, temperature: f64) -> f64 {
 fn logprobs_equal_the_trainers_for_every_architecture() {
     for (kind, bound) in [(Kind::Float, 1e-4), (Kind::Double, 1e-6)] {
         for (name, model) in golden_models(kind) {
-            let worst = worst_logprob_difference(&model, 0.7);
-            println!("{name} {kind:?}: max abs difference {worst:.2e}");
-            assert!(worst <= bound, "{name} {kind:?}: {worst:e}");
+            for layout in layouts(kind) {
+                let worst = worst_logprob_difference(&model, 0.7, layout);
+                println!("{name} {kind:?} {layout}: max abs difference {worst:.2e}");
+                assert!(worst <= bound, "{name} {kind:?} {layout}: {worst:e}");
+            }
         }
     }
 }
@@ -184,9 +194,11 @@ fn logprobs_equal_the_trainers_for_every_architecture() {
 #[test]
 fn bf16_logprobs_are_near_the_trainers() {
     for (name, model) in golden_models(Kind::BFloat16) {
-        let worst = worst_logprob_difference(&model, 1.0);
-        println!("{name}: max abs difference {worst:.2e}");
-        assert!(worst <= 1.0, "{name}: {worst:e}");
+        for layout in layouts(Kind::BFloat16) {
+            let worst = worst_logprob_difference(&model, 1.0, layout);
+            println!("{name} {layout}: max abs difference {worst:.2e}");
+            assert!(worst <= 1.0, "{name} {layout}: {worst:e}");
+        }
     }
 }
 
@@ -196,11 +208,21 @@ fn logprobs_stay_the_trainers_while_slots_empty() {
     let (_, model) = golden_models(Kind::Float).into_iter().next().unwrap();
     let ends = tokenizer(&(100..112).collect::<Vec<i64>>());
     let prompts = prompts(&[7; 70], 1, 112);
-    let (sequences, report) = model.generate_text(Some(&ends), slots(64), &prompts, &sampling(1.0, 60));
+    for weight_layout in layouts(Kind::Float) {
+        let engine = EngineConfig { weight_layout, ..slots(64) };
+        logprobs_are_the_trainers(
+            &model,
+            model.generate_text(Some(&ends), engine, &prompts, &sampling(1.0, 60)),
+            &prompts,
+        );
+    }
+}
+
+fn logprobs_are_the_trainers(model: &Model, (sequences, report): (Vec<Sequence>, GenerationReport), prompts: &Prompts) {
     let mut lengths: Vec<usize> = sequences.iter().map(|s| s.response_token_ids.len()).collect();
     lengths.sort_unstable();
     assert!(lengths[35] < 20 && lengths[69] > 35, "most end early, some late: {lengths:?}");
-    let rollout = Rollout::from_sequences(&prompts, &sequences, 0, report);
+    let rollout = Rollout::from_sequences(prompts, &sequences, 0, report);
     let batch = PackedRows::new(&rollout.tokens(), Device::Cpu);
     let head = LogprobHead::frozen(model.head.shallow_clone(), 1.0);
     let ours = forward(&model.decoder, &head, &batch).unwrap().logprobs;
@@ -212,8 +234,13 @@ fn logprobs_stay_the_trainers_while_slots_empty() {
 fn greedy_tokens_equal_a_loop_without_a_cache() {
     for (name, model) in golden_models(Kind::Float) {
         let prompts = prompts(&[4, 9, 17], 1, 112);
-        let (sequences, _) = model.generate(slots(2), &prompts, &sampling(0.0, 20));
-        for (prompt, sequence) in prompts.rows.iter().zip(&sequences) {
+        let greedy = |weight_layout| {
+            let engine = EngineConfig { weight_layout, ..slots(2) };
+            model.generate(engine, &prompts, &sampling(0.0, 20)).0
+        };
+        let by_layout: Vec<Vec<Sequence>> = layouts(Kind::Float).map(greedy).collect();
+        let answers = by_layout.iter().flat_map(|sequences| prompts.rows.iter().zip(sequences));
+        for (prompt, sequence) in answers {
             let mut prefix = prompt.token_ids.clone();
             for (token, logprob) in sequence.response_token_ids.iter().zip(&sequence.rollout_logprobs) {
                 let logprobs = model.next_logprobs(&prefix, 1.0);

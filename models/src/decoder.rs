@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use echelon_core::pack::PackedRows;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::Backbone;
 use tch::{Kind, TchError, Tensor};
 
@@ -97,18 +98,22 @@ impl Decoder {
         })
     }
 
-    /// The same model with its linear layers packed for decoding `rows` sequences at once (see [`Linear::packed`]):
-    /// a second copy of their weights where libtorch can pack, none elsewhere.
+    /// The same model with its linear layers in `layout` for decoding `rows` sequences at once (see [`Linear::packed`]):
+    /// a second copy of their weights, where the layout is not the plain one.
     ///
     /// # Errors
-    /// libtorch's, when memory runs out.
-    pub fn packed(&self, rows: i64) -> std::result::Result<Decoder, TchError> {
+    /// libtorch's: memory runs out, or this processor lacks what the layout needs.
+    pub fn packed(&self, rows: i64, layout: WeightLayout) -> std::result::Result<Decoder, TchError> {
         Ok(Decoder {
             config: self.config.clone(),
             vocabulary: self.vocabulary.clone(),
             num_kv_heads: self.num_kv_heads,
             embedding: self.embedding.detach(),
-            layers: self.layers.iter().map(|layer| layer.packed(rows)).collect::<std::result::Result<_, _>>()?,
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| layer.packed(rows, layout))
+                .collect::<std::result::Result<_, _>>()?,
             norm: self.norm.shallow_clone(),
             inverse_frequencies: self.inverse_frequencies.shallow_clone(),
         })
@@ -253,20 +258,21 @@ impl Layer {
         })
     }
 
-    fn packed(&self, rows: i64) -> std::result::Result<Layer, TchError> {
+    fn packed(&self, rows: i64, layout: WeightLayout) -> std::result::Result<Layer, TchError> {
+        let packed = |linear: &Linear| linear.packed(rows, layout);
         let norm = |norm: &Option<RmsNorm>| norm.as_ref().map(RmsNorm::shallow_clone);
         Ok(Layer {
             input_norm: self.input_norm.shallow_clone(),
-            q: self.q.packed(rows)?,
-            k: self.k.packed(rows)?,
-            v: self.v.packed(rows)?,
-            o: self.o.packed(rows)?,
+            q: packed(&self.q)?,
+            k: packed(&self.k)?,
+            v: packed(&self.v)?,
+            o: packed(&self.o)?,
             q_norm: norm(&self.q_norm),
             k_norm: norm(&self.k_norm),
             mlp_norm: self.mlp_norm.shallow_clone(),
-            gate: self.gate.packed(rows)?,
-            up: self.up.packed(rows)?,
-            down: self.down.packed(rows)?,
+            gate: packed(&self.gate)?,
+            up: packed(&self.up)?,
+            down: packed(&self.down)?,
             window: self.window,
         })
     }

@@ -4,6 +4,7 @@
 //! [`write_report`] makes a page of the files afterwards. Nothing here knows models, algorithms or recipes.
 
 mod chart;
+mod clock;
 mod event;
 mod metrics;
 mod perf;
@@ -14,6 +15,7 @@ mod terminal;
 
 use std::path::{Path, PathBuf};
 
+pub use clock::{RunClock, process_age};
 use metrics::JsonLines;
 pub use metrics::{Metrics, MetricsLog};
 pub use perf::{

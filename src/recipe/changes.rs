@@ -10,7 +10,7 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-const FREE_KEYS: [&str; 17] = [
+const FREE_KEYS: [&str; 18] = [
     "name",
     "train.steps",
     "train.epochs",
@@ -19,6 +19,7 @@ const FREE_KEYS: [&str; 17] = [
     "train.zero_stage",
     "train.adam_offload",
     "train.activation_checkpointing",
+    "train.calibrate",
     "rollout.record",
     "generation.*",
     "reward.url",

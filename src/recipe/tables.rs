@@ -317,6 +317,9 @@ table! {
     pub struct Train {
         /// Steps of the run: each is one rollout and its optimizer steps.
         pub steps: usize = 100, in at_least(1.0);
+        /// Measure this machine after the first step, for some ten seconds, and say beside every step what the planner expects
+        /// of it: `perf/planned_*`.
+        pub calibrate: bool = false;
         inline_last compute: Compute;
     }
 }

@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::models::Held;
 use crate::monitor::{
-    Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, record_perf, samples_markdown,
+    Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, process_age, record_perf, samples_markdown,
     training_flops_per_token,
 };
 use crate::recipe::{ResolvedRecipe, ScoreSource};
@@ -175,15 +175,6 @@ impl Work {
         metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
         self.last_kl = Some(report.kl);
     }
-}
-
-/// Seconds since this process was started, its libraries' loading included.
-fn process_age() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    let begun: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
-    let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
-    // SAFETY: asks for a constant of the system.
-    Some(uptime - begun / unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64)
 }
 
 /// Best of some products of square matrices, large enough to fill the device.

@@ -13,6 +13,7 @@ use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
 use echelon_core::shim;
+use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, ZeroStage, forward_rows};
 use echelon_generation::{Engine, EngineConfig, Policy};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -32,6 +33,7 @@ pub struct Setting {
     pub response_tokens: usize,
     pub tokens_per_micro_batch: usize,
     pub max_sequences: usize,
+    pub weight_layout: WeightLayout,
 }
 
 /// A folder with random models of a causal language model's `config`: `policy`, and `scorer` with a score head.
@@ -71,6 +73,7 @@ impl Setting {
             response_tokens: 32,
             tokens_per_micro_batch: 192,
             max_sequences: 64,
+            weight_layout: WeightLayout::Plain,
         }
     }
 }
@@ -81,7 +84,7 @@ fn held(setting: &Setting) -> Held {
         tokens_per_micro_batch: setting.tokens_per_micro_batch as i64,
         activation_checkpointing: setting.activation_checkpointing,
     };
-    Held { kind: setting.kind, pass }
+    Held { kind: setting.kind, pass, weight_layout: setting.weight_layout }
 }
 
 fn experience(setting: &Setting, vocab: i64) -> Experience {
@@ -162,7 +165,11 @@ pub fn meter_learners(
             stop: Vec::new(),
             ignore_eos: true,
         };
-        let engine = Engine::new(EngineConfig { max_sequences: setting.max_sequences, ..EngineConfig::default() });
+        let engine = Engine::new(EngineConfig {
+            max_sequences: setting.max_sequences,
+            weight_layout: setting.weight_layout,
+            ..EngineConfig::default()
+        });
         let metering = meter.begin(Role::Generator, Phase::Generate);
         let model = Policy { model: &actor.model, head: actor.head.weight(), tokenizer: None };
         let (made, _) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default()).unwrap();

@@ -225,6 +225,23 @@ impl Seat<'_> {
         Ok(Some(generation))
     }
 
+    /// Waits until every rank has connected to every other: one that left before that, as a rank does that refuses what
+    /// comes next, would break the connecting of those that are still at it. Where one fails, the others' operations say so.
+    pub fn all_connected(&self, generation: &Generation) -> Result<()> {
+        let failed = |error| self.failed(error);
+        let (store, connected, begun) = (&self.at.store, generation.key("connected"), Instant::now());
+        store.add(&connected, 1).map_err(failed)?;
+        let mut pause = Duration::from_micros(200);
+        while store.add(&connected, 0).map_err(failed)? < self.size as i64 {
+            if generation.is_over().map_err(failed)? || begun.elapsed() > self.patience.join {
+                break;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
     /// The worker that sits here may be this one's predecessor: then its group fails, and the next generation begins.
     fn wait_for_seat(&self, generation: &Generation, begun: Instant) -> Result<Option<Generation>> {
         while !generation.is_over().map_err(|error| self.failed(error))? {

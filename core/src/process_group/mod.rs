@@ -132,6 +132,7 @@ impl ProcessGroup {
         let gloo = ffi::join_gloo(&at.store, &generation.prefix(), rank as i32, size as i32, address, connect)
             .inspect_err(|_| generation.end(rank))
             .map_err(|error| seat.failed(error))?;
+        seat.all_connected(&generation)?;
         let journal = Arc::<Journal>::default();
         let pulse = Pulse::start(generation.clone(), rank, journal.clone());
         let peers = Peers {

@@ -102,6 +102,15 @@ impl FlatUnit {
         Ok(())
     }
 
+    /// Takes the memory of gradients that stay between passes.
+    pub fn take_pages(&self) -> Result<()> {
+        match (&self.grads_shard, self.grads_open) {
+            (Some(shard), _) => Ok(shim::take_pages(shard)?),
+            (None, true) => Ok(shim::take_pages(&self.grads)?),
+            (None, false) => Ok(()),
+        }
+    }
+
     /// The unit's backward pass is over: begins to hand every rank its part of the gradients, where they are sharded.
     pub fn reduce(&mut self) -> Result<()> {
         self.absorb()?;

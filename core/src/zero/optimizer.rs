@@ -45,6 +45,8 @@ pub struct TrainingState {
     head_units: Vec<usize>,
     /// Weights in host memory; with them are all moments, and gradients have no room.
     aside: Option<Aside>,
+    /// Whether learning has the memory that it writes.
+    pages_taken: bool,
 }
 
 /// What the optimizer keeps of its part of a unit.
@@ -95,7 +97,18 @@ impl TrainingState {
         }
         let head_units = shape.head_units();
         let sharding = sharding.clone();
-        Ok(TrainingState { role, units, moments, steps: 0, config, sharding, reducing: None, head_units, aside: None })
+        Ok(TrainingState {
+            role,
+            units,
+            moments,
+            steps: 0,
+            config,
+            sharding,
+            reducing: None,
+            head_units,
+            aside: None,
+            pages_taken: false,
+        })
     }
 
     /// Every parameter by name: what the model is built from.
@@ -167,6 +180,19 @@ impl TrainingState {
         let mine: f64 = grads.iter().map(sum_of_squares).sum();
         let total = if self.sharding.optimizer() { self.sharding.group.sum("gradient norm", mine)? } else { mine };
         Ok(total.sqrt())
+    }
+
+    /// Learning begins: takes the memory that it will write, all at once, before it reads a zero of it.
+    fn take_pages(&mut self) -> Result<()> {
+        if self.pages_taken {
+            return Ok(());
+        }
+        for (unit, moments) in self.units.iter().zip(&mut self.moments) {
+            unit.take_pages()?;
+            moments.tensors().try_for_each(|tensor| shim::take_pages(tensor))?;
+        }
+        self.pages_taken = true;
+        Ok(())
     }
 
     fn finish_reduce(&mut self) -> Result<()> {
@@ -296,6 +322,7 @@ impl TrainingState {
             }
             unit.take_grads_up()?;
         }
+        self.pages_taken = false;
         Ok(())
     }
 
@@ -337,6 +364,7 @@ impl Units for TrainingState {
     }
 
     fn open_grads(&mut self, unit: usize) -> Result<()> {
+        self.take_pages()?;
         if self.reducing == Some(unit) {
             self.finish_reduce()?; // of the micro-batch before
         }
