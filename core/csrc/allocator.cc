@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -231,12 +232,18 @@ void take_pages(const at::Tensor& tensor) {
   const size_t page = page_size();
   const size_t begin = reinterpret_cast<size_t>(tensor.data_ptr()) / page * page;
   const size_t end = reinterpret_cast<size_t>(tensor.data_ptr()) + tensor.nbytes();
-  const int64_t pages = (end - begin + page - 1) / page;
-  constexpr int64_t kPagesAtOnce = 4096;
-  at::parallel_for(0, pages, kPagesAtOnce, [&](int64_t from, int64_t to) {
-    // Kernels before 5.14 do not know it: then the first write takes them one by one.
-    (void)madvise(reinterpret_cast<void*>(begin + from * page), (to - from) * page, MADV_POPULATE_WRITE);
-  });
+  // Kernels before 5.14 do not know this advice: then the first write takes pages one by one.
+  auto populate = [](size_t from, size_t to) {
+    (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE);
+  };
+  // Threads of our own: without OpenMP's pragmas at::parallel_for is a plain loop.
+  constexpr size_t kLeastForAThread = size_t{1} << 20;
+  const size_t parts = std::clamp<size_t>((end - begin) / kLeastForAThread, 1, at::get_num_threads());
+  const size_t part = (end - begin + parts * page - 1) / (parts * page) * page;
+  std::vector<std::thread> others;
+  for (size_t from = begin + part; from < end; from += part) others.emplace_back(populate, from, std::min(from + part, end));
+  populate(begin, std::min(begin + part, end));
+  for (auto& other : others) other.join();
 }
 
 }  // namespace echelon
