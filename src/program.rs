@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
 
 use echelon_core::progress::Interrupt;
 use tracing::level_filters::LevelFilter;
@@ -131,6 +132,7 @@ impl WholeFolder {
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
+    calm_threads();
     echelon_core::shim::install_cpu_allocator();
     show_warnings();
     // A file-size limit is then a failed write with a message, not a silent end.
@@ -152,19 +154,33 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     unsafe { libc::_exit(i32::from(code)) }
 }
 
-/// How often libgomp's threads look for work before they sleep. Its default is milliseconds of looking, which take the cores
-/// from whoever has work where other programs run beside: two to three times slower there (docs/log.md).
-const SPINS: &str = "2000";
+/// How long libgomp's threads look for work before they sleep. Its default is milliseconds, which take the cores from whoever
+/// has work where other programs run beside: two to five times slower there. Much less, and a program alone is slower,
+/// whose threads sleep between any two products (docs/log.md).
+const LOOKING: Duration = Duration::from_micros(80);
+
+/// [`LOOKING`] in libgomp's unit, a pause of the processor, which takes twice as long on some as on others.
+fn spins() -> u32 {
+    const PAUSES: u32 = 500;
+    let pauses = || {
+        let begun = Instant::now();
+        (0..PAUSES).for_each(|_| std::hint::spin_loop());
+        begun.elapsed()
+    };
+    let fastest = (0..5).map(|_| pauses()).min().unwrap_or_default().max(Duration::from_nanos(1));
+    (LOOKING.as_nanos() * u128::from(PAUSES) / fastest.as_nanos()).clamp(500, 50_000) as u32
+}
 
 /// Begins this program again with calmer threads, once, unless somebody has chosen: libgomp reads its settings when it is
 /// loaded. One thread waits for nobody.
-pub fn calm_threads() {
+fn calm_threads() {
     let chosen = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().any(|name| std::env::var_os(name).is_some());
     let alone = std::env::var("OMP_NUM_THREADS").is_ok_and(|threads| threads == "1");
     if let (false, false, Ok(program)) = (chosen, alone, std::env::current_exe()) {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_else(|| program.clone().into());
-        let _not_replaced = Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", SPINS).exec();
+        let _not_replaced =
+            Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", spins().to_string()).exec();
     }
 }
 

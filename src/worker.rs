@@ -52,7 +52,6 @@ fn is_asked(arguments: &[String]) -> bool {
 
 /// A program that drives, and that its own driver starts as its workers.
 pub fn or_driver(drive: impl FnOnce() -> Result<(), Failure>) -> ! {
-    program::calm_threads();
     let arguments = arguments();
     program::main(|| if is_asked(&arguments) { main(&arguments) } else { drive() })
 }

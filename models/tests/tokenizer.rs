@@ -266,9 +266,7 @@ struct TemporaryFolder(PathBuf);
 
 impl TemporaryFolder {
     fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("echelon-tokenizer-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+        Self(tempfile::Builder::new().prefix(&format!("echelon-tokenizer-{name}-")).tempdir().unwrap().keep())
     }
 }
 

@@ -528,8 +528,7 @@ struct Driver {
 
 impl Driver {
     async fn start(name: &str, variables: &[(&str, &str)]) -> Driver {
-        let folder = std::env::temp_dir().join(format!("echelon-control-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
+        let folder = tempfile::Builder::new().prefix(&format!("echelon-control-{name}-")).tempdir().unwrap().keep();
         let process = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["driver_process", "--exact", "--ignored", "--nocapture"])
             .env("ECHELON_TEST_FOLDER", &folder)

@@ -3,6 +3,5 @@
 use echelon::{program, worker};
 
 fn main() -> ! {
-    program::calm_threads();
     program::main(|| worker::main(&worker::arguments()))
 }

@@ -147,32 +147,28 @@ fn check_shipped(path: &Path, recipe: &Recipe) {
 }
 
 /// A folder of its own, removed at the end.
-struct Folder(PathBuf);
+struct Folder(tempfile::TempDir);
 
 impl Folder {
-    fn new(name: &str) -> Self {
-        let folder = std::env::temp_dir().join(format!("echelon-recipe-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&folder).unwrap();
-        Self(folder)
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
     }
 
     fn write(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.0.join(name);
+        let path = self.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(&path, text).unwrap();
         path
     }
 }
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
 /// The resolved recipe, written and read again from another folder, resolves to the same value.
 fn assert_round_trip(resolved: &ResolvedRecipe) {
-    let folder = Folder::new(&format!("round-trip-{}", resolved.name));
+    let folder = Folder::new();
     let path = folder.write("run/recipe.resolved.toml", &resolved.to_toml());
     let again = Recipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}\n{}", resolved.to_toml()));
     assert_eq!(&again.resolve(), resolved);
@@ -216,14 +212,14 @@ fn defaults_are_openrlhfs() {
 
 #[test]
 fn the_name_is_the_files_unless_given() {
-    let folder = Folder::new("name");
+    let folder = Folder::new();
     assert_eq!(load_small(&folder, "", &[]).name, "small");
     assert_eq!(load_small(&folder, "", &["name=other"]).name, "other");
 }
 
 #[test]
 fn set_values_are_toml_else_strings() {
-    let folder = Folder::new("set");
+    let folder = Folder::new();
     let sets = [
         "ppo.kl_coef=0",
         "actor.model=acme/model-1",
@@ -240,7 +236,7 @@ fn set_values_are_toml_else_strings() {
 
 #[test]
 fn the_last_set_wins_and_reaches_into_lists() {
-    let folder = Folder::new("last");
+    let folder = Folder::new();
     let mix = "[[data.mix]]\nprompts = \"a.jsonl\"\n[[data.mix]]\nprompts = \"b.jsonl\"\n";
     let path = folder.write(
         "mix.toml",
@@ -255,8 +251,8 @@ fn the_last_set_wins_and_reaches_into_lists() {
 
 #[test]
 fn paths_start_at_the_recipe_or_at_the_working_directory() {
-    let folder = Folder::new("paths");
-    let base = folder.0.canonicalize().unwrap();
+    let folder = Folder::new();
+    let base = folder.path().canonicalize().unwrap();
     let recipe = load_small(&folder, "", &[]);
     assert_eq!(recipe.data.prompts, Some(base.join("data/prompts.jsonl")));
     let recipe = load_small(&folder, "", &["data.prompts=x/../data/prompts.jsonl"]);
@@ -265,15 +261,15 @@ fn paths_start_at_the_recipe_or_at_the_working_directory() {
 
 #[test]
 fn a_folder_comes_before_a_hub_id() {
-    let folder = Folder::new("folder");
+    let folder = Folder::new();
     folder.write("owner/tiny/config.json", "{}");
     let recipe = load_small(&folder, "", &[]);
-    assert_eq!(recipe.actor.model, ModelSource::Folder(folder.0.canonicalize().unwrap().join("owner/tiny")));
+    assert_eq!(recipe.actor.model, ModelSource::Folder(folder.path().canonicalize().unwrap().join("owner/tiny")));
 }
 
 #[test]
 fn the_critic_starts_from_the_reward_model_else_from_the_actor() {
-    let folder = Folder::new("critic");
+    let folder = Folder::new();
     let hub = |id: &str| ModelSource::Hub(id.into());
     assert_eq!(load_small(&folder, "", &[]).resolve().critic.model, hub("owner/tiny"));
     let by_model = load_small(&folder, "", &["reward={model = \"owner/judge\"}"]).resolve();
@@ -285,7 +281,7 @@ fn the_critic_starts_from_the_reward_model_else_from_the_actor() {
 
 #[test]
 fn the_reference_is_the_actor_and_absent_without_kl() {
-    let folder = Folder::new("reference");
+    let folder = Folder::new();
     let resolved = load_small(&folder, "", &[]).resolve();
     assert_eq!(resolved.reference.unwrap().model, ModelSource::Hub("owner/tiny".into()));
     let resolved = load_small(&folder, "", &["ppo.kl_coef=0"]).resolve();
@@ -295,7 +291,7 @@ fn the_reference_is_the_actor_and_absent_without_kl() {
 
 #[test]
 fn every_kind_of_reward_survives_the_resolved_recipe() {
-    let folder = Folder::new("rewards");
+    let folder = Folder::new();
     let mix = [
         "rule = \"math\"\ntolerance = 0.01",
         "rule = \"regex\"\npattern = '^\\d+ \"x\"$'",
@@ -314,7 +310,7 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     assert_eq!(sources[0].source, ScoreSource::Rule(Rule::Math { tolerance: 0.01 }));
     assert_eq!(sources[2].source, ScoreSource::Rule(Rule::Length { min_tokens: 20, max_tokens: Some(20) }));
     assert_eq!((sources[2].weight, sources.len()), (-0.5, 9));
-    let base = folder.0.canonicalize().unwrap();
+    let base = folder.path().canonicalize().unwrap();
     let command =
         ScoreSource::Command { command: "python3 score.py".into(), folder: base, num_cpus: 1.0, timeout_s: 180.0 };
     assert_eq!(sources[7].source, command);
@@ -323,7 +319,7 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
 
 #[test]
 fn recipes_of_sft_and_reward_survive_being_written() {
-    let folder = Folder::new("supervised");
+    let folder = Folder::new();
     let sft = "[model]\nmodel = \"m\"\ninit = \"random\"\n[data]\ntrain = \"a.jsonl\"\neval_fraction = 0.1\n[train]\nsteps = 9\n";
     let first = SftRecipe::load_for_plan(&folder.write("tiny-sft.toml", sft), &[]).unwrap();
     let again = SftRecipe::load_for_plan(&folder.write("run/recipe.resolved.toml", &to_toml(&first)), &[]).unwrap();
@@ -338,7 +334,7 @@ fn recipes_of_sft_and_reward_survive_being_written() {
 
 #[test]
 fn the_batch_arithmetic_is_designs() {
-    let folder = Folder::new("arithmetic");
+    let folder = Folder::new();
     let recipe = load_small(&folder, "[train]\nsteps = 10\n", &["placement.workers=8", "ppo.epochs=2"]);
     let batch = recipe.resolve().batch;
     assert_eq!((batch.optimizer_steps, batch.critic_optimizer_steps, batch.actor_warmup_steps), (16, 160, 5));
@@ -353,7 +349,7 @@ fn the_batch_arithmetic_is_designs() {
 
 #[test]
 fn unlike_nodes_are_declared_as_pools() {
-    let folder = Folder::new("pools");
+    let folder = Folder::new();
     let pools = "[[placement.node_pool]]\nnodes = 2\ngpus_per_node = 8\ngpu = \"H100\"\n\
                  [[placement.node_pool]]\ngpus_per_node = 4\ngpu = \"L40S\"\nhost_memory_gib = 512\n";
     let recipe = load_small(&folder, pools, &[]);
@@ -377,7 +373,7 @@ fn unlike_nodes_are_declared_as_pools() {
 
 #[test]
 fn workers_are_an_equal_share_of_the_nodes() {
-    let folder = Folder::new("shares");
+    let folder = Folder::new();
     let path = folder.write("small.toml", SMALL);
     let sets = ["placement.workers=3", "placement.nodes=2"].map(String::from);
     let error = Recipe::load_for_plan(&path, &sets).unwrap_err().to_string();
@@ -386,7 +382,7 @@ fn workers_are_an_equal_share_of_the_nodes() {
 
 #[test]
 fn micro_batches_are_counted_for_full_length_sequences() {
-    let folder = Folder::new("micro");
+    let folder = Folder::new();
     let sets = ["data.max_prompt_tokens=32", "rollout.max_new_tokens=48", "train.tokens_per_micro_batch=400"];
     let batch = load_small(&folder, "", &sets).resolve().batch;
     assert_eq!(batch.micro_batches_at_most(1), 7, "32 rows, 5 of 80 tokens fit in 400");
@@ -397,7 +393,7 @@ fn micro_batches_are_counted_for_full_length_sequences() {
 
 #[test]
 fn later_errors_point_at_their_key() {
-    let folder = Folder::new("later");
+    let folder = Folder::new();
     let recipe = load_small(&folder, "", &["rollout.max_new_tokens=9000"]);
     let error = recipe.error_at("data.prompts", "`data.prompts` is empty", "it needs at least one row").to_string();
     assert!(error.contains("small.toml:7:1: `data.prompts` is empty\n"), "{error}");
@@ -407,7 +403,7 @@ fn later_errors_point_at_their_key() {
 
 #[test]
 fn only_the_keys_that_decide_what_is_learned_must_stay_in_a_resumed_run() {
-    let folder = Folder::new("changes");
+    let folder = Folder::new();
     let stored = folder.write(RESOLVED_FILE, &load_small(&folder, "", &[]).resolve().to_toml());
     let changes = |sets: &[&str]| -> Vec<String> {
         let present = load_small(&folder, "", sets).resolve().to_toml();

@@ -100,7 +100,8 @@ mod tests {
 
     #[test]
     fn groups_of_both_versions_are_read() {
-        let root = std::env::temp_dir().join(format!("echelon-groups-{}", std::process::id()));
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
         let write = |file: &str, text: &str| {
             let path = root.join(file);
             fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -117,6 +118,5 @@ mod tests {
         assert_eq!(left_in("4:memory:/not/mounted/here", root_text), Some((500, 0)));
         assert_eq!(left_in("0::/free", root_text), None, "no limit");
         assert_eq!(left_in("3:cpuset:/", root_text), None);
-        fs::remove_dir_all(root).unwrap();
     }
 }

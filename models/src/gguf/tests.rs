@@ -16,10 +16,7 @@ struct TestFolder(PathBuf);
 
 impl TestFolder {
     fn new(test: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("echelon-gguf-{test}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
+        Self(tempfile::Builder::new().prefix(&format!("echelon-gguf-{test}-")).tempdir().unwrap().keep())
     }
 }
 

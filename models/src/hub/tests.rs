@@ -100,10 +100,7 @@ struct TestHome(PathBuf);
 
 impl TestHome {
     fn new(test: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("echelon-hub-{test}-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&path);
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
+        Self(tempfile::Builder::new().prefix(&format!("echelon-hub-{test}-")).tempdir().unwrap().keep())
     }
 
     fn settings(&self, endpoint: &str) -> HubSettings {

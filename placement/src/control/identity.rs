@@ -253,9 +253,8 @@ mod tests {
 
     #[test]
     fn credentials_pass_through_a_file_of_the_owner_only() {
-        let folder = std::env::temp_dir().join(format!("echelon-identity-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let path = folder.join("join.pem");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("join.pem");
         let credentials = RunAuthority::new().unwrap().worker(None).unwrap();
         credentials.write(&path).unwrap();
         credentials.write(&path).unwrap();
@@ -264,8 +263,7 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let error = Credentials::read(&path).unwrap_err().to_string();
         assert!(error.contains("mode 640") && error.contains("chmod 600"), "{error}");
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no partial file stays");
-        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");
     }
 
     #[test]
