@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use echelon_core::device::aside;
 use echelon_core::shape::ModelShape;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_generation::weight_layout::{Matrices, fastest, works};
@@ -42,11 +43,11 @@ pub fn weight_layout(
         Ok(name) => Some(name.parse().map_err(|error| Failure::Input(format!("{FORCED}: {error}")))?),
         Err(_) => None,
     };
-    let usable = |layout: &WeightLayout| works(*layout, held.kind);
+    let usable = |layout: &WeightLayout| aside(|| works(*layout, held.kind));
     let chosen = match (forced, before.filter(usable)) {
         (Some(forced), _) => Some(forced).filter(usable).unwrap_or_default(),
         (None, Some(before)) => before,
-        (None, None) => measured(held.kind, &Matrices::of(shape)),
+        (None, None) => aside(|| measured(held.kind, &Matrices::of(shape))),
     };
     let note = before.filter(|before| *before != chosen).map(|before| {
         format!(

@@ -382,15 +382,15 @@ impl Inputs {
     fn load(recipe: &ResolvedRecipe, resumed: &Resumed) -> Result<Inputs, Failure> {
         let folders = wire::model_folders(recipe)?;
         let (held, warning) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
-        let before = resumed.saved.as_ref().and_then(|(_, state)| state.weight_layout);
-        let (weight_layout, note) = machine::weight_layout(&wire::shape(&folders.actor)?.shape(), held, before)?;
-        let held = Held { weight_layout, ..held };
         wire::check_limits(recipe, &folders, held)?;
         let (layout, plan) = wire::layout(recipe, &folders, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let format = wire::prompt_format(recipe, tokenizer.clone());
         let prompts = TrainingPrompts::load(&recipe.data, format.clone(), recipe.seed)?;
         let evaluator = evaluation_prompts(recipe, &format)?.map(|prompts| Evaluator::new(prompts, recipe));
+        let before = resumed.saved.as_ref().and_then(|(_, state)| state.weight_layout);
+        let (weight_layout, note) = machine::weight_layout(&wire::shape(&folders.actor)?.shape(), held, before)?;
+        let held = Held { weight_layout, ..held };
         Ok(Inputs { folders, held, warning, note, tokenizer, prompts, evaluator, layout, plan })
     }
 }

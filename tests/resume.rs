@@ -131,6 +131,61 @@ fn a_run_killed_inside_an_update_or_a_checkpoint_resumes_as_if_undisturbed() {
     assert!(saving[5..].iter().any(|&saving| saving), "no kill left an unfinished checkpoint: {saving:?}");
 }
 
+/// How weights lie while decoding is the run's, not the moment's: another layout rounds otherwise.
+#[test]
+fn a_resumed_run_keeps_its_layout_of_weights() {
+    let workplace = Workplace::new();
+    let layouts = ["onednn", "plain"];
+    let run = |name: &str, layout: Option<&str>, arguments: &[&str]| {
+        let mut command = workplace.ppo(name, &[&["--set", "rollout.max_new_tokens=24"], arguments].concat());
+        layout.map(|layout| command.env("ECHELON_WEIGHT_LAYOUT", layout));
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+        said(&output)
+    };
+    for layout in layouts {
+        run(layout, Some(layout), &["--set", "train.steps=4"]);
+        let half = format!("{layout}-half");
+        run(&half, Some(layout), &["--set", "train.steps=2"]);
+        run(&half, None, &["--set", "train.steps=4", "--resume"]);
+        let layouts_apart = deterministic_lines(&workplace.path(layout));
+        assert_eq!(deterministic_lines(&workplace.path(&half)), layouts_apart, "{layout}");
+    }
+    run("told", Some("onednn"), &["--set", "train.steps=2"]);
+    let told = run("told", Some("plain"), &["--set", "train.steps=3", "--resume"]);
+    assert!(told.contains("weights lie as plain while decoding, and lay as onednn when"), "{told}");
+
+    let wrong = workplace.ppo("wrong", &[]).env("ECHELON_WEIGHT_LAYOUT", "fast").output().unwrap();
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(
+        said(&wrong).contains("ECHELON_WEIGHT_LAYOUT: expected plain, mkl or onednn, found `fast`"),
+        "{}",
+        said(&wrong)
+    );
+    assert!(!workplace.path("wrong").exists());
+}
+
+/// The start, phases, what is named beside them and the rest: together all of a run's time to its last step.
+#[test]
+fn every_second_of_a_run_has_a_name() {
+    let workplace = Workplace::new();
+    let begun = Instant::now();
+    workplace.finish("run", &["--set", "checkpoint.every_steps=1", "--set", "eval.every_steps=2"]);
+    let wall = begun.elapsed().as_secs_f64();
+    let steps = metrics(&workplace.path("run"));
+    let number = |step: usize, name: &str| steps[step].get(name).and_then(Value::as_f64);
+    assert!(number(0, "perf/start_s").unwrap() > 0.0 && number(1, "perf/start_s").is_none());
+    assert!(number(1, "perf/evaluation_s").unwrap() > 0.0 && number(1, "perf/checkpoint_s").unwrap() > 0.0);
+    let names =
+        ["perf/start_s", "train/timing/step_total", "perf/evaluation_s", "perf/checkpoint_s", "perf/overhead_s"];
+    let of_step = |step| names.iter().filter_map(|name| number(step, name)).sum::<f64>();
+    let named: f64 = (0..steps.len()).map(of_step).sum();
+    // What is left is the end: the last checkpoint, the evaluation, the exported model, the report.
+    assert!(named <= wall + 0.1, "{named} s of {wall}");
+    assert!((0..steps.len()).all(|step| number(step, "perf/overhead_s").is_some()));
+    assert!(steps.iter().all(|step| !step.keys().any(|key| key.starts_with("perf/planned"))), "nobody asked");
+}
+
 #[test]
 fn a_finished_run_resumes_to_the_same_end() {
     let workplace = Workplace::new();

@@ -211,8 +211,11 @@ fn the_tests_stop_at_the_first_failure() {
     assert_eq!(sandbox.calls()[1..], calls[..2]);
 
     let said = sandbox.succeeds(&["test"], &[]);
-    assert!(said.ends_with("all checks passed: formatting, lints, tests\n"), "{said}");
-    assert_eq!(sandbox.calls()[3..], calls);
+    assert!(said.ends_with("all checks passed: formatting, lints, tests, other processors' instructions\n"), "{said}");
+    assert_eq!(sandbox.calls()[3..6], calls);
+    let again = &sandbox.calls()[6..];
+    assert_eq!(again.len(), 6 + 1 + 3, "{again:?}");
+    assert!(again.iter().all(|call| call.starts_with("cargo test --workspace --")), "{again:?}");
 }
 
 #[test]

@@ -190,6 +190,7 @@ size_t live_bytes() { return live.load(); }
 size_t peak_bytes() { return peak.load(); }
 void reset_peak_bytes() { peak = live.load(); }
 size_t taken_bytes() { return taken.load(); }
+void give_back_kept() { free_blocks().release(); }
 
 Reserving::Reserving() { reserved_here = &blocks_; }
 

@@ -87,7 +87,7 @@ std::unique_ptr<at::Tensor> pack_with_mkl(const at::Tensor& weight, int64_t rows
   auto pack = cpu_operator(kMklPack);
   if (!weight.device().is_cpu() || weight.scalar_type() != at::kFloat || !pack || !cpu_operator(kMklLinear))
     return std::make_unique<at::Tensor>();
-  // MKL asks for up to four times the weights' memory, and touches as much as the weights have.
+  // MKL asks for up to four times the weights' memory, and touches one to two times.
   Reserving reserving;
   return std::make_unique<at::Tensor>(pack->typed<at::Tensor(const at::Tensor&, int64_t)>().call(weight, rows));
 }

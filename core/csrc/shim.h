@@ -53,6 +53,8 @@ size_t peak_bytes();
 void reset_peak_bytes();
 // Bytes of the blocks that tensors are in, rounding included, and of the freed ones kept for later.
 size_t taken_bytes();
+// Gives the blocks that are kept for later back to the system.
+void give_back_kept();
 // Bytes of mapped memory that tensors are wrapped around.
 size_t mapped_bytes();
 // Live and peak of a device whose caching allocator keeps count (CUDA).

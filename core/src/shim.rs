@@ -54,6 +54,7 @@ pub(crate) mod ffi {
         fn peak_bytes() -> usize;
         fn reset_peak_bytes();
         fn taken_bytes() -> usize;
+        fn give_back_kept();
         fn mapped_bytes() -> usize;
         fn device_live_bytes(cuda_index: i32) -> Result<usize>;
         fn device_peak_bytes(cuda_index: i32) -> Result<usize>;
@@ -210,6 +211,11 @@ pub fn kept_bytes() -> usize {
     ffi::taken_bytes().saturating_sub(ffi::live_bytes())
 }
 
+/// Gives the blocks that the CPU allocator keeps for later back to the system, after work of a kind that does not come again.
+pub fn give_back_kept() {
+    ffi::give_back_kept();
+}
+
 /// Bytes of mapped memory that tensors are wrapped around: no allocation, but a model's weights all the same.
 pub fn mapped_bytes() -> usize {
     ffi::mapped_bytes()
@@ -237,5 +243,30 @@ pub fn reset_peak_bytes(device: Device) {
     match device {
         Device::Cuda(index) => ffi::device_reset_peak_bytes(index as i32).unwrap_or(()),
         _ => ffi::reset_peak_bytes(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Resident memory of this process, in bytes.
+    fn resident() -> i64 {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: i64 = statm.split_whitespace().nth(1).unwrap().parse().unwrap();
+        pages * rustix::param::page_size() as i64
+    }
+
+    #[test]
+    fn zeros_cost_nothing_until_they_are_taken_and_then_all_at_once() {
+        const BYTES: i64 = 256 << 20;
+        let near = |taken: i64, expected: i64| (taken - expected).abs() < BYTES / 4; // other tests take memory too
+        let before = resident();
+        let zeros = zeros_on_demand(BYTES / 4, Kind::Float, Device::Cpu).unwrap();
+        assert!(near(resident() - before, 0), "untouched");
+        take_pages(&zeros).unwrap();
+        assert!(near(resident() - before, BYTES), "taken");
+        assert_eq!(zeros.abs().max().double_value(&[]), 0.0);
+        drop(zeros);
     }
 }

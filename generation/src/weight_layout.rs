@@ -115,6 +115,12 @@ pub fn usable(kind: Kind, matrices: &Matrices) -> Vec<WeightLayout> {
 
 /// The fastest of the usable layouts, and what was measured. Takes some tenths of a second.
 pub fn fastest(kind: Kind, matrices: &Matrices) -> (WeightLayout, Vec<Measured>) {
+    let measured = measure(kind, matrices);
+    shim::give_back_kept();
+    (choose(&measured), measured)
+}
+
+fn measure(kind: Kind, matrices: &Matrices) -> Vec<Measured> {
     let _guard = tch::no_grad_guard();
     let weights = matrices.weights(kind);
     let inputs: Vec<Tensor> = weights.iter().map(|weight| ramp(&[ROWS, weight.size()[1]], kind)).collect();
@@ -127,8 +133,7 @@ pub fn fastest(kind: Kind, matrices: &Matrices) -> (WeightLayout, Vec<Measured>)
         }
         contenders.iter_mut().for_each(|contender| contender.run(&weights, &inputs));
     }
-    let measured: Vec<Measured> = contenders.iter().map(|contender| (contender.layout, contender.seconds)).collect();
-    (choose(&measured), measured)
+    contenders.iter().map(|contender| (contender.layout, contender.seconds)).collect()
 }
 
 fn choose(measured: &[Measured]) -> WeightLayout {

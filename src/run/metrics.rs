@@ -1,6 +1,7 @@
 //! A step's report as named metrics, samples and speed.
 
 use echelon_algorithms::ppo::StepReport;
+use echelon_core::device::aside;
 use echelon_core::rollout::FinishReason;
 use echelon_core::shim;
 use echelon_models::config::DecoderConfig;
@@ -130,7 +131,7 @@ impl Work {
     /// Sets timings, tokens per second, MFU and memory.
     pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, seconds: f64) {
         let Some(rollout) = &report.rollout else { return };
-        let peak = *self.peak.get_or_insert_with(|| measured_peak(self.kind, self.device));
+        let peak = *self.peak.get_or_insert_with(|| aside(|| measured_peak(self.kind, self.device)));
         let tokens: i64 = rollout.lengths.iter().sum();
         let context = tokens as f64 / rollout.num_rows() as f64 / 2.0;
         let forward = forward_flops_per_token(self.size, context);
