@@ -13,6 +13,7 @@ pub mod calibration;
 pub mod forecast;
 pub mod layout;
 pub mod machine;
+pub mod matmul_rate;
 pub mod plan;
 pub mod program;
 

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use echelon_core::OutOfMemory;
 use echelon_core::progress::Interrupt;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
@@ -135,6 +136,7 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     calm_threads();
     echelon_core::shim::install_cpu_allocator();
     show_warnings();
+    tell_panics_in_a_line();
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
@@ -152,6 +154,24 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     // A device may still be at work, for a driver that is gone: libtorch's exit handlers would take away what it uses.
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(i32::from(code)) }
+}
+
+/// libtorch's errors come as panics with C++ backtraces, line ends written out: their first line says what happened. That a
+/// device has no room is no fault of ours, and whoever asked for the work is told.
+fn tell_panics_in_a_line() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let payload = panic.payload();
+        let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        match text.and_then(|text| Some((text, text.split_once("\\nException raised from ")?.0))) {
+            Some((text, _)) if OutOfMemory::read(text).is_some() => {}
+            Some((_, said)) => {
+                let place = panic.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
+                eprintln!("panic{place}: {said}");
+            }
+            None => usual(panic),
+        }
+    }));
 }
 
 /// How long libgomp's threads look for work before they sleep. Its default is milliseconds, which take the cores from whoever

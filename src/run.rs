@@ -36,6 +36,7 @@ use crate::worker;
 mod evaluate;
 pub mod memory;
 mod metrics;
+mod out_of_memory;
 
 use evaluate::{Evaluator, eval_metrics};
 use memory::MemoryLedger;
@@ -88,6 +89,8 @@ struct Run {
     interrupt: Interrupt,
     work: Work,
     memory: MemoryLedger,
+    /// What the devices reach together in large products; known after the first step.
+    matmul_rate: Option<f64>,
     /// Where `train.calibrate` asks for it.
     forecast: Option<Forecast>,
     clock: RunClock,
@@ -160,8 +163,9 @@ impl Run {
             terminal,
             watch,
             interrupt,
-            work: Work::new(&shape, held, &recipe),
+            work: Work::new(&shape, &recipe),
             memory,
+            matmul_rate: None,
             forecast,
             clock: RunClock::start(),
             weight_layout: held.weight_layout,
@@ -201,7 +205,7 @@ impl Run {
                     self.prompts.restore(&position)?;
                     return self.stop().await;
                 }
-                outcome => outcome?,
+                outcome => outcome.map_err(|error| self.memory.explained(error))?,
             }
             if self.interrupt.is_raised() {
                 return self.stop().await;
@@ -234,7 +238,10 @@ impl Run {
         self.step = step;
         self.policy_version = report.policy_version;
         let phases_s = begun.elapsed().as_secs_f64();
-        self.work.record(&mut metrics, &report, phases_s);
+        if self.matmul_rate.is_none() {
+            self.matmul_rate = Some(self.wired.crew.matmul_rate().await?);
+        }
+        self.work.record(&mut metrics, &report, phases_s, self.matmul_rate.filter(|rate| *rate > 0.0));
         let memory = self.wired.crew.memory().await?;
         for warning in self.memory.record(&mut metrics, &memory) {
             self.terminal.note(&warning);
@@ -443,7 +450,10 @@ fn header(
     ];
     if layout.num_workers > 1 {
         rows.insert(2, ("workers", layout.to_string()));
-        rows.insert(5, ("shares", layout.shares(&recipe.batch).join("\n")));
+        let shares = layout.shares(&recipe.batch);
+        if !shares.is_empty() {
+            rows.insert(5, ("shares", shares.join("\n"))); // none, where every role has one worker
+        }
     }
     rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {

@@ -405,7 +405,11 @@ impl<L: Lesson> Run<'_, L> {
         let (tokens, num_learned) = (rows.lengths.iter().sum::<i64>(), L::num_learned(&rows));
         let lr = self.lr * self.schedule.factor(self.step as usize);
         let request = Learn { rows, rows_per_example: L::ROWS_PER_EXAMPLE, num_learned, lr };
-        let mut metrics = L::learned(&self.learner.learn(request).await?);
+        let learned = self.learner.learn(request).await.map_err(|error| match &self.memory {
+            Some(ledger) => ledger.explained(error),
+            None => error,
+        })?;
+        let mut metrics = L::learned(&learned);
         self.watch.clear();
         let seconds = begun.elapsed().as_secs_f64();
         metrics.set("train/timing/step_total", seconds).set("perf/tokens_per_second", tokens as f64 / seconds);

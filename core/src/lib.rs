@@ -41,4 +41,4 @@ mod error;
 pub mod shim;
 pub mod weight_layout;
 
-pub use error::{Error, Result};
+pub use error::{Error, OutOfMemory, Result};

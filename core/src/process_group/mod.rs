@@ -14,6 +14,7 @@ mod standing;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
@@ -436,9 +437,32 @@ impl Peers {
         // Over Gloo, whose waits are watched: NCCL's own wait for a rank that does not come has no end.
         group.broadcast("share NCCL's id", &id, 0)?;
         let id = Vec::<u8>::try_from(id)?;
-        let communicator = Arc::new(nccl::Communicator::join(library, &id, (group.rank(), group.size()), device)?);
+        let place = (group.rank(), group.size());
+        let communicator = nccl::Communicator::join(library, &id, place, device, &mut self.connecting(group))?;
+        self.generation.tell_connected(self.rank);
+        let communicator = Arc::new(communicator);
         *made = Some(communicator.clone());
         Ok(communicator)
+    }
+
+    /// Asked while this rank's GPU connects with the others: whether to wait on.
+    fn connecting<'a>(&'a self, group: &'a ProcessGroup) -> impl FnMut() -> Result<()> + 'a {
+        const LOOK: Duration = Duration::from_millis(200);
+        self.generation.tell_connecting(self.rank);
+        let (begun, mut looked) = (Instant::now(), Instant::now());
+        move || {
+            if looked.elapsed() < LOOK {
+                return Ok(());
+            }
+            looked = Instant::now();
+            if let Some(reason) = self.generation.failure() {
+                return Err(Error::Refused(format!("ended while GPUs connected: {reason}")));
+            }
+            match begun.elapsed() > self.patience.join {
+                true => Err(Error::Refused(self.generation.unconnected(group.size(), self.patience.join))),
+                false => Ok(()),
+            }
+        }
     }
 }
 

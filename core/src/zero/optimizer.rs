@@ -406,8 +406,10 @@ impl Moments {
         let on_host = offload && device != Device::Cpu;
         let length = part.end - part.start;
         let zeros = || -> Result<Tensor> {
-            let zeros = shim::zeros_on_demand(length, kind, if on_host { Device::Cpu } else { device })?;
-            Ok(if on_host { zeros.f_pin_memory(device)? } else { zeros })
+            match on_host {
+                true => Ok(shim::pinned_zeros(&[length], kind)?),
+                false => Ok(shim::zeros_on_demand(length, kind, device)?),
+            }
         };
         let master = if on_host || unit.weights.whole.kind() != kind {
             let master = zeros()?;
