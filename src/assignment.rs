@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
+use echelon_core::determinism;
 use echelon_core::Error;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
@@ -192,7 +193,10 @@ impl HostPlan {
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
     ) -> echelon_core::Result<DeviceRoles> {
-        let Held { kind, pass, .. } = self.held();
+        let Held { kind, pass, deterministic, .. } = self.held();
+        if deterministic {
+            determinism::enforce(pass.device)?;
+        }
         shim::set_current_device(pass.device)?;
         let rate = pass.device.is_cuda().then(|| matmul_rate(kind, pass.device));
         let roles = match self {

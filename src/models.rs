@@ -22,12 +22,14 @@ use tch::{Device, Kind, Tensor};
 
 use crate::calibration::probe_parameter;
 
-/// How a model is held: dtype, device and passes, and how weights lie while a CPU decodes.
+/// How a model is held: dtype, device and passes, how weights lie while a CPU decodes, and whether the same work always
+/// gives the same bits.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
     pub kind: Kind,
     pub pass: PassConfig,
     pub weight_layout: WeightLayout,
+    pub deterministic: bool,
 }
 
 pub type Policy = Trainable<Decoder, LogprobHead>;

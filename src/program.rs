@@ -133,7 +133,7 @@ impl WholeFolder {
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
-    calm_threads();
+    begin_with_settings();
     echelon_core::shim::install_cpu_allocator();
     show_warnings();
     tell_panics_in_a_line();
@@ -191,16 +191,29 @@ fn spins() -> u32 {
     (LOOKING.as_nanos() * u128::from(PAUSES) / fastest.as_nanos()).clamp(500, 50_000) as u32
 }
 
-/// Begins this program again with calmer threads, once, unless somebody has chosen: libgomp reads its settings when it is
-/// loaded. One thread waits for nobody.
-fn calm_threads() {
-    let chosen = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().any(|name| std::env::var_os(name).is_some());
+/// What libraries read when they are loaded, unless somebody has chosen.
+fn settings() -> Vec<(&'static str, String)> {
+    let chosen = |names: &[&str]| names.iter().any(|name| std::env::var_os(name).is_some());
+    // One thread waits for nobody.
     let alone = std::env::var("OMP_NUM_THREADS").is_ok_and(|threads| threads == "1");
-    if let (false, false, Ok(program)) = (chosen, alone, std::env::current_exe()) {
+    let mut settings = Vec::new();
+    if !alone && !chosen(&["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"]) {
+        settings.push(("GOMP_SPINCOUNT", spins().to_string()));
+    }
+    // Segments of a GPU's memory that grow, instead of many that phases of different shapes leave in pieces.
+    if !chosen(&["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]) {
+        settings.push(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True".into()));
+    }
+    settings
+}
+
+/// Begins this program again, once, with [`settings`]: some are read before `main`.
+fn begin_with_settings() {
+    let settings = settings();
+    if let (false, Ok(program)) = (settings.is_empty(), std::env::current_exe()) {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_else(|| program.clone().into());
-        let _not_replaced =
-            Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", spins().to_string()).exec();
+        let _not_replaced = Command::new(program).arg0(name).args(arguments).envs(settings).exec();
     }
 }
 

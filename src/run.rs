@@ -10,7 +10,6 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
-use echelon_core::weight_layout::WeightLayout;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::planner::Plan;
 
@@ -94,7 +93,7 @@ struct Run {
     /// Where `train.calibrate` asks for it.
     forecast: Option<Forecast>,
     clock: RunClock,
-    weight_layout: WeightLayout,
+    held: Held,
     begun: Instant,
     /// The last finished step.
     step: u64,
@@ -128,6 +127,9 @@ impl Run {
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().chain(&inputs.note).for_each(|note| terminal.note(note));
         let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, plan, .. } = inputs;
+        let (device, saved) = (wire::device_name(held.pass.device), resumed.saved.as_ref());
+        let elsewhere = saved.and_then(|(_, state)| state.note_on(&device, held.deterministic));
+        elsewhere.iter().for_each(|note| terminal.note(note));
         let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         let parts = (interrupt.clone(), watch.clone() as _);
         let teller = terminal.clone();
@@ -168,7 +170,7 @@ impl Run {
             matmul_rate: None,
             forecast,
             clock: RunClock::start(),
-            weight_layout: held.weight_layout,
+            held,
             begun,
             step,
             policy_version: 0,
@@ -297,7 +299,9 @@ impl Run {
             data: self.prompts.position(),
             kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
-            weight_layout: Some(self.weight_layout),
+            weight_layout: Some(self.held.weight_layout),
+            device: Some(wire::device_name(self.held.pass.device)),
+            deterministic: Some(self.held.deterministic),
             render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };

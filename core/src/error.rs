@@ -1,5 +1,6 @@
 use serde::{Deserialize, Serialize};
 
+use crate::determinism::refused_operator;
 use crate::role::Role;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -48,6 +49,18 @@ impl Error {
         Error::Other { context: context.into(), source: source.into() }
     }
 
+    /// What libtorch says in a message, or in a panic's with it in its midst, that is no fault of ours.
+    pub fn of_torch(message: &str) -> Option<Error> {
+        let undetermined = |operator: String| {
+            Error::Refused(format!(
+                "train.deterministic = true: libtorch has no deterministic form of {operator}: set it to false, or leave out \
+                 what needs this operator"
+            ))
+        };
+        let undetermined = || refused_operator(message).map(undetermined);
+        OutOfMemory::read(message).map(Error::OutOfMemory).or_else(undetermined)
+    }
+
     /// The error that started it all, below the workers and contexts it climbed through.
     pub fn root(&self) -> &Error {
         match self {
@@ -59,10 +72,7 @@ impl Error {
 
 impl From<tch::TchError> for Error {
     fn from(source: tch::TchError) -> Error {
-        match OutOfMemory::read(&source.to_string()) {
-            Some(found) => Error::OutOfMemory(found),
-            None => Error::Torch { operation: "libtorch", source },
-        }
+        Error::of_torch(&source.to_string()).unwrap_or(Error::Torch { operation: "libtorch", source })
     }
 }
 

@@ -34,6 +34,7 @@ pub mod progress;
 
 pub mod random;
 
+pub mod determinism;
 pub mod device;
 
 pub mod collective;

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use echelon_core::{Error, OutOfMemory, Result};
+use echelon_core::{Error, Result};
 use tokio::sync::oneshot;
 
 use crate::control::awake::{MOMENT, stay_awake};
@@ -107,10 +107,10 @@ fn next<H>(queue: &Receiver<Job<H>>) -> Option<Job<H>> {
     queue.recv().ok()
 }
 
-/// What a panic is for whoever waits for an answer: libtorch says by one that a device has no room.
+/// What a panic is for whoever waits for an answer: libtorch says by one, too, that a device has no room.
 pub(crate) fn of_panic(panic: &(dyn std::any::Any + Send)) -> Error {
     let text = panic_text(panic);
-    OutOfMemory::read(text).map_or_else(|| Error::WorkerGone(first_line(text)), Error::OutOfMemory)
+    Error::of_torch(text).unwrap_or_else(|| Error::WorkerGone(first_line(text)))
 }
 
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

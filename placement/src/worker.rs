@@ -71,9 +71,8 @@ impl<H: 'static> Worker<H> {
             let (outcome, panic) = match catch_unwind(AssertUnwindSafe(|| work(host))) {
                 Ok(outcome) => (outcome, None),
                 Err(panic) => match of_panic(panic.as_ref()) {
-                    // libtorch says by a panic that there is no room; the thread can go on.
-                    error @ Error::OutOfMemory(_) => (Err(error), None),
-                    error => (Err(error), Some(panic)),
+                    error @ Error::WorkerGone(_) => (Err(error), Some(panic)),
+                    error => (Err(error), None), // no fault of ours: the thread can go on
                 },
             };
             if let Some(reply) = take(&refused) {

@@ -27,7 +27,7 @@ use self::pending::Work;
 use self::standing::{Journal, Pulse};
 use crate::collective::ffi;
 use crate::error::{Error, Result};
-use crate::shim::{raw, torch_error};
+use crate::shim::{self, raw, torch_error};
 
 /// The ranks of one group, seen from one of them. Clones are handles of the same group.
 #[derive(Clone)]
@@ -438,6 +438,7 @@ impl Peers {
         group.broadcast("share NCCL's id", &id, 0)?;
         let id = Vec::<u8>::try_from(id)?;
         let place = (group.rank(), group.size());
+        shim::give_back_kept(Device::Cuda(device)); // NCCL takes memory for itself
         let communicator = nccl::Communicator::join(library, &id, place, device, &mut self.connecting(group))?;
         self.generation.tell_connected(self.rank);
         let communicator = Arc::new(communicator);
