@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
-use echelon_core::determinism;
 use echelon_core::Error;
+use echelon_core::determinism;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;

@@ -162,7 +162,8 @@ fn tell_panics_in_a_line() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let payload = panic.payload();
-        let text = payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let text =
+            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
         match text.and_then(|text| Some((text, text.split_once("\\nException raised from ")?.0))) {
             Some((text, _)) if OutOfMemory::read(text).is_some() => {}
             Some((_, said)) => {

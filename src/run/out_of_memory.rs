@@ -1,8 +1,8 @@
 //! A device without room: what holds its memory by the ledger, and the nearest change after which the work needs less.
 
+use echelon_core::Error;
 use echelon_core::memory::Phase;
 use echelon_core::role::Role;
-use echelon_core::Error;
 use echelon_placement::ledger::{Entry, Place, RoleJob, Workload};
 
 /// Entries that are named; the rest is told as one number.
@@ -18,7 +18,11 @@ pub fn explained(error: Error, jobs: &[RoleJob]) -> Error {
         .map_or("no key of this recipe makes it need less: more or larger devices would".into(), |change| {
             format!("nearest change: {change}")
         });
-    Error::Refused(format!("{error}; by the memory ledger phase `{}` holds {}; {change}", phase.name(), held(role, phase, jobs)))
+    Error::Refused(format!(
+        "{error}; by the memory ledger phase `{}` holds {}; {change}",
+        phase.name(),
+        held(role, phase, jobs)
+    ))
 }
 
 /// What a call of a role is metered as.
@@ -48,7 +52,8 @@ fn bytes(role: Role, phase: Phase, jobs: &[RoleJob]) -> u64 {
 fn held(role: Role, phase: Phase, jobs: &[RoleJob]) -> String {
     let mut entries = entries(role, phase, jobs);
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.bytes));
-    let named = entries.iter().take(NAMED).map(|entry| format!("{} of the {} {}", size(entry.bytes), entry.role, entry.name));
+    let named =
+        entries.iter().take(NAMED).map(|entry| format!("{} of the {} {}", size(entry.bytes), entry.role, entry.name));
     let mut parts: Vec<String> = named.collect();
     let rest: u64 = entries.iter().skip(NAMED).map(|entry| entry.bytes).sum();
     if rest > 0 {

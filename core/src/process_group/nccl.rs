@@ -218,7 +218,8 @@ impl Communicator {
                         let at = peer * part;
                         let sent = (nccl.send)(from.byte_add(at), part, BYTES, peer as c_int, raw, stream);
                         let received = (nccl.recv)(to.byte_add(at), part, BYTES, peer as c_int, raw, stream);
-                        failed = [sent, received].into_iter().filter(|&code| code != IN_PROGRESS).fold(failed, c_int::max);
+                        failed =
+                            [sent, received].into_iter().filter(|&code| code != IN_PROGRESS).fold(failed, c_int::max);
                     }
                     let ended = (nccl.group_end)();
                     nccl.check("ncclSend and ncclRecv", failed)?;
