@@ -15,6 +15,7 @@ pub mod layout;
 pub mod machine;
 pub mod plan;
 pub mod program;
+pub mod programs;
 
 pub mod assignment;
 pub mod crew;
@@ -24,6 +25,7 @@ pub mod worker;
 
 pub mod checkpoint;
 pub mod host;
+pub mod import;
 pub mod inference;
 pub mod json_lines;
 pub mod learner;
