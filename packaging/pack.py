@@ -70,21 +70,21 @@ def take_programs(built, target):
         fail(f"{built} has no program {missing[0]}: build it with `cargo build --bins`")
     programs = {}
     for name in names:
-        if name != "ppo" and is_also(built / "ppo", name):
+        if name != "ppo" and said_by(built / "ppo", name, "--help").startswith(f"usage: {name} "):
             (target / name).symlink_to("ppo")
             continue
         subprocess.run(["strip", "--strip-all", "-o", target / name, built / name], check=True)
         program = Program(target / name)
+        program.build = said_by(built / name, name, "--version").strip()
         program.forget(paths_of_this_machine(built, program.library_folders()))
         program.path.write_bytes(program.data)
         programs[name] = program
     return programs
 
 
-def is_also(program, name):
-    """Whether a program, called by that name, is the program of that name."""
-    asked = subprocess.run([name, "--help"], executable=program, capture_output=True, text=True)
-    return asked.stdout.startswith(f"usage: {name} ")
+def said_by(program, name, argument):
+    """What a program prints that is called by a name, with one argument."""
+    return subprocess.run([name, argument], executable=program, capture_output=True, text=True).stdout
 
 
 def paths_of_this_machine(built, library_folders):
@@ -156,11 +156,9 @@ class Program:
 
 def describe(version, programs, wheels):
     """The file VERSION: what the start script goes by."""
-    found = re.compile(re.escape(version).encode() + rb"\+[0-9a-f]{16}")
-    builds = {name: {build.decode() for build in found.findall(program.data)} for name, program in programs.items()}
-    different = sorted(set().union(*builds.values()))
-    if len(different) != 1:
-        fail(f"the programs are of {len(different)} builds ({', '.join(different)}): run `cargo build --bins` and pack again")
+    builds = sorted({program.build for program in programs.values()})
+    if len(builds) != 1:
+        fail(f"the programs are of {len(builds)} builds ({', '.join(builds)}): run `cargo build --bins`, and pack again")
     needed = {name for program in programs.values() for name in program.versions_needed()}
 
     def newest(prefix):
@@ -170,7 +168,7 @@ def describe(version, programs, wheels):
     torch = re.search(r"torch==(\S+)", wheels)[1]
     lines = {
         "version": version,
-        "build": different[0],
+        "build": builds[0],
         "machine": os.uname().machine,
         "glibc": newest("GLIBC_"),
         "libstdc++": f"GLIBCXX_{newest('GLIBCXX_')}",
