@@ -76,6 +76,8 @@ def take_programs(built, target):
         subprocess.run(["strip", "--strip-all", "-o", target / name, built / name], check=True)
         program = Program(target / name)
         program.build = said_by(built / name, name, "--version").strip()
+        if not re.fullmatch(r"\S+\+[0-9a-f]{16}", program.build):
+            fail(f"{built / name} does not start, or does not say of which build it is: run `cargo build --bins`")
         program.forget(paths_of_this_machine(built, program.library_folders()))
         program.path.write_bytes(program.data)
         programs[name] = program
@@ -162,7 +164,7 @@ def describe(version, programs, wheels):
     needed = {name for program in programs.values() for name in program.versions_needed()}
 
     def newest(prefix):
-        versions = [name.removeprefix(prefix) for name in needed if re.fullmatch(re.escape(prefix) + r"[0-9.]+", name)]
+        versions = [name[len(prefix) :] for name in needed if re.fullmatch(re.escape(prefix) + r"[0-9.]+", name)]
         return max(versions, key=lambda version: [int(part) for part in version.split(".")])
 
     torch = re.search(r"torch==(\S+)", wheels)[1]
@@ -216,7 +218,7 @@ def take_libtorch(torch, program, target):
         if file.is_file() and re.match("LICEN[CS]E|NOTICE", file.name.upper())
     ]
     version = [name for name in (torch / "version.py", torch / "build-version") if name.exists()]
-    for path in {path for path in [*libraries, *licences, *version] if site in path.parents}:
+    for path in {path for path in [*libraries, *licences, *version] if site in path.parents}:  # not the system's
         place = target / path.relative_to(site)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
@@ -225,7 +227,7 @@ def take_libtorch(torch, program, target):
 def loaded(program, torch, also=""):
     """The libraries that the system's loader finds for a program, and the names of those that it does not find."""
     environment = {"LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": str(torch / "lib"), "LD_PRELOAD": also}
-    said = subprocess.run([program], env=os.environ | environment, capture_output=True, text=True).stdout
+    said = subprocess.run([program], env=dict(os.environ, **environment), capture_output=True, text=True).stdout
     found = [pathlib.Path(os.path.normpath(path)) for path in re.findall(r" => (/.*) \(0x", said)]
     missing = re.findall(r"(\S+) => not found", said)
     return found, [name for name in missing if name != "libcuda.so.1"]  # the driver's
@@ -248,4 +250,11 @@ def archive(folder, file):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except shutil.Error as error:  # of a whole folder: a list of what failed
+        fail(f"no package was made: {error.args[0][0][2]}")
+    except OSError as error:
+        fail(f"no package was made: {error}")
+    except subprocess.CalledProcessError as error:
+        fail(f"no package was made: {error.cmd[0]} failed, its message stands above")

@@ -128,11 +128,8 @@ fn an_old_standard_library_is_refused_with_what_it_lacks() {
     let library = loaded.lines().find_map(|line| line.split_once("libstdc++.so.6 => ")).unwrap().1;
     let mut old = fs::read(library.split(" (0x").next().unwrap()).unwrap();
     let named = format!("{needed}\0");
-    for at in 0..old.len() - named.len() {
-        if old[at..].starts_with(named.as_bytes()) {
-            old[at] = b'X';
-        }
-    }
+    let at = old.windows(named.len()).position(|window| window == named.as_bytes()).expect("the version's name");
+    old[at] = b'X';
     fs::create_dir(node.path("old")).unwrap();
     fs::write(node.path("old/libstdc++.so.6"), old).unwrap();
     let said = node.refuses(&[("LD_LIBRARY_PATH", node.path("old").to_str().unwrap())]);
