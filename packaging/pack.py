@@ -90,12 +90,12 @@ def said_by(program, name, argument):
 
 
 def paths_of_this_machine(built, library_folders):
-    """What the names of this machine's folders become in the programs, whose messages name the lines of their sources."""
+    """What the names of folders become in the programs, whose messages name lines of sources; this project's have no folder."""
     cargo = pathlib.Path(os.environ.get("CARGO_HOME") or pathlib.Path.home() / ".cargo")
     crates = [*cargo.glob("registry/src/*/"), *cargo.glob("git/checkouts/")]
     named = [(folder, "libtorch") for library_folder in library_folders for folder in [os.path.dirname(library_folder)]]
     named += [(folder, "crates") for folder in crates]
-    named += [(built.resolve(), "build"), (ROOT, "echelon")]
+    named.append((built.resolve(), "build"))
     return sorted(((os.fsencode(folder), name) for folder, name in named), key=lambda path: -len(path[0]))
 
 
