@@ -16,6 +16,7 @@ pub mod machine;
 pub mod matmul_rate;
 pub mod plan;
 pub mod program;
+pub mod programs;
 
 pub mod assignment;
 pub mod crew;
@@ -25,6 +26,7 @@ pub mod worker;
 
 pub mod checkpoint;
 pub mod host;
+pub mod import;
 pub mod inference;
 pub mod json_lines;
 pub mod learner;

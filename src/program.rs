@@ -140,7 +140,8 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let code = match work() {
+    let done = if asks_for_version() { say_version() } else { work() };
+    let code = match done {
         Ok(()) => 0,
         Err(failure) => {
             match &failure {
@@ -173,6 +174,17 @@ fn tell_panics_in_a_line() {
             None => usual(panic),
         }
     }));
+}
+
+/// Whether all that is wanted is `--version`.
+fn asks_for_version() -> bool {
+    std::env::args_os().skip(1).eq(["--version"])
+}
+
+/// Workers and drivers of one version work together.
+fn say_version() -> Result<(), Failure> {
+    println!("{}", crate::worker::BUILD);
+    Ok(())
 }
 
 /// How long libgomp's threads look for work before they sleep. Its default is milliseconds, which take the cores from whoever
