@@ -368,7 +368,7 @@ impl Serve<Logprobs> for DeviceRoles {
                 let metering = self.meter.begin(Role::Actor, Phase::Score);
                 let policy = &mut self.actor()?.policy;
                 let parts = asking.ask_learner(policy, tokens, read)?;
-                let resident = policy.state.bytes_by_part();
+                let resident = policy.state.device_bytes_by_part();
                 self.meter.end(metering, resident, load);
                 parts
             }
@@ -386,7 +386,7 @@ impl Serve<Values> for DeviceRoles {
         let metering = self.meter.begin(Role::Critic, Phase::Score);
         let model = &mut self.critic()?.model;
         let parts = asking.ask_learner(model, &request.tokens, read)?;
-        let resident = model.state.bytes_by_part();
+        let resident = model.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&request.tokens));
         Ok(stack_rows(&parts, size(&request.tokens)))
     }
@@ -433,7 +433,7 @@ impl Serve<UpdateActor> for DeviceRoles {
         let metering = self.meter.begin(Role::Actor, Phase::TrainActor);
         let actor = self.actor()?;
         let updated = update_actor(&mut actor.policy, &experience, num_tokens, kl_coef, &actor.config);
-        let resident = actor.policy.state.bytes_by_part();
+        let resident = actor.policy.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train actor", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_experience(error, &experience))
@@ -448,7 +448,7 @@ impl Serve<UpdateCritic> for DeviceRoles {
         let metering = self.meter.begin(Role::Critic, Phase::TrainCritic);
         let critic = self.critic()?;
         let updated = update_critic(&mut critic.model, &experience, num_tokens, &critic.config);
-        let resident = critic.model.state.bytes_by_part();
+        let resident = critic.model.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train critic", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_experience(error, &experience))
@@ -461,7 +461,7 @@ impl Serve<Learn> for DeviceRoles {
         let metering = self.meter.begin(role, phase);
         let learner = self.learner(Learn::NAME)?;
         let learned = learner.learn(&request);
-        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&request.rows, true));
+        let (resident, load) = (learner.state().device_bytes_by_part(), learner.load(&request.rows, true));
         self.meter.end(metering, resident, Load::Pass(load));
         let rows = request.rows.num_rows();
         self.progress.advance("train", rows, rows);
@@ -477,7 +477,7 @@ impl Serve<Assess> for DeviceRoles {
         let learner = self.learner(Assess::NAME)?;
         let tell = |done| progress.advance("evaluate", done, rows.num_rows());
         let numbers = learner.assess(&rows, &interrupt, tell)?;
-        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&rows, false));
+        let (resident, load) = (learner.state().device_bytes_by_part(), learner.load(&rows, false));
         self.meter.end(metering, resident, Load::Pass(load));
         Ok(numbers)
     }
