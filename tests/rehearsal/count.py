@@ -1,0 +1,241 @@
+#!/usr/bin/env python3
+"""Launches, host waits and uploads of each decoding step, layer, micro-batch and optimizer step, as a Markdown table.
+
+    count.py [--programs FOLDER] [--lines N]
+
+Nothing in the programs is instrumented: each figure is the difference between two rehearsed runs of the quickstart's tiny
+models, divided by how many more of the unit the longer one had. FOLDER has the built programs (target/debug); with N each
+unit's N lines of source follow that have most of each kind.
+"""
+
+import argparse
+import collections
+import json
+import os
+import re
+import struct
+import subprocess
+import tempfile
+
+import sites
+
+ROOT = sites.ROOT
+MODEL = os.path.join(ROOT, "recipes/quickstart/language-model")
+KINDS = {"launches": "launches", "waits": "host waits for the device", "uploads": "copies host to device"}
+BACKWARD_PASSES = "launches: aten::embedding_dense_backward"  # one in each
+
+
+def main():
+    arguments = parse()
+    with tempfile.TemporaryDirectory(prefix="count.") as folder:
+        units = measure(Runs(arguments.programs, folder, bool(arguments.lines)))
+    print("| unit | launches | host waits | uploads |\n|---|---|---|---|")
+    for name, unit in units.items():
+        print(f"| {name} | " + " | ".join(shown(unit.totals[kind]) for kind in KINDS) + " |")
+    for name, unit in units.items() if arguments.lines else []:
+        print(f"\n{name}")
+        for kind in KINDS:
+            for where, count in unit.lines[kind].most_common(arguments.lines):
+                print(f"{count:9.2f} {kind:8s} {where}")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", default=os.path.join(ROOT, "target/debug"))
+    parser.add_argument("--lines", type=int, default=0)
+    return parser.parse_args()
+
+
+def shown(number):
+    return f"{number:.1f}".removesuffix(".0")
+
+
+# --- the measurements -------------------------------------------------------------------------------------------------
+
+
+def measure(runs):
+    layers, sequences, rows = 3, 4, 16
+    generate = lambda layers=layers, tokens=4, sequences=sequences: runs.generate(layers, tokens, sequences)
+    sft = lambda layers=layers, steps=2, batch_size=rows, parts=1: runs.sft(layers, steps, batch_size, parts)
+    longer = 8
+    decoding = lambda **settings: (generate(tokens=4 + longer, **settings) - generate(tokens=4, **settings)) / longer
+    # Beside its sequences a micro-batch costs what cutting the same rows into more of them adds.
+    cut = lambda **settings: (sft(parts=4, **settings) - sft(**settings)).per_backward_pass()
+    row = (sft(batch_size=2 * rows) - sft()) / (2 * rows)
+    micro_batch = cut() + row * rows
+    step = (sft(steps=4) - sft(steps=2)) / 2
+    return {
+        f"decoding step ({layers} layers, {sequences} sequences)": decoding(),
+        "each layer of the step": (decoding() - decoding(layers=1)) / (layers - 1),
+        "each sequence of the step": (decoding(sequences=2 * sequences) - decoding()) / sequences,
+        f"micro-batch, forward and backward ({layers} layers, {rows} sequences)": micro_batch,
+        "each layer of the micro-batch, beside its sequences": (cut() - cut(layers=1)) / (layers - 1),
+        "each sequence of the micro-batch": row,
+        "optimizer step beside its micro-batches": step - micro_batch,
+        "PPO's optimizer step, actor and critic, a micro-batch each": runs.ppo(8) - runs.ppo(16),
+    }
+
+
+class Counts:
+    """What a run did, or what is between two; by line too."""
+
+    def __init__(self, totals, lines):
+        self.totals, self.lines = totals, lines
+
+    def plus(self, other, factor):
+        totals = {key: self.totals[key] + factor * other.totals[key] for key in self.totals}
+        lines = {}
+        for kind in self.lines:
+            lines[kind] = collections.Counter(self.lines[kind])
+            for where, count in other.lines[kind].items():
+                lines[kind][where] += factor * count
+        return Counts(totals, lines)
+
+    def __sub__(self, other):
+        return self.plus(other, -1)
+
+    def __add__(self, other):
+        return self.plus(other, 1)
+
+    def __mul__(self, factor):
+        nothing = Counts({key: 0 for key in self.totals}, {kind: collections.Counter() for kind in self.lines})
+        return nothing.plus(self, factor)
+
+    def __truediv__(self, divisor):
+        return self * (1 / divisor)
+
+    def per_backward_pass(self):
+        return self / self.totals["backward passes"]
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Rehearsed runs, each done once."""
+
+    def __init__(self, programs, folder, wants_lines):
+        self.programs, self.folder, self.wants_lines = programs, folder, wants_lines
+        self.known, self.sources = {}, {}
+
+    def generate(self, layers, tokens, sequences):
+        prompts = self.write(f"prompts-{sequences}.jsonl", [{"prompt": "The cake in the school canteen was"}] * sequences)
+        output = os.path.join(self.folder, "responses.jsonl")
+        return self.run(
+            "generate", "--model", self.model(layers), "--prompts", prompts, "--output", output, "--ignore-eos",
+            "--max-new-tokens", str(tokens), "--dtype", "float32", "--device", "cuda",
+        )
+
+    def sft(self, layers, steps, batch_size, parts):
+        row = {"prompt": "The cake in the school canteen was", "completion": " lovely. I would take it again."}
+        settings = {
+            "model.model": self.model(layers), "data.train": self.write(f"rows-{batch_size}.jsonl", [row] * batch_size),
+            "train.steps": steps, "train.batch_size": batch_size, "train.max_tokens": TOKENS_OF_A_ROW,
+            "train.tokens_per_micro_batch": TOKENS_OF_A_ROW * batch_size // parts,
+            "train.dtype": "float32", "placement.device": "cuda",
+        }
+        return self.run("sft", self.write_text("sft.toml", 'name = "count"\nseed = 1\n[model]\n[data]\n'), *as_flags(settings))
+
+    def ppo(self, mini_batch_size):
+        # Without the evaluation, whose responses depend on what was learned.
+        with open(os.path.join(ROOT, "recipes/quickstart.toml")) as file:
+            recipe = self.write_text("quickstart.toml", file.read().split("[eval]")[0])
+        if not os.path.exists(os.path.join(self.folder, "quickstart")):
+            os.symlink(os.path.join(ROOT, "recipes/quickstart"), os.path.join(self.folder, "quickstart"))
+        settings = {
+            "train.steps": 1, "rollout.batch_size": 16, "rollout.max_new_tokens": 8, "ppo.mini_batch_size": mini_batch_size,
+            "train.dtype": "float32", "placement.device": "cuda",
+        }
+        return self.run("ppo", recipe, *as_flags(settings))
+
+    def run(self, program, *arguments):
+        key = (program, *arguments)
+        if key not in self.known:
+            self.known[key] = self.rehearse(program, arguments)
+        return self.known[key]
+
+    def rehearse(self, program, arguments):
+        report = os.path.join(self.folder, "report")
+        program = os.path.join(self.programs, program)
+        if program.endswith(("sft", "ppo")):
+            arguments = (*arguments, "--output-dir", tempfile.mkdtemp(dir=self.folder))
+        environment = {**os.environ, "REHEARSAL_ALL_NAMES": "1", "REHEARSAL_REPORT": report}
+        command = [os.path.join(ROOT, "tests/rehearsal/rehearse"), program, *arguments]
+        if self.wants_lines:
+            command[1:1] = ["-r", report]
+        elif os.path.exists(report):
+            os.remove(report)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        return Counts(self.totals(report), self.lines(report, program))
+
+    def totals(self, report):
+        with open(report) as file:
+            text = file.read()
+        sum_of = lambda name: sum(int(n) for n in re.findall(rf"^ *(\d+) +{re.escape(name)}(?: \(|$)", text, re.MULTILINE))
+        return {**{kind: sum_of(name) for kind, name in KINDS.items()}, "backward passes": sum_of(BACKWARD_PASSES)}
+
+    def lines(self, report, program):
+        if not self.wants_lines:
+            return {kind: collections.Counter() for kind in KINDS}
+        rows = sites.read(report + ".sites")
+        found = sites.find_sources(rows, program)
+        lines = {kind: collections.Counter() for kind in KINDS}
+        for kind in KINDS:
+            for (_, where), count in sites.by_line(rows, found, kind).items():
+                lines[kind][where] += count
+        return lines
+
+    def write(self, name, rows):
+        return self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write_text(self, name, text):
+        path = os.path.join(self.folder, name)
+        with open(path, "w") as file:
+            file.write(text)
+        return path
+
+    def model(self, layers):
+        """The quickstart's language model with its first layers only."""
+        path = os.path.join(self.folder, f"model-{layers}")
+        if not os.path.exists(path):
+            copy_model(path, layers)
+        return path
+
+
+TOKENS_OF_A_ROW = 32  # more than a row has: micro-batches of whole rows
+
+
+def as_flags(settings):
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def copy_model(path, layers):
+    os.mkdir(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        os.symlink(os.path.join(MODEL, name), os.path.join(path, name))
+    with open(os.path.join(MODEL, "config.json")) as file:
+        config = json.load(file)
+    with open(os.path.join(path, "config.json"), "w") as file:
+        json.dump({**config, "num_hidden_layers": layers}, file)
+    with open(os.path.join(MODEL, "model.safetensors"), "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header, data = json.loads(file.read(length)), file.read()
+    kept, parts, at = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, tensor in header.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if name == "__metadata__" or (layer and int(layer[1]) >= layers):
+            continue
+        begin, end = tensor["data_offsets"]
+        kept[name] = {**tensor, "data_offsets": [at, at + end - begin]}
+        parts.append(data[begin:end])
+        at += end - begin
+    text = json.dumps(kept).encode()
+    text += b" " * (-len(text) % 8)
+    with open(os.path.join(path, "model.safetensors"), "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
+if __name__ == "__main__":
+    main()
