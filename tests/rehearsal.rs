@@ -301,7 +301,7 @@ fn a_gpu_too_small_for_all_at_once_is_used_in_turns() {
     command.env("REHEARSAL_CAPACITY", TURNS_BYTES.to_string());
     finish(command, "turns");
     let plan = fs::read_to_string(workplace.path("turns/plan.txt")).unwrap();
-    assert!(plan.contains("leave the device"), "the plan of so small a GPU moves state: {plan}");
+    assert!(plan.contains("to host to generate"), "the plan of so small a GPU moves state: {plan}");
     assert_as_on_the_cpu(&workplace, "turns");
     let off = series(&workplace.path("turns"), "perf/memory_ledger_error_max");
     assert!(off.iter().all(|&error| error < 0.2), "{off:?}");
