@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::Step;
 use super::verdict::{Finding, Outcome, Report, Verdict};
-use super::{STEPS, Step};
 use crate::monitor::escape;
 
 /// Beside the run report's style.
@@ -103,6 +103,7 @@ fn row(finding: &Finding) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu_check::STEPS;
     use crate::gpu_check::verdict::Findings;
 
     const HOSTILE: &str = "</section><script>alert(1)</script> & \"x\"";

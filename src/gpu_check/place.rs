@@ -68,7 +68,7 @@ impl Place {
         let copy = file.try_clone().map_err(|error| failed(&log, error))?;
         let mut command = Command::new(beside("ppo")?);
         command.arg(recipe).arg("--output-dir").arg(folder);
-        sets.iter().for_each(|set| drop(command.arg("--set").arg(set)));
+        command.args(sets.iter().flat_map(|set| ["--set", set]));
         command.stdin(Stdio::null()).stdout(file).stderr(copy);
         dies_with_us(&mut command);
         let status = command.status().map_err(|error| Failure::Other(format!("starting ppo: {error}")))?;

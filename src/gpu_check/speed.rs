@@ -129,11 +129,8 @@ fn decode(place: &Place, shape: Shape) -> Result<Findings, Failure> {
     let (prompt, new) = (place.size(128, 8), place.size(64, 4));
     findings.tell("work", format!("{} model in bfloat16, prompts of {prompt} tokens, {new} new ones", shape.name), "");
     for batch in place.size(vec![1, 16, 64, 256], vec![1, 4]) {
-        generate(&model, shape, (batch, prompt, 4))?; // takes memory, and picks kernels, for the first time
-        let report = generate(&model, shape, (batch, prompt, new))?;
-        let made = report.generated_tokens;
+        let (made, step_s) = decoding_step(&model, shape, (batch, prompt, new))?;
         findings.holds(format!("batch {batch}: tokens"), made, &(batch * new).to_string(), made == batch * new);
-        let step_s = (report.seconds - report.first_token_s) / report.decode_steps as f64;
         let cached = batch as f64 * (prompt as f64 + new as f64 / 2.0) * shape.cached_numbers();
         let read = 2.0 * (shape.num_params() + cached);
         findings.speed(format!("batch {batch}: a step"), 1e3 * step_s, "ms");
@@ -145,6 +142,18 @@ fn decode(place: &Place, shape: Shape) -> Result<Findings, Failure> {
         );
     }
     Ok(findings)
+}
+
+/// Tokens made, and seconds of a decoding step: of all `new` tokens but the first, which prefill makes.
+fn decoding_step(
+    model: &(Decoder, LogprobHead),
+    shape: Shape,
+    (batch, prompt, new): (usize, usize, usize),
+) -> Result<(usize, f64), Failure> {
+    generate(model, shape, (batch, prompt, 4))?; // takes memory, and picks kernels, for the first time
+    let first = generate(model, shape, (batch, prompt, 1))?;
+    let all = generate(model, shape, (batch, prompt, new))?;
+    Ok((all.generated_tokens, (all.seconds - first.seconds) / (new - 1) as f64))
 }
 
 /// Greedy responses of `new` tokens to `batch` prompts.
@@ -198,7 +207,7 @@ fn passes(place: &Place, shape: Shape) -> Result<Findings, Failure> {
     let model = frozen(&shape.config(), (Kind::BFloat16, device), device)?;
     let mut seconds = f64::INFINITY;
     for _ in 0..TRIES {
-        seconds = seconds.min(generate(&model, shape, (batch, prompt, 1))?.first_token_s);
+        seconds = seconds.min(generate(&model, shape, (batch, prompt, 1))?.seconds);
     }
     drop(model);
     findings.tell(
@@ -211,8 +220,8 @@ fn passes(place: &Place, shape: Shape) -> Result<Findings, Failure> {
 
     let (rows, length) = training_work(place);
     let mut policy = learning(&shape.config(), held(device))?;
-    let rows_ = rows_of(shape, (rows, length));
-    let seconds = fastest(device, || forward_backward(&mut policy, &rows_))?;
+    let tokens = rows_of(shape, (rows, length));
+    let seconds = fastest(device, || forward_backward(&mut policy, &tokens))?;
     let stepped = fastest(device, || Ok(policy.optimizer_step(1e-6).map(drop)?));
     findings.tell(
         "training's work",
@@ -312,9 +321,7 @@ pub fn launches(place: &Place) -> Result<Findings, Failure> {
         let shape = Shape { layers, ..TINY };
         let model = frozen(&shape.config(), (Kind::BFloat16, device), device)?;
         let new = place.size(64, 4);
-        generate(&model, shape, (1, 8, 4))?;
-        let report = generate(&model, shape, (1, 8, new))?;
-        let step_s = (report.seconds - report.first_token_s) / report.decode_steps as f64;
+        let (_, step_s) = decoding_step(&model, shape, (1, 8, new))?;
         let mut policy = learning(&shape.config(), held(device))?;
         let rows = rows_of(shape, (4, 32));
         let micro_batch_s = fastest(device, || forward_backward(&mut policy, &rows))?;

@@ -88,9 +88,9 @@ impl Findings {
         self.push(what.into(), value, "", Some(bound.into()), Some(holds));
     }
 
-    /// A speed, which must be a number above 0; a stand-in's is not kept.
+    /// A speed, which must be a number above 0; a stand-in's is not kept, and may be lost in its noise.
     pub fn speed(&mut self, what: impl Into<String>, value: f64, unit: &str) {
-        let sound = value.is_finite() && value > 0.0;
+        let sound = value.is_finite() && (value > 0.0 || self.stand_in);
         let value = if self.stand_in || !sound { serde_json::Value::Null } else { value.into() };
         self.push(what.into(), value, unit, Some("measured".into()), Some(sound));
     }
@@ -200,7 +200,7 @@ mod tests {
         let mut findings = Findings::new(true);
         findings.speed("copy", 12.0, "GB/s");
         assert_eq!((findings.broken(), findings.number("copy")), (None, None));
-        findings.speed("copy", 0.0, "GB/s");
+        findings.speed("copy", f64::NAN, "GB/s");
         assert_eq!(findings.broken().unwrap(), "copy: not measured, expected measured");
     }
 }
