@@ -4,6 +4,7 @@ use echelon_core::process_group::{nccl_alone, nccl_version};
 use echelon_core::shim;
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::error::NvmlError;
 use tch::{Device, Kind, Tensor};
 
 use super::place::{Place, is_stand_in};
@@ -54,10 +55,18 @@ fn sum_on(device: Device) -> Result<f64, Failure> {
 }
 
 fn tell_driver(nvml: &Nvml, findings: &mut Findings) {
-    let driver = nvml.sys_driver_version().unwrap_or_else(|error| format!("not told: {error}"));
+    let driver = nvml.sys_driver_version().unwrap_or_else(|error| not_told(&error));
     findings.tell("driver", driver, "");
     if let Ok(version) = nvml.sys_cuda_driver_version() {
         findings.tell("newest CUDA that the driver serves", format!("{}.{}", version / 1000, version % 1000 / 10), "");
+    }
+}
+
+/// Older drivers lack functions.
+fn not_told(error: &NvmlError) -> String {
+    match error {
+        NvmlError::FailedToLoadSymbol(_) => "not told: this driver has no such function".into(),
+        error => format!("not told: {error}"),
     }
 }
 
@@ -78,7 +87,7 @@ fn tell_device(nvml: &Nvml, findings: &mut Findings) -> Result<(), String> {
         findings.tell("compute capability", format!("{}.{}", capability.major, capability.minor), "");
     }
     let mig = device.mig_mode().map_or_else(
-        |error| format!("not told: {error}"),
+        |error| not_told(&error),
         |mode| {
             if mode.current == 0 {
                 "off".into()
@@ -99,7 +108,7 @@ pub const DEVICE_NAME: &str = "device";
 fn others(device: &nvml_wrapper::Device) -> String {
     let processes = match device.running_compute_processes() {
         Ok(processes) => processes,
-        Err(error) => return format!("not told: {error}"),
+        Err(error) => return not_told(&error),
     };
     let line = |process: &nvml_wrapper::struct_wrappers::device::ProcessInfo| {
         let memory = match process.used_gpu_memory {

@@ -55,7 +55,7 @@ pub fn logprobs(place: &Place) -> Result<Findings, Failure> {
 
 fn held(kind: Kind, device: Device) -> Held {
     let pass = PassConfig { device, tokens_per_micro_batch: 1024, activation_checkpointing: false };
-    Held { kind, pass, weight_layout: WeightLayout::Plain }
+    Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic: false }
 }
 
 /// Rows of unlike lengths, every token of which but the first is predicted.

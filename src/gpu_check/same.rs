@@ -26,6 +26,8 @@ const BOUND: f64 = 1e-3;
 
 const KL_COEF: f64 = 0.1;
 
+const GRAD_NORM: &str = "train/actor_grad_norm";
+
 /// Names and numbers of all steps, in order.
 type Numbers = Vec<(String, f64)>;
 
@@ -66,6 +68,8 @@ fn compare(place: &Place, what: &str, usual: Layout, other: Layout) -> Result<Fi
     let (worst, name) =
         differences.fold((0.0, None), |worst, (off, name)| if off > worst.0 { (off, Some(name)) } else { worst });
     findings.holds("as many numbers", found.len(), &expected.len().to_string(), found.len() == expected.len());
+    let learned = expected.iter().any(|(name, value)| name.starts_with(GRAD_NORM) && *value > 0.0);
+    findings.holds("the actor learned", learned, "gradients above 0", learned);
     findings.at_most(format!("{what}: largest difference of any metric"), worst, BOUND, "");
     findings.tell("found in", name.map_or("no metric", String::as_str), "");
     Ok(findings)

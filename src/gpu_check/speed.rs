@@ -259,7 +259,7 @@ fn size(shape: Shape, with_head: bool) -> ModelSize {
 
 pub fn held(device: Device) -> Held {
     let pass = PassConfig { device, tokens_per_micro_batch: PASS_TOKENS, activation_checkpointing: false };
-    Held { kind: Kind::BFloat16, pass, weight_layout: WeightLayout::Plain }
+    Held { kind: Kind::BFloat16, pass, weight_layout: WeightLayout::Plain, deterministic: false }
 }
 
 pub fn rows_of(shape: Shape, (rows, length): (usize, usize)) -> Tokens {
