@@ -357,8 +357,7 @@ impl Check {
     fn in_a_process(&self, name: &str, deadline: Duration) -> (Verdict, Option<String>, Findings) {
         let file = self.out.join("logs").join(format!("{name}.json"));
         let log = file.with_extension("log");
-        let end = std::env::current_exe().and_then(|program| {
-            let mut command = Command::new(program);
+        let end = place::this_program().and_then(|mut command| {
             command.args(["--step", name, "--found"]).arg(&file).args(&self.passed_on);
             // TF32 is off unless a step asks for it.
             command.env_remove("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE").env_remove("NVIDIA_TF32_OVERRIDE");

@@ -1,5 +1,6 @@
 //! Where a step works: its folders, its device, the programs and recipes beside this one, and runs of `ppo`.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -87,6 +88,13 @@ pub const SCRATCH: &str = "scratch";
 /// Whether CUDA is a stand-in for it. Open the device first.
 pub fn is_stand_in() -> bool {
     shim::torch_build().contains(STAND_IN)
+}
+
+/// This program once more. In a package its file has another name, and the one that it is called by decides what it is.
+pub fn this_program() -> std::io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg0("gpu-check");
+    Ok(command)
 }
 
 /// A program of this package: it lies beside this one.

@@ -4,7 +4,6 @@
 //! change. Parts are of those, not of a data sheet's numbers. Weights are random, work is the programs' own code.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use echelon_core::progress::{Interrupt, Unwatched};
@@ -18,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::child::dies_with_us;
 use super::models::{HALF_BILLION, ONE_AND_A_HALF_BILLION, Shape, TINY, frozen, learning};
-use super::place::{Place, failed};
+use super::place::{Place, failed, this_program};
 use super::verdict::Findings;
 use crate::models::{Held, Policy};
 use crate::monitor::{ModelSize, forward_flops_per_token, training_flops_per_token};
@@ -54,8 +53,7 @@ pub fn tf32_rate(place: &Place) -> Result<Findings, Failure> {
 
 fn in_tf32(place: &Place) -> Result<Findings, Failure> {
     let file = place.scratch("rates")?.join("tf32.json");
-    let here = std::env::current_exe().map_err(Failure::other)?;
-    let mut command = Command::new(here);
+    let mut command = this_program().map_err(Failure::other)?;
     command.args(["--step", "tf32", "--out"]).arg(&place.out).arg("--found").arg(&file).env(TF32, "1");
     if place.tiny {
         command.arg("--tiny");
