@@ -25,6 +25,7 @@ pub mod seat;
 pub mod worker;
 
 pub mod checkpoint;
+pub mod gpu_check;
 pub mod host;
 pub mod import;
 pub mod inference;

@@ -90,8 +90,17 @@ pub fn probe_policy(
     held: Held,
     (optimizer, sharding): (OptimizerConfig, &Sharding),
 ) -> Result<Policy> {
-    let state =
-        state(Role::Actor, config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))?;
+    made_policy(config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))
+}
+
+/// A policy of `config` whose weights are made: `load` gives each by name and shape, the same one at every call.
+pub fn made_policy(
+    config: &DecoderConfig,
+    held: Held,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
+    load: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
+) -> Result<Policy> {
+    let state = state(Role::Actor, config, held, (optimizer, sharding), load)?;
     policy_of(config, state, held, 1.0)
 }
 

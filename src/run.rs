@@ -34,7 +34,7 @@ use crate::worker;
 
 mod evaluate;
 pub mod memory;
-mod metrics;
+pub(crate) mod metrics;
 mod out_of_memory;
 
 use evaluate::{Evaluator, eval_metrics};

@@ -1,5 +1,6 @@
 #include "shim.h"
 
+#include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_fused_adamw.h>
@@ -105,5 +106,7 @@ std::unique_ptr<at::Tensor> linear_with_onednn(const at::Tensor& x, const at::Te
   c10::List<std::optional<at::Scalar>> no_scalars;
   return std::make_unique<at::Tensor>(linear.call(x, packed, if_defined(bias), "none", no_scalars, std::nullopt));
 }
+
+rust::String torch_build() { return at::show_config(); }
 
 }  // namespace echelon

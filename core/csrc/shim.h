@@ -57,4 +57,6 @@ size_t taken_bytes();
 void give_back_kept();
 // Bytes of mapped memory that tensors are wrapped around.
 size_t mapped_bytes();
+// How libtorch was built.
+rust::String torch_build();
 }  // namespace echelon

@@ -56,6 +56,7 @@ pub(crate) mod ffi {
         fn taken_bytes() -> usize;
         fn give_back_kept();
         fn mapped_bytes() -> usize;
+        fn torch_build() -> Result<String>;
         include!("accelerator.h");
         fn set_current_device(cuda_index: i32) -> Result<()>;
         fn device_live_bytes(cuda_index: i32) -> Result<usize>;
@@ -295,6 +296,11 @@ pub fn reset_peak_bytes(device: Device) {
         Device::Cuda(index) => ffi::device_reset_peak_bytes(index as i32).unwrap_or(()),
         _ => ffi::reset_peak_bytes(),
     }
+}
+
+/// How libtorch was built, in its own words: versions of CUDA and cuDNN among them, where its CUDA libraries are loaded.
+pub fn torch_build() -> String {
+    ffi::torch_build().unwrap_or_default()
 }
 
 #[cfg(test)]

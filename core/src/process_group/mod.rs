@@ -7,6 +7,7 @@
 //! A group that failed stays failed: its operations in flight are ended on every rank, each hears the first rank's reason,
 //! and [`ProcessGroup::rebuild`] or a new [`ProcessGroup::join`] meets in the next generation.
 
+mod alone;
 mod meeting;
 mod nccl;
 mod pending;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::alone::{nccl_alone, nccl_version};
 pub use self::meeting::{MeetingPoint, Patience};
 pub use self::pending::{Parts, Pending};
 pub use self::standing::Standing;
