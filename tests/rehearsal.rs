@@ -117,7 +117,7 @@ impl Process {
 
 /// Runs of PPO: name, GPUs and keys. Each value of a setting meets each of the others' at least in part: GPUs 1, 2, 4; ZeRO 0
 /// to 3; offload; checkpointing; tiers and places.
-const PAIRS: [(&str, usize, &[&str]); 8] = [
+const PAIRS: [(&str, usize, &[&str]); 9] = [
     ("one GPU", 1, &[]),
     ("one GPU, offload, checkpointing", 1, &["train.adam_offload=true", "train.activation_checkpointing=true"]),
     ("two, ZeRO 0", 2, &["placement.workers=2", "train.zero_stage=0"]),
@@ -126,6 +126,18 @@ const PAIRS: [(&str, usize, &[&str]); 8] = [
         "two, ZeRO 3, checkpointing",
         2,
         &["placement.workers=2", "train.zero_stage=3", "train.activation_checkpointing=true"],
+    ),
+    (
+        "two, a role's one worker each",
+        2,
+        &[
+            "placement.workers=2",
+            "placement.actor.devices=[0]",
+            "placement.critic.devices=[1]",
+            "placement.reference.colocate_with=critic",
+            "placement.reward.colocate_with=critic",
+            "placement.generator.colocate_with=actor",
+        ],
     ),
     ("four, tier medium, ZeRO 2", 4, &["placement.workers=4", "placement.tier=medium", "train.zero_stage=2"]),
     ("four, tier large: tensor-parallel", 4, &["placement.workers=4", "placement.tier=large"]),
@@ -145,49 +157,84 @@ const PAIRS: [(&str, usize, &[&str]); 8] = [
     ),
 ];
 
+/// What must be so of all of [`PAIRS`], each for itself.
+const CHECKS: [(&str, fn(&Runs)); 6] = [
+    ("numbers are the CPU's", numbers_are_the_cpus),
+    ("no driver of workers touches a GPU, and nothing but the roles takes much there", roles_alone_take_memory),
+    ("the ledger is right on every rank", the_ledger_is_right),
+    ("what lives on GPUs is told by those who compute there", live_bytes_are_the_ranks),
+    ("page-locked memory is counted, where there is any", page_locked_memory_is_counted),
+    ("nothing is said that nobody needs", nothing_needless_is_said),
+];
+
+/// The runs of [`PAIRS`] and what they said.
+struct Runs {
+    workplace: Workplace,
+    said: Vec<String>,
+}
+
 #[test]
 fn ppo_learns_on_gpus_what_it_learns_on_the_cpu() {
     if !is_ready() {
         return;
     }
     let workplace = beside_the_cpu(&[]);
-    for (name, gpus, keys) in PAIRS {
-        let text = finish(ppo(&workplace, name, gpus, keys), name);
-        assert_as_on_the_cpu(&workplace, name);
-        assert!(!text.contains("pin_memory") && !text.contains("Warning"), "{name}: {text}");
-        assert!(text.lines().all(|line| line.trim() != "shares"), "{name}: a line without words: {text}");
-    }
-    each_process_keeps_to_its_memory(&workplace);
-    ledger_and_meter_agree(&workplace);
+    let said = PAIRS.map(|(name, gpus, keys)| finish(ppo(&workplace, name, gpus, keys), name)).to_vec();
+    let runs = Runs { workplace, said };
+    let is_red = |check: &fn(&Runs)| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(&runs))).is_err();
+    let red: Vec<&str> = CHECKS.iter().filter(|(_, check)| is_red(check)).map(|(name, _)| *name).collect();
+    assert_eq!(red, [""; 0], "see the panics above");
 }
 
-/// Of the runs above: no driver of workers touches a GPU, and nothing but the roles takes much memory there.
-fn each_process_keeps_to_its_memory(workplace: &Workplace) {
+fn numbers_are_the_cpus(runs: &Runs) {
+    PAIRS.iter().for_each(|(name, ..)| assert_as_on_the_cpu(&runs.workplace, name));
+}
+
+fn roles_alone_take_memory(runs: &Runs) {
     const MUCH: u64 = 100 << 20;
     for (name, gpus, _) in PAIRS {
-        let processes = Process::all(&workplace.path(&format!("{name}.report")));
-        let peaks: Vec<u64> =
-            processes.iter().map(|process| process.figures("bytes allocated at most").into_iter().sum()).collect();
-        let used = peaks.iter().filter(|&&peak| peak > 0).count();
-        assert_eq!(used, gpus, "{name}: {peaks:?}");
-        assert!(peaks.iter().all(|&peak| peak < MUCH), "{name}: {peaks:?}");
+        let processes = Process::all(&runs.workplace.path(&format!("{name}.report")));
+        let peaks = |process: &Process| process.figures("bytes allocated at most");
+        let most: Vec<u64> = processes.iter().map(|process| peaks(process).into_iter().sum()).collect();
+        assert_eq!(most.iter().filter(|&&peak| peak > 0).count(), gpus, "{name}: {most:?}");
+        assert!(most.iter().all(|&peak| peak < MUCH), "{name}: {most:?}");
         for process in &processes {
-            let on = process.figures("bytes allocated at most").iter().filter(|&&peak| peak > 0).count();
+            let on = peaks(process).iter().filter(|&&peak| peak > 0).count();
             assert!(on <= 1, "{name}: {} has memory on {on} GPUs", process.name);
         }
     }
 }
 
-/// Of the runs above: what roles take is what the ledger says, on every rank; host memory for GPUs is counted to the page.
-fn ledger_and_meter_agree(workplace: &Workplace) {
+fn the_ledger_is_right(runs: &Runs) {
     for (name, _, keys) in PAIRS {
-        let run = workplace.path(name);
-        let off = series(&run, "perf/memory_ledger_error_max");
-        assert!(off.iter().all(|&error| error < 0.2), "{name}: {off:?}");
-        assert!(series(&run, "perf/memory_live_bytes").iter().all(|&live| live > 1e6), "{name}");
-        let pinned = series(&run, "perf/memory_pinned_bytes");
-        let offloads = keys.contains(&"train.adam_offload=true");
-        assert!(pinned.iter().all(|&bytes| (bytes > 0.0) == offloads), "{name}: {pinned:?}");
+        // Of models as small as these whole layers are on their way at once under ZeRO 3, on a CPU too.
+        let most = if keys.contains(&"train.zero_stage=3") { 1.0 } else { 0.2 };
+        let off = series(&runs.workplace.path(name), "perf/memory_ledger_error_max");
+        assert!(off.iter().all(|&error| error < most), "{name}: {off:?}");
+    }
+}
+
+fn live_bytes_are_the_ranks(runs: &Runs) {
+    for (name, ..) in PAIRS {
+        let live = series(&runs.workplace.path(name), "perf/memory_live_bytes");
+        assert!(live.iter().all(|&live| live > 1e6), "{name}: {live:?}");
+    }
+}
+
+fn page_locked_memory_is_counted(runs: &Runs) {
+    for (name, _, keys) in PAIRS {
+        let counted = series(&runs.workplace.path(name), "perf/memory_pinned_bytes")[0] as u64;
+        let processes = Process::all(&runs.workplace.path(&format!("{name}.report")));
+        let locked = processes.iter().flat_map(|process| process.figures("bytes page-locked at most")).max().unwrap_or(0);
+        assert_eq!(counted, locked, "{name}: as the run counts, and as the stand-in does");
+        assert_eq!(locked > 0, keys.contains(&"train.adam_offload=true"), "{name}: {locked}");
+    }
+}
+
+fn nothing_needless_is_said(runs: &Runs) {
+    for ((name, ..), text) in PAIRS.iter().zip(&runs.said) {
+        assert!(!text.contains("pin_memory") && !text.contains("Warning"), "{name}: {text}");
+        assert!(text.lines().all(|line| line.trim() != "shares"), "{name}: a line without words: {text}");
     }
 }
 
@@ -407,10 +454,17 @@ fn inside(name: &str) {
     if !is_ready() {
         return;
     }
-    let output = on_gpus(2, &std::env::current_exe().unwrap())
-        .args(["--exact", name, "--ignored", "--nocapture"])
-        .output()
-        .unwrap();
+    let mut command = on_gpus(2, &std::env::current_exe().unwrap());
+    let mut running = command.args(["--exact", name, "--ignored", "--nocapture"]).spawn().unwrap();
+    let begun = Instant::now();
+    while running.try_wait().unwrap().is_none() {
+        if begun.elapsed() > Duration::from_secs(60) {
+            running.kill().unwrap();
+            panic!("{name} hangs");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let output = running.wait_with_output().unwrap();
     assert!(output.status.success() && said(&output).contains("1 passed"), "{}", said(&output));
 }
 
