@@ -61,7 +61,7 @@ def read(path):
     with open(path) as file:
         for line in file:
             count, kind, name, *frames = line.rstrip("\n").split("\t")
-            rows.append((int(count), kind, name, [tuple(frame.rsplit(" ", 1)) for frame in frames]))
+            rows.append((int(count), kind, name, tuple(tuple(frame.rsplit(" ", 1)) for frame in frames)))
     return rows
 
 
