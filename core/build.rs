@@ -19,6 +19,7 @@ fn main() {
         .file("csrc/fused.cc")
         .file("csrc/process_group.cc")
         .file("csrc/device_stream.cc")
+        .file("csrc/accelerator.cc")
         .std("c++17")
         .opt_level(2)
         .flag("-Wno-unused-parameter")

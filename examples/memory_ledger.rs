@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 println!(
                     "{}",
                     json!({"config": text, "comparison": found, "measured": measured, "error": found.error(),
-                           "kept_bytes": shim::kept_bytes()})
+                           "kept_bytes": shim::kept_bytes(tch::Device::Cpu)})
                 );
             }
         }

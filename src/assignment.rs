@@ -5,9 +5,11 @@ use std::sync::Arc;
 
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_core::Error;
+use echelon_core::determinism;
 use echelon_core::message::{Body, Message};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
+use echelon_core::shim;
 use echelon_core::store::{Store, StoreAddress};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::OptimizerConfig;
@@ -23,6 +25,7 @@ use crate::host::{Deferred, DeviceRoles, LearningActor, LearningCritic, RewardMo
 use crate::layout::{Layout, RoleGroup};
 use crate::learner::LearnerPlan;
 use crate::machine;
+use crate::matmul_rate::matmul_rate;
 use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use crate::program::Failure;
 use crate::recipe::{Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
@@ -190,15 +193,22 @@ impl HostPlan {
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
     ) -> echelon_core::Result<DeviceRoles> {
-        match self {
-            HostPlan::Ppo(plan) => plan.build(seat, tokenizer, interrupt, progress),
+        let Held { kind, pass, deterministic, .. } = self.held();
+        if deterministic {
+            determinism::enforce(pass.device)?;
+        }
+        shim::set_current_device(pass.device)?;
+        let rate = pass.device.is_cuda().then(|| matmul_rate(kind, pass.device));
+        let roles = match self {
+            HostPlan::Ppo(plan) => plan.build(seat, tokenizer, interrupt, progress)?,
             HostPlan::Learner(plan, run_folder) => {
                 let held = plan.held;
                 let learner = plan.build(&seat)?;
                 let roles = DeviceRoles::none(seat, held, tokenizer, (interrupt, progress));
-                Ok(DeviceRoles { learner: Some(learner), run_folder, ..roles })
+                DeviceRoles { learner: Some(learner), run_folder, ..roles }
             }
-        }
+        };
+        Ok(DeviceRoles { matmul_rate: rate, ..roles })
     }
 }
 
@@ -232,7 +242,7 @@ impl PpoPlan {
         let generator = Generator::of(&seat, &folders.actor, held)?;
         let critic = here(Role::Critic).map(|group| {
             let (sharding, folder) = (seat.sharding(group), folders.critic.clone());
-            Deferred::new(move || {
+            Deferred::new(held.pass.device, move || {
                 let reads = ScalarRows::Predecessors;
                 let training = (self.critic_optimizer, &sharding);
                 let model = trainable_scorer(Role::Critic, &folder, None, seed, held, training, reads)?;
@@ -242,12 +252,13 @@ impl PpoPlan {
         let reference = here(Role::Reference).zip(folders.reference).map(|(group, folder)| {
             let sharding = seat.sharding(group);
             let store = shared_by(group);
-            Deferred::new(move || frozen_policy(&folder, held, temperature, (&sharding, store.as_ref())))
+            let load = move || frozen_policy(&folder, held, temperature, (&sharding, store.as_ref()));
+            Deferred::new(held.pass.device, load)
         });
         let actor_tokenizer = tokenizer.clone();
         let reward = here(Role::Reward).zip(folders.reward).map(|(group, folder)| {
             let (sharding, store) = (seat.sharding(group), shared_by(group));
-            Deferred::new(move || {
+            Deferred::new(held.pass.device, move || {
                 let own = Tokenizer::load(&folder).map_err(|error| Error::other("reward model", error))?;
                 let same = own.fingerprint() == actor_tokenizer.fingerprint();
                 let model = frozen_scorer(&folder, held, (&sharding, store.as_ref()))?;

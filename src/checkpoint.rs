@@ -37,10 +37,31 @@ pub struct RunState {
     pub num_threads: i32,
     /// How weights lay while a CPU decoded: products round by it. Of a PPO run.
     pub weight_layout: Option<WeightLayout>,
+    /// What the run computed on, as [`crate::wire::device_name`] has it.
+    pub device: Option<String>,
+    /// Whether the same work gave the same bits there.
+    pub deterministic: Option<bool>,
     /// What `strftime_now` shows in chat templates.
     pub render_time: Option<String>,
     /// What `checkpoint.best_metric` was at this step, where it was measured.
     pub metric: Option<Measured>,
+}
+
+impl RunState {
+    /// What a person should know before a run goes on elsewhere than it was: the same bits do not come there.
+    pub fn note_on(&self, device: &str, deterministic: bool) -> Option<String> {
+        let before = self.device.as_deref()?;
+        let worded = |deterministic| if deterministic { "deterministic" } else { "not deterministic" };
+        let then = self.deterministic.unwrap_or(true);
+        (before != device || then != deterministic).then(|| {
+            format!(
+                "the checkpoint was written on {before} ({}), and the run goes on on {device} ({}): numbers go on to rounding, \
+                 not bit for bit",
+                worded(then),
+                worded(deterministic)
+            )
+        })
+    }
 }
 
 /// A metric and its value.

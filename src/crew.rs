@@ -14,7 +14,7 @@ use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::{Endpoint, Role, WorkerGroup};
 use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreConfig, StoreServer, available};
-use echelon_core::verb::Memory;
+use echelon_core::verb::{MatmulRate, Memory};
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
@@ -270,6 +270,20 @@ impl Crew {
         match self {
             Crew::Here { worker, .. } => Ok(vec![worker.call(Memory).await?]),
             Crew::Processes(crew) => try_join_all(crew.ranks.iter().map(|rank| rank.call(Memory))).await,
+        }
+    }
+
+    /// Floating-point operations per second that the devices reach together in large matrix products.
+    ///
+    /// # Errors
+    /// A worker that is gone.
+    pub async fn matmul_rate(&self) -> echelon_core::Result<f64> {
+        match self {
+            Crew::Here { worker, .. } => worker.call(MatmulRate).await,
+            Crew::Processes(crew) => {
+                let rates = try_join_all(crew.ranks.iter().map(|rank| rank.call(MatmulRate))).await?;
+                Ok(rates.into_iter().sum())
+            }
         }
     }
 

@@ -24,6 +24,7 @@ use tch::{Device, Tensor};
 
 use crate::generator::{Generator, Sender};
 use crate::learner::Learner;
+use crate::matmul_rate::matmul_rate;
 use crate::models::{FrozenPolicy, FrozenScorer, Held, Policy, Scorer, export, restore_state, save_state};
 use crate::seat::Seat;
 
@@ -48,6 +49,8 @@ pub struct DeviceRoles {
     /// Where a batch that made a loss non-finite is written for inspection.
     pub run_folder: PathBuf,
     pub meter: Meter,
+    /// Of large products on this device, once it is known.
+    pub matmul_rate: Option<f64>,
 }
 
 pub struct LearningActor {
@@ -70,7 +73,10 @@ pub struct RewardModel {
 }
 
 /// A role that is loaded when it is first asked: the first rollout does not wait for models that only score.
-pub struct Deferred<T>(DeferredState<T>);
+pub struct Deferred<T> {
+    state: DeferredState<T>,
+    device: Device,
+}
 
 enum DeferredState<T> {
     Waiting(Option<Build<T>>),
@@ -80,20 +86,21 @@ enum DeferredState<T> {
 type Build<T> = Box<dyn FnOnce() -> Result<T>>;
 
 impl<T> Deferred<T> {
-    pub fn new(build: impl FnOnce() -> Result<T> + 'static) -> Deferred<T> {
-        Deferred(DeferredState::Waiting(Some(Box::new(build))))
+    /// A role of `device`.
+    pub fn new(device: Device, build: impl FnOnce() -> Result<T> + 'static) -> Deferred<T> {
+        Deferred { state: DeferredState::Waiting(Some(Box::new(build))), device }
     }
 
     /// # Errors
     /// What loading says; a later call says that it failed before.
     pub fn get(&mut self) -> Result<&mut T> {
-        if let DeferredState::Waiting(build) = &mut self.0 {
+        if let DeferredState::Waiting(build) = &mut self.state {
             let build = build.take().ok_or_else(|| Error::Refused("this model could not be loaded before".into()))?;
-            let before = held_bytes();
+            let before = held_bytes(self.device);
             let value = build()?;
-            self.0 = DeferredState::Loaded(value, held_bytes().saturating_sub(before));
+            self.state = DeferredState::Loaded(value, held_bytes(self.device).saturating_sub(before));
         }
-        match &mut self.0 {
+        match &mut self.state {
             DeferredState::Loaded(value, _) => Ok(value),
             DeferredState::Waiting(_) => unreachable!("loaded above"),
         }
@@ -101,21 +108,20 @@ impl<T> Deferred<T> {
 
     /// What was loaded, if it was.
     fn loaded(&mut self) -> Option<&mut T> {
-        if let DeferredState::Loaded(value, _) = &mut self.0 { Some(value) } else { None }
+        if let DeferredState::Loaded(value, _) = &mut self.state { Some(value) } else { None }
     }
 
     /// Bytes that loading left in tensors, mapped ones among them: a frozen model's weights.
     fn weights(&self) -> StateBytes {
-        let weights = if let DeferredState::Loaded(_, bytes) = &self.0 { *bytes } else { 0 };
+        let weights = if let DeferredState::Loaded(_, bytes) = &self.state { *bytes } else { 0 };
         StateBytes { weights, ..StateBytes::default() }
     }
 }
 
-/// Bytes live in tensors of every device that this process uses, and mapped ones.
-fn held_bytes() -> u64 {
-    let devices = [Device::Cpu, Device::cuda_if_available()];
-    let used = if devices[1] == Device::Cpu { &devices[..1] } else { &devices[..] };
-    (used.iter().map(|device| shim::live_bytes(*device)).sum::<usize>() + shim::mapped_bytes()) as u64
+/// Bytes live in tensors of this rank's device, and those of mapped weights that a CPU computes on.
+fn held_bytes(device: Device) -> u64 {
+    let mapped = if device == Device::Cpu { shim::mapped_bytes() } else { 0 };
+    (shim::live_bytes(device) + mapped) as u64
 }
 
 impl DeviceRoles {
@@ -143,6 +149,7 @@ impl DeviceRoles {
             progress,
             run_folder: PathBuf::new(),
             meter: Meter::new(held.pass.device),
+            matmul_rate: None,
         }
     }
 
@@ -304,12 +311,16 @@ impl Serve<Generate> for DeviceRoles {
     fn serve(&mut self, request: Generate) -> Result<Rollout> {
         let generator = self.generator.as_ref().ok_or_else(|| not_here(Role::Generator))?;
         generator.check(self.policy_version)?;
-        let metering = self.meter.begin(Role::Generator, Phase::Generate);
+        let mut gathered = 0;
         if let (Generator::OnActor, Some(actor)) = (generator, &mut self.actor) {
             actor.policy.state.bring_back()?; // a part that is away cannot be gathered
+            let before = held_bytes(self.held.pass.device);
             actor.policy.state.gather_all()?;
+            gathered = held_bytes(self.held.pass.device).saturating_sub(before);
         }
         self.set_aside()?;
+        // Metered when what leaves the device has left it.
+        let metering = self.meter.begin_with(Role::Generator, Phase::Generate, gathered);
         let generator = self.generator.as_ref().expect("seen above");
         let own = match generator {
             Generator::OnActor => None,
@@ -357,7 +368,7 @@ impl Serve<Logprobs> for DeviceRoles {
                 let metering = self.meter.begin(Role::Actor, Phase::Score);
                 let policy = &mut self.actor()?.policy;
                 let parts = asking.ask_learner(policy, tokens, read)?;
-                let resident = policy.state.bytes_by_part();
+                let resident = policy.state.device_bytes_by_part();
                 self.meter.end(metering, resident, load);
                 parts
             }
@@ -375,7 +386,7 @@ impl Serve<Values> for DeviceRoles {
         let metering = self.meter.begin(Role::Critic, Phase::Score);
         let model = &mut self.critic()?.model;
         let parts = asking.ask_learner(model, &request.tokens, read)?;
-        let resident = model.state.bytes_by_part();
+        let resident = model.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&request.tokens));
         Ok(stack_rows(&parts, size(&request.tokens)))
     }
@@ -422,7 +433,7 @@ impl Serve<UpdateActor> for DeviceRoles {
         let metering = self.meter.begin(Role::Actor, Phase::TrainActor);
         let actor = self.actor()?;
         let updated = update_actor(&mut actor.policy, &experience, num_tokens, kl_coef, &actor.config);
-        let resident = actor.policy.state.bytes_by_part();
+        let resident = actor.policy.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train actor", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_experience(error, &experience))
@@ -437,7 +448,7 @@ impl Serve<UpdateCritic> for DeviceRoles {
         let metering = self.meter.begin(Role::Critic, Phase::TrainCritic);
         let critic = self.critic()?;
         let updated = update_critic(&mut critic.model, &experience, num_tokens, &critic.config);
-        let resident = critic.model.state.bytes_by_part();
+        let resident = critic.model.state.device_bytes_by_part();
         self.meter.end(metering, resident, self.pass_load(&experience.tokens));
         self.progress.advance("train critic", experience.num_rows(), experience.num_rows());
         updated.map_err(|error| self.keep_experience(error, &experience))
@@ -450,7 +461,7 @@ impl Serve<Learn> for DeviceRoles {
         let metering = self.meter.begin(role, phase);
         let learner = self.learner(Learn::NAME)?;
         let learned = learner.learn(&request);
-        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&request.rows, true));
+        let (resident, load) = (learner.state().device_bytes_by_part(), learner.load(&request.rows, true));
         self.meter.end(metering, resident, Load::Pass(load));
         let rows = request.rows.num_rows();
         self.progress.advance("train", rows, rows);
@@ -466,7 +477,7 @@ impl Serve<Assess> for DeviceRoles {
         let learner = self.learner(Assess::NAME)?;
         let tell = |done| progress.advance("evaluate", done, rows.num_rows());
         let numbers = learner.assess(&rows, &interrupt, tell)?;
-        let (resident, load) = (learner.state().bytes_by_part(), learner.load(&rows, false));
+        let (resident, load) = (learner.state().device_bytes_by_part(), learner.load(&rows, false));
         self.meter.end(metering, resident, Load::Pass(load));
         Ok(numbers)
     }
@@ -490,6 +501,13 @@ impl Serve<Publish> for DeviceRoles {
 impl Serve<Memory> for DeviceRoles {
     fn serve(&mut self, _request: Memory) -> Result<MemoryReport> {
         Ok(self.meter.report())
+    }
+}
+
+impl Serve<MatmulRate> for DeviceRoles {
+    fn serve(&mut self, _request: MatmulRate) -> Result<f64> {
+        let (kind, device) = (self.held.kind, self.held.pass.device);
+        Ok(*self.matmul_rate.get_or_insert_with(|| matmul_rate(kind, device)))
     }
 }
 

@@ -312,7 +312,8 @@ fn held(options: &Options) -> Result<Held, Failure> {
         tokens_per_micro_batch: TOKENS_PER_MICRO_BATCH,
         activation_checkpointing: false,
     };
-    Ok(Held { kind: kind.unwrap_or(automatic), pass, weight_layout: WeightLayout::Plain })
+    let deterministic = chosen.device == Device::Cpu;
+    Ok(Held { kind: kind.unwrap_or(automatic), pass, weight_layout: WeightLayout::Plain, deterministic })
 }
 
 fn check_counts(sampling: &SamplingConfig, max_sequences: usize) -> Result<(), Failure> {

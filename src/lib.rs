@@ -13,8 +13,10 @@ pub mod calibration;
 pub mod forecast;
 pub mod layout;
 pub mod machine;
+pub mod matmul_rate;
 pub mod plan;
 pub mod program;
+pub mod programs;
 
 pub mod assignment;
 pub mod crew;
@@ -23,7 +25,9 @@ pub mod seat;
 pub mod worker;
 
 pub mod checkpoint;
+pub mod gpu_check;
 pub mod host;
+pub mod import;
 pub mod inference;
 pub mod json_lines;
 pub mod learner;

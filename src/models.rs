@@ -22,12 +22,14 @@ use tch::{Device, Kind, Tensor};
 
 use crate::calibration::probe_parameter;
 
-/// How a model is held: dtype, device and passes, and how weights lie while a CPU decodes.
+/// How a model is held: dtype, device and passes, how weights lie while a CPU decodes, and whether the same work always
+/// gives the same bits.
 #[derive(Clone, Copy, Debug)]
 pub struct Held {
     pub kind: Kind,
     pub pass: PassConfig,
     pub weight_layout: WeightLayout,
+    pub deterministic: bool,
 }
 
 pub type Policy = Trainable<Decoder, LogprobHead>;
@@ -88,8 +90,17 @@ pub fn probe_policy(
     held: Held,
     (optimizer, sharding): (OptimizerConfig, &Sharding),
 ) -> Result<Policy> {
-    let state =
-        state(Role::Actor, config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))?;
+    made_policy(config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))
+}
+
+/// A policy of `config` whose weights are made: `load` gives each by name and shape, the same one at every call.
+pub fn made_policy(
+    config: &DecoderConfig,
+    held: Held,
+    (optimizer, sharding): (OptimizerConfig, &Sharding),
+    load: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
+) -> Result<Policy> {
+    let state = state(Role::Actor, config, held, (optimizer, sharding), load)?;
     policy_of(config, state, held, 1.0)
 }
 

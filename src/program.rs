@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
+use echelon_core::OutOfMemory;
 use echelon_core::progress::Interrupt;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
@@ -132,13 +133,15 @@ impl WholeFolder {
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
 pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
-    calm_threads();
+    begin_with_settings();
     echelon_core::shim::install_cpu_allocator();
     show_warnings();
+    tell_panics_in_a_line();
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let code = match work() {
+    let done = if asks_for_version() { say_version() } else { work() };
+    let code = match done {
         Ok(()) => 0,
         Err(failure) => {
             match &failure {
@@ -152,6 +155,36 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     // A device may still be at work, for a driver that is gone: libtorch's exit handlers would take away what it uses.
     // SAFETY: ends the process at once.
     unsafe { libc::_exit(i32::from(code)) }
+}
+
+/// libtorch's errors come as panics with C++ backtraces, line ends written out: their first line says what happened. That a
+/// device has no room is no fault of ours, and whoever asked for the work is told.
+fn tell_panics_in_a_line() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let payload = panic.payload();
+        let text =
+            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        match text.and_then(|text| Some((text, text.split_once("\\nException raised from ")?.0))) {
+            Some((text, _)) if OutOfMemory::read(text).is_some() => {}
+            Some((_, said)) => {
+                let place = panic.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
+                eprintln!("panic{place}: {said}");
+            }
+            None => usual(panic),
+        }
+    }));
+}
+
+/// Whether all that is wanted is `--version`.
+fn asks_for_version() -> bool {
+    std::env::args_os().skip(1).eq(["--version"])
+}
+
+/// Workers and drivers of one version work together.
+fn say_version() -> Result<(), Failure> {
+    println!("{}", crate::worker::BUILD);
+    Ok(())
 }
 
 /// How long libgomp's threads look for work before they sleep. Its default is milliseconds, which take the cores from whoever
@@ -171,16 +204,29 @@ fn spins() -> u32 {
     (LOOKING.as_nanos() * u128::from(PAUSES) / fastest.as_nanos()).clamp(500, 50_000) as u32
 }
 
-/// Begins this program again with calmer threads, once, unless somebody has chosen: libgomp reads its settings when it is
-/// loaded. One thread waits for nobody.
-fn calm_threads() {
-    let chosen = ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().any(|name| std::env::var_os(name).is_some());
+/// What libraries read when they are loaded, unless somebody has chosen.
+fn settings() -> Vec<(&'static str, String)> {
+    let chosen = |names: &[&str]| names.iter().any(|name| std::env::var_os(name).is_some());
+    // One thread waits for nobody.
     let alone = std::env::var("OMP_NUM_THREADS").is_ok_and(|threads| threads == "1");
-    if let (false, false, Ok(program)) = (chosen, alone, std::env::current_exe()) {
+    let mut settings = Vec::new();
+    if !alone && !chosen(&["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"]) {
+        settings.push(("GOMP_SPINCOUNT", spins().to_string()));
+    }
+    // Segments of a GPU's memory that grow, instead of many that phases of different shapes leave in pieces.
+    if !chosen(&["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]) {
+        settings.push(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True".into()));
+    }
+    settings
+}
+
+/// Begins this program again, once, with [`settings`]: some are read before `main`.
+fn begin_with_settings() {
+    let settings = settings();
+    if let (false, Ok(program)) = (settings.is_empty(), std::env::current_exe()) {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_else(|| program.clone().into());
-        let _not_replaced =
-            Command::new(program).arg0(name).args(arguments).env("GOMP_SPINCOUNT", spins().to_string()).exec();
+        let _not_replaced = Command::new(program).arg0(name).args(arguments).envs(settings).exec();
     }
 }
 

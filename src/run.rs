@@ -10,7 +10,6 @@ use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::{Role, Roles};
 use echelon_core::verb::{Export, Restore, Save};
-use echelon_core::weight_layout::WeightLayout;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::planner::Plan;
 
@@ -35,7 +34,8 @@ use crate::worker;
 
 mod evaluate;
 pub mod memory;
-mod metrics;
+pub(crate) mod metrics;
+mod out_of_memory;
 
 use evaluate::{Evaluator, eval_metrics};
 use memory::MemoryLedger;
@@ -88,10 +88,12 @@ struct Run {
     interrupt: Interrupt,
     work: Work,
     memory: MemoryLedger,
+    /// What the devices reach together in large products; known after the first step.
+    matmul_rate: Option<f64>,
     /// Where `train.calibrate` asks for it.
     forecast: Option<Forecast>,
     clock: RunClock,
-    weight_layout: WeightLayout,
+    held: Held,
     begun: Instant,
     /// The last finished step.
     step: u64,
@@ -125,6 +127,9 @@ impl Run {
         header(&terminal, (&recipe, shape.shape().num_params()), &inputs, &folder);
         resumed.notes.iter().chain(&inputs.note).for_each(|note| terminal.note(note));
         let Inputs { folders, held, tokenizer, mut prompts, evaluator, layout, plan, .. } = inputs;
+        let (device, saved) = (wire::device_name(held.pass.device), resumed.saved.as_ref());
+        let elsewhere = saved.and_then(|(_, state)| state.note_on(&device, held.deterministic));
+        elsewhere.iter().for_each(|note| terminal.note(note));
         let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         let parts = (interrupt.clone(), watch.clone() as _);
         let teller = terminal.clone();
@@ -160,11 +165,12 @@ impl Run {
             terminal,
             watch,
             interrupt,
-            work: Work::new(&shape, held, &recipe),
+            work: Work::new(&shape, &recipe),
             memory,
+            matmul_rate: None,
             forecast,
             clock: RunClock::start(),
-            weight_layout: held.weight_layout,
+            held,
             begun,
             step,
             policy_version: 0,
@@ -201,7 +207,7 @@ impl Run {
                     self.prompts.restore(&position)?;
                     return self.stop().await;
                 }
-                outcome => outcome?,
+                outcome => outcome.map_err(|error| self.memory.explained(error))?,
             }
             if self.interrupt.is_raised() {
                 return self.stop().await;
@@ -234,7 +240,10 @@ impl Run {
         self.step = step;
         self.policy_version = report.policy_version;
         let phases_s = begun.elapsed().as_secs_f64();
-        self.work.record(&mut metrics, &report, phases_s);
+        if self.matmul_rate.is_none() {
+            self.matmul_rate = Some(self.wired.crew.matmul_rate().await?);
+        }
+        self.work.record(&mut metrics, &report, phases_s, self.matmul_rate.filter(|rate| *rate > 0.0));
         let memory = self.wired.crew.memory().await?;
         for warning in self.memory.record(&mut metrics, &memory) {
             self.terminal.note(&warning);
@@ -290,7 +299,9 @@ impl Run {
             data: self.prompts.position(),
             kl: Some(self.kl),
             num_threads: tch::get_num_threads(),
-            weight_layout: Some(self.weight_layout),
+            weight_layout: Some(self.held.weight_layout),
+            device: Some(wire::device_name(self.held.pass.device)),
+            deterministic: Some(self.held.deterministic),
             render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };
@@ -443,7 +454,10 @@ fn header(
     ];
     if layout.num_workers > 1 {
         rows.insert(2, ("workers", layout.to_string()));
-        rows.insert(5, ("shares", layout.shares(&recipe.batch).join("\n")));
+        let shares = layout.shares(&recipe.batch);
+        if !shares.is_empty() {
+            rows.insert(5, ("shares", shares.join("\n"))); // none, where every role has one worker
+        }
     }
     rows.extend(warning.iter().map(|warning| ("warning", warning.clone())));
     for (name, report) in prompts.reports.iter().filter(|(_, report)| report.num_dropped() > 0) {

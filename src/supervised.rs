@@ -217,6 +217,9 @@ impl<'a, L: Lesson> Prepared<'a, L> {
         watch_signals(interrupt.clone());
         self.header(&terminal, &data, num_rows, total)?;
         self.resumed.notes.iter().for_each(|note| terminal.note(note));
+        let (device, deterministic) = (wire::device_name(self.held.pass.device), self.held.deterministic);
+        let saved = self.resumed.saved.as_ref();
+        saved.and_then(|(_, state)| state.note_on(&device, deterministic)).iter().for_each(|note| terminal.note(note));
         let held_out = rows_of(data.held_out.iter());
         let mut stream = RowStream::new(Mix::new(data.sources).map_err(Failure::input)?, seed);
 
@@ -270,6 +273,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
             step,
             saved: (step > 0).then_some(step),
             metric: None,
+            held: self.held,
             clock: RunClock::start(),
             total: total as u64,
         };
@@ -319,6 +323,7 @@ struct Run<'a, L> {
     recipe: &'a L,
     learner: LearnerGroup,
     crew: Crew,
+    held: Held,
     memory: Option<MemoryLedger>,
     lr: f64,
     schedule: LrSchedule,
@@ -405,7 +410,11 @@ impl<L: Lesson> Run<'_, L> {
         let (tokens, num_learned) = (rows.lengths.iter().sum::<i64>(), L::num_learned(&rows));
         let lr = self.lr * self.schedule.factor(self.step as usize);
         let request = Learn { rows, rows_per_example: L::ROWS_PER_EXAMPLE, num_learned, lr };
-        let mut metrics = L::learned(&self.learner.learn(request).await?);
+        let learned = self.learner.learn(request).await.map_err(|error| match &self.memory {
+            Some(ledger) => ledger.explained(error),
+            None => error,
+        })?;
+        let mut metrics = L::learned(&learned);
         self.watch.clear();
         let seconds = begun.elapsed().as_secs_f64();
         metrics.set("train/timing/step_total", seconds).set("perf/tokens_per_second", tokens as f64 / seconds);
@@ -456,6 +465,8 @@ impl<L: Lesson> Run<'_, L> {
             kl: None,
             num_threads: tch::get_num_threads(),
             weight_layout: None,
+            device: Some(wire::device_name(self.held.pass.device)),
+            deterministic: Some(self.held.deterministic),
             render_time: self.tokenizer.render_time(),
             metric: self.metric.clone(),
         };

@@ -30,6 +30,7 @@ use crate::assignment::{Assignment, HostPlan, Job};
 use crate::crew::{Crew, Joining, check_credentials};
 use crate::layout::Layout;
 use crate::models::{Held, check_folder, score_statistics};
+use crate::node;
 use crate::plan;
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
@@ -145,12 +146,26 @@ pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Resu
         tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
         activation_checkpointing: compute.activation_checkpointing,
     };
-    Ok((Held { kind, pass, weight_layout: WeightLayout::Plain }, chosen.warning))
+    let deterministic = compute.deterministic.fixed().unwrap_or(chosen.device == Device::Cpu);
+    Ok((Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic }, chosen.warning))
 }
 
-/// Device, dtype and threads, for a run's first lines.
+/// Device, dtype and threads, for a run's first lines; of a GPU also whether its results can be had again.
 pub fn device_line(held: Held) -> String {
-    format!("{:?}, {:?}, {} threads", held.pass.device, held.kind, tch::get_num_threads())
+    let line = format!("{}, {:?}, {} threads", device_name(held.pass.device), held.kind, tch::get_num_threads());
+    match (held.pass.device, held.deterministic) {
+        (Device::Cpu, _) => line,
+        (_, true) => format!("{line}, deterministic"),
+        (_, false) => format!("{line}, not deterministic"),
+    }
+}
+
+/// A device as a person knows it: of a GPU its model.
+pub fn device_name(device: Device) -> String {
+    match device {
+        Device::Cpu => "Cpu".into(),
+        gpu => node::gpus().map_or_else(|| format!("{gpu:?}"), |here| format!("{gpu:?} ({})", here.kinds[0].name)),
+    }
 }
 
 /// Refuses what the models and the device cannot do, before anything starts.

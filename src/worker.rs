@@ -301,7 +301,8 @@ fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMe
         Save,
         Restore,
         Export,
-        Memory
+        Memory,
+        MatmulRate
     );
 }
 

@@ -31,7 +31,7 @@ fn peak(vocabulary: i64, tokens: i64) -> i64 {
     });
     std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
     let pass = PassConfig { device: Device::Cpu, tokens_per_micro_batch: tokens, activation_checkpointing: false };
-    let held = Held { kind: Kind::Float, pass, weight_layout: WeightLayout::Plain };
+    let held = Held { kind: Kind::Float, pass, weight_layout: WeightLayout::Plain, deterministic: true };
     let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
     let mut policy =
         trainable_policy(Role::Actor, folder.path(), Some(1), held, (optimizer, &Sharding::whole()), 1.0).unwrap();

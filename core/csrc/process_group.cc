@@ -1,6 +1,7 @@
 #define USE_C10D_GLOO
 #include "process_group.h"
 
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
@@ -190,19 +191,23 @@ std::unique_ptr<RankGroup> join_gloo(const MeetingStore& store, rust::Str prefix
   return std::make_unique<RankGroup>(std::move(backend), rank, size);
 }
 
-void allocate_storage(const at::Tensor& tensor) {
-  auto* storage = tensor.storage().unsafeGetStorageImpl();
-  size_t bytes = tensor.numel() * tensor.element_size();
-  if (storage->nbytes() == bytes) return;
+namespace {
+// Memory of `bytes` on the storage's own device: an allocator takes it on the thread's current one.
+void give_memory(c10::StorageImpl* storage, size_t bytes) {
+  c10::OptionalDeviceGuard guard;
+  if (!storage->device().is_cpu()) guard.reset_device(storage->device());
   storage->set_data_ptr_noswap(c10::GetAllocator(storage->device_type())->allocate(bytes));
   storage->set_nbytes(bytes);
 }
+}  // namespace
 
-void free_storage(const at::Tensor& tensor) {
+void allocate_storage(const at::Tensor& tensor) {
   auto* storage = tensor.storage().unsafeGetStorageImpl();
-  storage->set_data_ptr_noswap(c10::GetAllocator(storage->device_type())->allocate(0));
-  storage->set_nbytes(0);
+  size_t bytes = tensor.numel() * tensor.element_size();
+  if (storage->nbytes() != bytes) give_memory(storage, bytes);
 }
+
+void free_storage(const at::Tensor& tensor) { give_memory(tensor.storage().unsafeGetStorageImpl(), 0); }
 
 std::unique_ptr<at::Tensor> unversioned(const at::Tensor& tensor) {
   return std::make_unique<at::Tensor>(tensor.variable_data());

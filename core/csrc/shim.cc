@@ -1,10 +1,10 @@
 #include "shim.h"
 
+#include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/from_blob.h>
-#include <c10/core/CachingDeviceAllocator.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <atomic>
@@ -48,19 +48,6 @@ void fused_adamw(const at::Tensor& param, const at::Tensor& grad, const at::Tens
   at::NoGradGuard no_grad;
   at::_fused_adamw_({param}, {grad}, {exp_avg}, {exp_avg_sq}, {}, {step}, lr, beta1, beta2, weight_decay, eps,
                     /*amsgrad=*/false, /*maximize=*/false);
-}
-
-namespace {
-auto device_bytes(int32_t cuda_index) {
-  auto stats = c10::getDeviceAllocator(c10::DeviceType::CUDA)->getDeviceStats(static_cast<c10::DeviceIndex>(cuda_index));
-  return stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
-}
-}  // namespace
-
-size_t device_live_bytes(int32_t cuda_index) { return device_bytes(cuda_index).current; }
-size_t device_peak_bytes(int32_t cuda_index) { return device_bytes(cuda_index).peak; }
-void device_reset_peak_bytes(int32_t cuda_index) {
-  c10::getDeviceAllocator(c10::DeviceType::CUDA)->resetPeakStats(static_cast<c10::DeviceIndex>(cuda_index));
 }
 
 namespace {
@@ -119,5 +106,7 @@ std::unique_ptr<at::Tensor> linear_with_onednn(const at::Tensor& x, const at::Te
   c10::List<std::optional<at::Scalar>> no_scalars;
   return std::make_unique<at::Tensor>(linear.call(x, packed, if_defined(bias), "none", no_scalars, std::nullopt));
 }
+
+rust::String torch_build() { return at::show_config(); }
 
 }  // namespace echelon

@@ -57,8 +57,6 @@ size_t taken_bytes();
 void give_back_kept();
 // Bytes of mapped memory that tensors are wrapped around.
 size_t mapped_bytes();
-// Live and peak of a device whose caching allocator keeps count (CUDA).
-size_t device_live_bytes(int32_t cuda_index);
-size_t device_peak_bytes(int32_t cuda_index);
-void device_reset_peak_bytes(int32_t cuda_index);
+// How libtorch was built.
+rust::String torch_build();
 }  // namespace echelon

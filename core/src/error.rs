@@ -1,3 +1,6 @@
+use serde::{Deserialize, Serialize};
+
+use crate::determinism::refused_operator;
 use crate::role::Role;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -5,7 +8,10 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// What can go wrong between the driver and a device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// libtorch refused an operation (out of memory, a shape that does not fit).
+    /// A device has no room for a tensor.
+    #[error("{0}")]
+    OutOfMemory(OutOfMemory),
+    /// libtorch refused an operation (a shape that does not fit).
     #[error("{operation}: {source}")]
     Torch { operation: &'static str, source: tch::TchError },
     /// A tensor does not have the shape its neighbours promise.
@@ -43,6 +49,18 @@ impl Error {
         Error::Other { context: context.into(), source: source.into() }
     }
 
+    /// What libtorch says in a message, or in a panic's with it in its midst, that is no fault of ours.
+    pub fn of_torch(message: &str) -> Option<Error> {
+        let undetermined = |operator: String| {
+            Error::Refused(format!(
+                "train.deterministic = true: libtorch has no deterministic form of {operator}: set it to false, or leave out \
+                 what needs this operator"
+            ))
+        };
+        let undetermined = || refused_operator(message).map(undetermined);
+        OutOfMemory::read(message).map(Error::OutOfMemory).or_else(undetermined)
+    }
+
     /// The error that started it all, below the workers and contexts it climbed through.
     pub fn root(&self) -> &Error {
         match self {
@@ -54,6 +72,58 @@ impl Error {
 
 impl From<tch::TchError> for Error {
     fn from(source: tch::TchError) -> Error {
-        Error::Torch { operation: "libtorch", source }
+        Error::of_torch(&source.to_string()).unwrap_or(Error::Torch { operation: "libtorch", source })
+    }
+}
+
+/// What libtorch says of a device without room, in its units.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutOfMemory {
+    /// Such as `GPU 0`.
+    pub device: String,
+    pub wanted: String,
+    pub free: String,
+    pub capacity: String,
+}
+
+impl OutOfMemory {
+    /// Reads libtorch's message, or a panic's with it in its midst.
+    pub fn read(message: &str) -> Option<OutOfMemory> {
+        let after = |from: &'static str| Some(message.split_once(from)?.1);
+        let until = |text: &str, end: &str| Some(text.split_once(end)?.0.trim().to_owned());
+        after("CUDA out of memory.")?;
+        let wanted = until(after("Tried to allocate ")?, ". ")?;
+        let (device, rest) = after("Tried to allocate ")?.split_once(" has a total capacity of ")?;
+        let device = device.rsplit(". ").next()?.trim().to_owned();
+        let (capacity, rest) = rest.split_once(" of which ")?;
+        Some(OutOfMemory { device, wanted, free: until(rest, " is free")?, capacity: capacity.to_owned() })
+    }
+}
+
+impl std::fmt::Display for OutOfMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let OutOfMemory { device, wanted, free, capacity } = self;
+        write!(f, "out of memory on {device}: {wanted} wanted, {free} of {capacity} free")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As libtorch 2.11 writes it.
+    const MESSAGE: &str = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity of 139.81 GiB of which \
+        3.69 MiB is free. Including non-PyTorch memory, this process has 139.80 GiB memory in use. Of the allocated memory 138.99 \
+        GiB is allocated by PyTorch, and 1.10 MiB is reserved by PyTorch but unallocated.\nException raised from malloc at x.cpp:1";
+
+    #[test]
+    fn a_device_without_room_says_how_much_is_wanted_and_free() {
+        let error = Error::from(tch::TchError::Torch(MESSAGE.into()));
+        assert_eq!(error.to_string(), "out of memory on GPU 1: 20.00 MiB wanted, 3.69 MiB of 139.81 GiB free");
+        let panic = format!("called `Result::unwrap()` on an `Err` value: Torch({MESSAGE:?})");
+        assert_eq!(OutOfMemory::read(&panic).unwrap().wanted, "20.00 MiB");
+        for other in ["CUDA error: an illegal memory access", "CUDA out of memory. Tried to", ""] {
+            assert_eq!(OutOfMemory::read(other), None, "{other}");
+        }
     }
 }

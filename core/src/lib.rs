@@ -34,6 +34,7 @@ pub mod progress;
 
 pub mod random;
 
+pub mod determinism;
 pub mod device;
 
 pub mod collective;
@@ -41,4 +42,4 @@ mod error;
 pub mod shim;
 pub mod weight_layout;
 
-pub use error::{Error, Result};
+pub use error::{Error, OutOfMemory, Result};

@@ -145,8 +145,10 @@ pub struct MemoryReport {
     /// Bytes live now, and those of mapped weights.
     pub live: u64,
     pub mapped: u64,
-    /// Bytes that the CPU's allocator holds beyond that: rounding, and blocks kept for later.
+    /// Bytes that the device's allocator holds beyond that: rounding, and blocks kept for later.
     pub kept: u64,
+    /// Page-locked host memory.
+    pub pinned: u64,
 }
 
 /// Meters the verbs of one device, on its thread.
@@ -173,8 +175,13 @@ impl Meter {
 
     /// Call when the role is loaded, before its work.
     pub fn begin(&mut self, role: Role, phase: Phase) -> Metering {
+        self.begin_with(role, phase, 0)
+    }
+
+    /// [`Meter::begin`], of work for which `brought` bytes are on the device already.
+    pub fn begin_with(&mut self, role: Role, phase: Phase, brought: u64) -> Metering {
         self.note_peak();
-        Metering { role, phase, before: shim::live_bytes(self.device) as u64 }
+        Metering { role, phase, before: (shim::live_bytes(self.device) as u64).saturating_sub(brought) }
     }
 
     /// Call when the work is done.
@@ -198,7 +205,8 @@ impl Meter {
             peak: std::mem::take(&mut self.peak),
             live: shim::live_bytes(self.device) as u64,
             mapped: shim::mapped_bytes() as u64,
-            kept: if self.device == Device::Cpu { shim::kept_bytes() as u64 } else { 0 },
+            kept: shim::kept_bytes(self.device) as u64,
+            pinned: shim::pinned_bytes() as u64,
         }
     }
 

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, OutOfMemory, Result};
 use crate::experience::Experience;
 use crate::memory::MemoryReport;
 use crate::role::Role;
@@ -223,6 +223,7 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
 enum Told {
     Interrupted,
     Gone(String),
+    OutOfMemory(OutOfMemory),
     Refused(String),
 }
 
@@ -231,6 +232,7 @@ pub fn error_to_text(error: &Error) -> String {
     let told = match error.root() {
         Error::Interrupted => Told::Interrupted,
         Error::WorkerGone(cause) => Told::Gone(cause.clone()),
+        Error::OutOfMemory(found) => Told::OutOfMemory(found.clone()),
         _ => Told::Refused(error.to_string()),
     };
     serde_json::to_string(&told).expect("an enum of texts serialises")
@@ -241,6 +243,7 @@ pub fn error_from_text(text: &str) -> Error {
     match serde_json::from_str(text) {
         Ok(Told::Interrupted) => Error::Interrupted,
         Ok(Told::Gone(cause)) => Error::WorkerGone(cause),
+        Ok(Told::OutOfMemory(found)) => Error::OutOfMemory(found),
         Ok(Told::Refused(message)) => Error::Refused(message),
         Err(_) => Error::Refused(text.into()),
     }
@@ -395,8 +398,10 @@ plain! {
     Export = "export";
     Memory = "memory";
     MemoryReport = "memory_report";
+    MatmulRate = "matmul_rate";
     () = "done";
     u64 = "number";
+    f64 = "rate";
 }
 
 impl Message for Tensor {

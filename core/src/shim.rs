@@ -56,9 +56,19 @@ pub(crate) mod ffi {
         fn taken_bytes() -> usize;
         fn give_back_kept();
         fn mapped_bytes() -> usize;
+        fn torch_build() -> Result<String>;
+        include!("accelerator.h");
+        fn set_current_device(cuda_index: i32) -> Result<()>;
         fn device_live_bytes(cuda_index: i32) -> Result<usize>;
         fn device_peak_bytes(cuda_index: i32) -> Result<usize>;
         fn device_reset_peak_bytes(cuda_index: i32) -> Result<()>;
+        fn device_reserved_bytes(cuda_index: i32) -> Result<usize>;
+        fn device_free_bytes(cuda_index: i32) -> Result<usize>;
+        fn device_total_bytes(cuda_index: i32) -> Result<usize>;
+        fn device_give_back_kept(cuda_index: i32) -> Result<()>;
+        fn pinned_zeros(numel: i64, dtype: i32) -> Result<UniquePtr<Tensor>>;
+        fn pinned_bytes() -> usize;
+        fn use_deterministic_algorithms(wanted: bool) -> Result<()>;
     }
 }
 
@@ -206,14 +216,56 @@ pub fn install_cpu_allocator() {
     ffi::install_cpu_allocator();
 }
 
-/// Bytes of the blocks that the CPU allocator holds beyond what tensors hold: rounding, and freed blocks kept for later.
-pub fn kept_bytes() -> usize {
-    ffi::taken_bytes().saturating_sub(ffi::live_bytes())
+/// Makes `device` the calling thread's current one: what libtorch allocates without naming a device is there.
+///
+/// # Errors
+/// There is no such device.
+pub fn set_current_device(device: Device) -> Result<(), TchError> {
+    match device {
+        Device::Cuda(index) => ffi::set_current_device(index as i32).map_err(torch_error),
+        _ => Ok(()),
+    }
 }
 
-/// Gives the blocks that the CPU allocator keeps for later back to the system, after work of a kind that does not come again.
-pub fn give_back_kept() {
-    ffi::give_back_kept();
+/// Bytes of the blocks that a device's allocator holds beyond what tensors hold: rounding, and freed blocks kept for later.
+pub fn kept_bytes(device: Device) -> usize {
+    let taken = match device {
+        Device::Cuda(index) => ffi::device_reserved_bytes(index as i32).unwrap_or(0),
+        _ => ffi::taken_bytes(),
+    };
+    taken.saturating_sub(live_bytes(device))
+}
+
+/// Gives the blocks that the device's allocator keeps for later back: to the system, after work of a kind that does not come
+/// again; of a GPU, before another process needs them.
+pub fn give_back_kept(device: Device) {
+    match device {
+        Device::Cuda(index) => ffi::device_give_back_kept(index as i32).unwrap_or(()),
+        _ => ffi::give_back_kept(),
+    }
+}
+
+/// Bytes of a GPU that nobody holds, and all of them. None of a CPU.
+pub fn free_and_total_bytes(device: Device) -> Option<(usize, usize)> {
+    let Device::Cuda(index) = device else { return None };
+    Some((ffi::device_free_bytes(index as i32).ok()?, ffi::device_total_bytes(index as i32).ok()?))
+}
+
+/// A tensor of zeros in page-locked host memory, which a GPU reads and writes at full speed. It takes its bytes in whole pages,
+/// and no more.
+pub fn pinned_zeros(shape: &[i64], kind: Kind) -> Result<Tensor, TchError> {
+    let flat = ffi::pinned_zeros(shape.iter().product(), scalar_type(kind)?).map_err(torch_error)?;
+    adopt(&flat).f_view(shape)
+}
+
+/// Bytes live in tensors of [`pinned_zeros`].
+pub fn pinned_bytes() -> usize {
+    ffi::pinned_bytes()
+}
+
+/// From now on operators have one result for one input, on a GPU too; those that cannot throw.
+pub fn use_deterministic_algorithms(wanted: bool) -> Result<(), TchError> {
+    ffi::use_deterministic_algorithms(wanted).map_err(torch_error)
 }
 
 /// Bytes of mapped memory that tensors are wrapped around: no allocation, but a model's weights all the same.
@@ -244,6 +296,11 @@ pub fn reset_peak_bytes(device: Device) {
         Device::Cuda(index) => ffi::device_reset_peak_bytes(index as i32).unwrap_or(()),
         _ => ffi::reset_peak_bytes(),
     }
+}
+
+/// How libtorch was built, in its own words: versions of CUDA and cuDNN among them, where its CUDA libraries are loaded.
+pub fn torch_build() -> String {
+    ffi::torch_build().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -113,6 +113,10 @@ pub struct Export {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Memory;
 
+/// Say how many floating-point operations per second a large matrix product reaches on the rank's device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MatmulRate;
+
 /// What one optimizer step of the actor did. Means are over response tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorReport {
@@ -181,4 +185,5 @@ verbs! {
     Restore => (), "restore";
     Export => (), "export";
     Memory => MemoryReport, "memory";
+    MatmulRate => f64, "measure products";
 }

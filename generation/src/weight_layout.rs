@@ -116,7 +116,7 @@ pub fn usable(kind: Kind, matrices: &Matrices) -> Vec<WeightLayout> {
 /// The fastest of the usable layouts, and what was measured. Takes some tenths of a second.
 pub fn fastest(kind: Kind, matrices: &Matrices) -> (WeightLayout, Vec<Measured>) {
     let measured = measure(kind, matrices);
-    shim::give_back_kept();
+    shim::give_back_kept(Device::Cpu);
     (choose(&measured), measured)
 }
 

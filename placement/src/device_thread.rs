@@ -47,7 +47,7 @@ impl<H: 'static> DeviceThread<H> {
                     return;
                 }
                 Err(panic) => {
-                    let _ = ready.send(Err(Error::WorkerGone(panic_message(panic.as_ref()))));
+                    let _ = ready.send(Err(of_panic(panic.as_ref())));
                     return;
                 }
             };
@@ -107,10 +107,25 @@ fn next<H>(queue: &Receiver<Job<H>>) -> Option<Job<H>> {
     queue.recv().ok()
 }
 
-/// The first line of a panic's message: below it libtorch's have a C++ backtrace.
+/// What a panic is for whoever waits for an answer: libtorch says by one, too, that a device has no room.
+pub(crate) fn of_panic(panic: &(dyn std::any::Any + Send)) -> Error {
+    let text = panic_text(panic);
+    Error::of_torch(text).unwrap_or_else(|| Error::WorkerGone(first_line(text)))
+}
+
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    first_line(panic_text(panic))
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.and_then(|text| text.lines().find(|line| !line.trim().is_empty())).unwrap_or("panic").to_owned()
+    text.unwrap_or("panic")
+}
+
+/// The first line of a panic's message: below it libtorch's have a C++ backtrace, whose line ends may be written out.
+fn first_line(message: &str) -> String {
+    let lines = message.lines().flat_map(|line| line.split("\\n"));
+    lines.map(str::trim).find(|line| !line.is_empty()).unwrap_or("panic").to_owned()
 }
 
 #[cfg(test)]
@@ -121,6 +136,8 @@ mod tests {
     fn a_panic_is_told_by_its_first_line() {
         let message = |panic: Box<dyn std::any::Any + Send>| panic_message(panic.as_ref());
         let torch = String::from("called on an Err: \"shape mismatch\n");
+        let escaped = r#"called on an Err: Torch("shapes differ\nException raised from"#;
+        assert_eq!(message(Box::new(escaped)), r#"called on an Err: Torch("shapes differ"#);
         assert_eq!(
             message(Box::new(torch + "frame #0: c10::Error\nframe #1: main")),
             "called on an Err: \"shape mismatch"

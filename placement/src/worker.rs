@@ -10,7 +10,7 @@ use echelon_core::{Error, Result};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
 
-use crate::device_thread::{DeviceThread, Job, panic_message};
+use crate::device_thread::{DeviceThread, Job, of_panic};
 
 /// Handle of a worker whose device thread owns an `H`. Clones address the same worker.
 pub struct Worker<H: 'static> {
@@ -70,7 +70,10 @@ impl<H: 'static> Worker<H> {
             // A panic answers this request with its message, then goes on to end the thread.
             let (outcome, panic) = match catch_unwind(AssertUnwindSafe(|| work(host))) {
                 Ok(outcome) => (outcome, None),
-                Err(panic) => (Err(Error::WorkerGone(panic_message(panic.as_ref()))), Some(panic)),
+                Err(panic) => match of_panic(panic.as_ref()) {
+                    error @ Error::WorkerGone(_) => (Err(error), Some(panic)),
+                    error => (Err(error), None), // no fault of ours: the thread can go on
+                },
             };
             if let Some(reply) = take(&refused) {
                 let _ = reply.send(outcome);

@@ -1,8 +1,6 @@
 //! `ppo RECIPE`: reinforcement learning from a reward, as a recipe describes it.
-
-use echelon::program::Arguments;
-use echelon::worker;
+//! Called by another program's name it is that program: see [`echelon::programs`].
 
 fn main() -> ! {
-    worker::or_driver(|| echelon::run::main(&Arguments::read("ppo")?))
+    echelon::programs::as_called()
 }

@@ -10,7 +10,7 @@ use super::{RecipeError, Root, load};
 pub(crate) const RESOLVED_FILE: &str = "recipe.resolved.toml";
 
 /// Keys that a resumed run may change; `.*` stands for every key below.
-const FREE_KEYS: [&str; 18] = [
+const FREE_KEYS: [&str; 19] = [
     "name",
     "train.steps",
     "train.epochs",
@@ -20,6 +20,7 @@ const FREE_KEYS: [&str; 18] = [
     "train.adam_offload",
     "train.activation_checkpointing",
     "train.calibrate",
+    "train.deterministic",
     "rollout.record",
     "generation.*",
     "reward.url",

@@ -337,6 +337,8 @@ table! {
         pub adam_offload: bool = false;
         /// Recompute activations in the backward pass instead of keeping them.
         pub activation_checkpointing: bool = false;
+        /// The same run gives the same bits again: `auto` is so on a CPU, and not on CUDA, where it costs speed.
+        pub deterministic: Auto<bool> = Auto::Auto;
         /// Gradients are scaled down to this global norm.
         pub max_grad_norm: Option<f64> = Some(1.0), in above(0.0);
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use echelon_core::Error;
 use echelon_core::memory::{MemoryReport, MemoryUse, Phase};
 use echelon_core::role::Role;
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -17,6 +18,7 @@ use crate::monitor::Metrics;
 use crate::plan::{self, Shapes};
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
+use crate::run::out_of_memory;
 use crate::wire::ModelFolders;
 
 /// How far the ledger may be off before a person is told.
@@ -105,6 +107,12 @@ impl MemoryLedger {
         })
     }
 
+    /// An error that says that a device has no room, with what holds its memory and what to change; any other as it is.
+    pub fn explained(&self, error: Error) -> Error {
+        let jobs: Vec<RoleJob> = ROLES.into_iter().filter_map(|role| self.job(role)).collect();
+        out_of_memory::explained(error, &jobs)
+    }
+
     /// The ledger beside what a rank was metered at, for what it worked on.
     pub fn compare(&self, uses: &[MemoryUse]) -> Vec<Comparison> {
         let of = |measured: &MemoryUse| {
@@ -120,7 +128,9 @@ impl MemoryLedger {
         metrics
             .set("perf/memory_peak_bytes", most(|report| report.peak))
             .set("perf/memory_mapped_bytes", most(|report| report.mapped))
-            .set("perf/memory_kept_bytes", most(|report| report.kept));
+            .set("perf/memory_live_bytes", most(|report| report.live))
+            .set("perf/memory_kept_bytes", most(|report| report.kept))
+            .set("perf/memory_pinned_bytes", most(|report| report.pinned));
         let comparisons: Vec<Comparison> = reports.iter().flat_map(|report| self.compare(&report.uses)).collect();
         let mut worst: f64 = 0.0;
         for found in &comparisons {

@@ -1,13 +1,9 @@
 //! A step's report as named metrics, samples and speed.
 
 use echelon_algorithms::ppo::StepReport;
-use echelon_core::device::aside;
 use echelon_core::rollout::FinishReason;
-use echelon_core::shim;
 use echelon_models::config::DecoderConfig;
-use tch::{Device, Kind, Tensor};
 
-use crate::models::Held;
 use crate::monitor::{
     Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, process_age, record_perf, samples_markdown,
     training_flops_per_token,
@@ -88,10 +84,6 @@ pub struct Work {
     size: ModelSize,
     /// Models that score: actor, critic, and reference and reward model where there are any.
     scoring_models: f64,
-    /// Floating-point operations per second that a large matrix product reaches here; measured once.
-    peak: Option<f64>,
-    kind: Kind,
-    device: Device,
     /// Age of the process at the beginning of the run's first step; none after it.
     age: Option<f64>,
     epochs: f64,
@@ -101,7 +93,7 @@ pub struct Work {
 
 impl Work {
     /// Critic, reference and reward model are counted as large as the actor.
-    pub fn new(config: &DecoderConfig, held: Held, recipe: &ResolvedRecipe) -> Work {
+    pub fn new(config: &DecoderConfig, recipe: &ResolvedRecipe) -> Work {
         let shape = config.shape();
         let embedding = if config.tied_embeddings { 0 } else { config.vocab_size * config.hidden_size };
         let model_rewards = recipe.reward.sources.iter().filter(|s| matches!(s.source, ScoreSource::Model(_))).count();
@@ -112,9 +104,6 @@ impl Work {
                 hidden: (config.num_heads * config.head_dim) as f64,
             },
             scoring_models: 2.0 + f64::from(u8::from(recipe.reference.is_some())) + model_rewards as f64,
-            peak: None,
-            kind: held.kind,
-            device: held.pass.device,
             age: None,
             epochs: recipe.ppo.epochs as f64,
             samples_per_prompt: recipe.rollout.samples_per_prompt,
@@ -124,14 +113,13 @@ impl Work {
 
     /// Call before a step's first work.
     pub fn begin(&mut self) {
-        shim::reset_peak_bytes(self.device);
         self.age = self.last_kl.is_none().then(process_age).flatten();
     }
 
-    /// Sets timings, tokens per second, MFU and memory.
-    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, seconds: f64) {
+    /// Sets timings, tokens per second and MFU; `matmul_rate` is what the run's devices reach together, in floating-point
+    /// operations per second.
+    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, seconds: f64, matmul_rate: Option<f64>) {
         let Some(rollout) = &report.rollout else { return };
-        let peak = *self.peak.get_or_insert_with(|| aside(|| measured_peak(self.kind, self.device)));
         let tokens: i64 = rollout.lengths.iter().sum();
         let context = tokens as f64 / rollout.num_rows() as f64 / 2.0;
         let forward = forward_flops_per_token(self.size, context);
@@ -160,13 +148,12 @@ impl Work {
                 training_flops_per_token(self.size, context) * learned as f64,
             ),
         ];
-        record_perf(metrics, &phases, tokens as u64, seconds, Some(peak));
+        record_perf(metrics, &phases, tokens as u64, seconds, matmul_rate);
         metrics
             .set("train/timing/broadcast", timing.publish_s)
             .set("perf/weight_sync_s", timing.publish_s)
             .set("perf/prefill_tokens", rollout.generation.prefill_tokens as f64)
-            .set("perf/decode_steps", rollout.generation.decode_steps as f64)
-            .set("perf/memory_live_bytes", shim::live_bytes(self.device) as f64);
+            .set("perf/decode_steps", rollout.generation.decode_steps as f64);
         let generation = &rollout.generation;
         let waited = timing.generation_s - generation.seconds + generation.first_token_s;
         metrics.set("perf/first_token_s", waited);
@@ -176,19 +163,6 @@ impl Work {
         metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
         self.last_kl = Some(report.kl);
     }
-}
-
-/// Best of some products of square matrices, large enough to fill the device.
-fn measured_peak(kind: Kind, device: Device) -> f64 {
-    let side = if device == Device::Cpu { 1024 } else { 8192 };
-    let matrix = Tensor::ones([side, side], (kind, device));
-    let rate = |_| {
-        let begun = std::time::Instant::now();
-        let product = matrix.matmul(&matrix);
-        let _ = product.double_value(&[0, 0]); // waits for the device
-        2.0 * (side as f64).powi(3) / begun.elapsed().as_secs_f64()
-    };
-    (0..5).map(rate).fold(0.0, f64::max)
 }
 
 fn mean(values: &[f64]) -> f64 {

@@ -84,7 +84,7 @@ fn held(setting: &Setting) -> Held {
         tokens_per_micro_batch: setting.tokens_per_micro_batch as i64,
         activation_checkpointing: setting.activation_checkpointing,
     };
-    Held { kind: setting.kind, pass, weight_layout: setting.weight_layout }
+    Held { kind: setting.kind, pass, weight_layout: setting.weight_layout, deterministic: true }
 }
 
 fn experience(setting: &Setting, vocab: i64) -> Experience {

@@ -7,6 +7,7 @@
 //! * `NAME/GENERATION/joined/RANK`: how many workers claimed the rank.
 //! * `NAME/GENERATION/present`: how many ranks wait for the others; the generation meets when all are there.
 //! * `NAME/GENERATION/standing/RANK`: how far a rank is, every second. `NAME/GENERATION/failure`: why the first rank gave up.
+//! * `NAME/GENERATION/connecting/RANK` and `connected/RANK`: how far a rank's GPU is with its connections to the others'.
 //! * whatever c10d's Gloo keeps for itself, under the prefix `NAME/GENERATION`.
 //!
 //! A process of another program, such as a PyTorch one, joins by the same steps: read `generation` (add 0), add 1 to
@@ -161,6 +162,32 @@ impl Generation {
         let key = self.key("failure");
         if !self.store.has(&key).unwrap_or(true) {
             let _ = self.store.set(&key, reason.as_bytes());
+        }
+    }
+
+    /// Says that this rank's GPU begins to connect with the others'.
+    pub fn tell_connecting(&self, rank: usize) {
+        let _ = self.store.set(&self.key(&format!("connecting/{rank}")), b"");
+    }
+
+    /// Says that it has.
+    pub fn tell_connected(&self, rank: usize) {
+        let _ = self.store.set(&self.key(&format!("connected/{rank}")), b"");
+    }
+
+    /// Whose GPUs the others wait for: those that have not begun to connect; where all have, those that are not through.
+    pub fn unconnected(&self, size: usize, waited: Duration) -> String {
+        let silent = |what: &str| -> Vec<usize> {
+            let key = |rank: &usize| self.key(&format!("{what}/{rank}"));
+            (0..size).filter(|rank| !self.store.has(&key(rank)).unwrap_or(true)).collect()
+        };
+        let (absent, unfinished, waited) = (silent("connecting"), silent("connected"), waited.as_secs());
+        match absent.is_empty() {
+            true => format!(
+                "GPUs do not connect within {waited} s: {} not through; NCCL_DEBUG=INFO says what NCCL tries",
+                name_ranks(&unfinished)
+            ),
+            false => format!("GPUs do not connect within {waited} s: {} did not begin to", name_ranks(&absent)),
         }
     }
 

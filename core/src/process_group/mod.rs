@@ -7,6 +7,7 @@
 //! A group that failed stays failed: its operations in flight are ended on every rank, each hears the first rank's reason,
 //! and [`ProcessGroup::rebuild`] or a new [`ProcessGroup::join`] meets in the next generation.
 
+mod alone;
 mod meeting;
 mod nccl;
 mod pending;
@@ -14,9 +15,11 @@ mod standing;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::alone::{nccl_alone, nccl_version};
 pub use self::meeting::{MeetingPoint, Patience};
 pub use self::pending::{Parts, Pending};
 pub use self::standing::Standing;
@@ -26,7 +29,7 @@ use self::pending::Work;
 use self::standing::{Journal, Pulse};
 use crate::collective::ffi;
 use crate::error::{Error, Result};
-use crate::shim::{raw, torch_error};
+use crate::shim::{self, raw, torch_error};
 
 /// The ranks of one group, seen from one of them. Clones are handles of the same group.
 #[derive(Clone)]
@@ -436,9 +439,33 @@ impl Peers {
         // Over Gloo, whose waits are watched: NCCL's own wait for a rank that does not come has no end.
         group.broadcast("share NCCL's id", &id, 0)?;
         let id = Vec::<u8>::try_from(id)?;
-        let communicator = Arc::new(nccl::Communicator::join(library, &id, (group.rank(), group.size()), device)?);
+        let place = (group.rank(), group.size());
+        shim::give_back_kept(Device::Cuda(device)); // NCCL takes memory for itself
+        let communicator = nccl::Communicator::join(library, &id, place, device, &mut self.connecting(group))?;
+        self.generation.tell_connected(self.rank);
+        let communicator = Arc::new(communicator);
         *made = Some(communicator.clone());
         Ok(communicator)
+    }
+
+    /// Asked while this rank's GPU connects with the others: whether to wait on.
+    fn connecting<'a>(&'a self, group: &'a ProcessGroup) -> impl FnMut() -> Result<()> + 'a {
+        const LOOK: Duration = Duration::from_millis(200);
+        self.generation.tell_connecting(self.rank);
+        let (begun, mut looked) = (Instant::now(), Instant::now());
+        move || {
+            if looked.elapsed() < LOOK {
+                return Ok(());
+            }
+            looked = Instant::now();
+            if let Some(reason) = self.generation.failure() {
+                return Err(Error::Refused(format!("ended while GPUs connected: {reason}")));
+            }
+            match begun.elapsed() > self.patience.join {
+                true => Err(Error::Refused(self.generation.unconnected(group.size(), self.patience.join))),
+                false => Ok(()),
+            }
+        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! the library itself, and streams and events come from libtorch, so nothing of CUDA is needed to build. Waits are
 //! the host's: an operation's tensors are not released, nor read by later work, before it has ended.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,21 @@ pub(super) const ID_BYTES: usize = 128;
 #[derive(Clone, Copy)]
 struct UniqueId([u8; ID_BYTES]);
 
+/// `ncclConfig_t` of NCCL 2.14, the first with it; newer ones take what is missing as not said.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: c_uint,
+    version: c_uint,
+    blocking: c_int,
+}
+
+impl Config {
+    /// Calls return at once and are asked how far they are: NCCL's own waits have no end.
+    const NON_BLOCKING: Config =
+        Config { size: size_of::<Config>(), magic: 0xcafe_beef, version: 2_14_00, blocking: 0 };
+}
+
 /// `ncclComm_t`.
 type RawCommunicator = *mut c_void;
 /// `cudaStream_t`.
@@ -29,6 +45,8 @@ type Stream = usize;
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
+/// How long a call may take until its work is in the stream: connections are made by then.
+const LONGEST_BEGINNING: Duration = Duration::from_secs(60);
 /// `ncclInt8`: bytes, so that every dtype travels unchanged.
 const BYTES: c_int = 0;
 /// `ncclSum`.
@@ -58,7 +76,7 @@ macro_rules! library {
 
 library! {
     get_unique_id = b"ncclGetUniqueId\0": fn(*mut UniqueId) -> c_int;
-    init_rank = b"ncclCommInitRank\0": fn(*mut RawCommunicator, c_int, UniqueId, c_int) -> c_int;
+    init_rank = b"ncclCommInitRankConfig\0": fn(*mut RawCommunicator, c_int, UniqueId, c_int, *mut Config) -> c_int;
     destroy = b"ncclCommDestroy\0": fn(RawCommunicator) -> c_int;
     abort = b"ncclCommAbort\0": fn(RawCommunicator) -> c_int;
     async_error = b"ncclCommGetAsyncError\0": fn(RawCommunicator, *mut c_int) -> c_int;
@@ -83,8 +101,8 @@ impl Library {
     fn open_in(slot: &'static OnceLock<std::result::Result<Library, String>>, name: &str) -> Result<&'static Library> {
         slot.get_or_init(|| Library::load(name).map_err(|error| error.to_string())).as_ref().map_err(|message| {
             Error::Refused(format!(
-                "collectives between GPUs need NCCL: {message}; install it (pip install nvidia-nccl-cu13, or the \
-                 distribution's libnccl2) and let the loader find it (LD_LIBRARY_PATH)"
+                "collectives between GPUs need NCCL 2.14 or newer: {message}; install it (pip install nvidia-nccl-cu13, or \
+                 the distribution's libnccl2) and let the loader find it (LD_LIBRARY_PATH)"
             ))
         })
     }
@@ -112,6 +130,7 @@ pub(super) struct Communicator {
     library: &'static Library,
     /// None once it was given up.
     raw: Mutex<Option<Raw>>,
+    given_up: AtomicBool,
     stream: cxx::UniquePtr<ffi::DeviceStream>,
     device: usize,
     size: usize,
@@ -129,21 +148,28 @@ pub(super) struct Enqueued {
 }
 
 impl Communicator {
-    /// Connects this rank's `device`; every rank does this at once.
+    /// Connects this rank's `device`; every rank does this at once. `wait_on` is asked now and then whether to wait on.
+    ///
+    /// # Errors
+    /// NCCL's, or what `wait_on` says.
     pub fn join(
         library: &'static Library,
         id: &[u8],
         (rank, size): (usize, usize),
         device: usize,
+        wait_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Communicator> {
         let stream = ffi::side_stream(device as i32).map_err(torch_error)?;
         let mut shared = UniqueId([0; ID_BYTES]);
         shared.0.copy_from_slice(id);
-        let mut raw = std::ptr::null_mut();
+        let (mut raw, mut config) = (std::ptr::null_mut(), Config::NON_BLOCKING);
         // SAFETY: `raw` takes the communicator; the thread's device is the stream's.
-        let code = unsafe { (library.init_rank)(&mut raw, size as c_int, shared, rank as c_int) };
-        library.check("ncclCommInitRank", code)?;
-        Ok(Communicator { library, raw: Mutex::new(Some(Raw(raw))), stream, device, size })
+        let code = unsafe { (library.init_rank)(&mut raw, size as c_int, shared, rank as c_int, &mut config) };
+        let (raw, given_up) = (Mutex::new(Some(Raw(raw))), AtomicBool::new(false));
+        let communicator = Communicator { library, raw, given_up, stream, device, size };
+        let joined = communicator.settle("ncclCommInitRankConfig", code, communicator.raw()?, wait_on);
+        joined.inspect_err(|_| communicator.abort())?;
+        Ok(communicator)
     }
 
     /// # Errors
@@ -161,7 +187,7 @@ impl Communicator {
     /// Enqueues an operation behind what the current stream has so far.
     pub fn begin(self: &Arc<Self>, operation: &Operation) -> Result<Enqueued> {
         let raw = self.raw.lock().expect("never poisoned");
-        let Some(Raw(raw)) = *raw else { return Err(Error::Refused("NCCL's connections were given up".into())) };
+        let Some(Raw(raw)) = *raw else { return Err(given_up()) };
         self.stream.follow_current().map_err(torch_error)?;
         let stream = self.stream.handle().map_err(torch_error)?;
         self.enqueue(operation, raw, stream)?;
@@ -177,47 +203,92 @@ impl Communicator {
                 Operation::AllReduce(tensor) => {
                     let (data, _) = memory(tensor)?;
                     let code = (nccl.all_reduce)(data, data, tensor.numel(), dtype(tensor)?, SUM, raw, stream);
-                    nccl.check("ncclAllReduce", code)
+                    self.begun("ncclAllReduce", code, raw)
                 }
                 Operation::AllGather { gathered, shard } | Operation::AllGatherInPlace { gathered, shard } => {
                     let ((to, _), (from, length)) = (memory(gathered)?, memory(shard)?);
-                    nccl.check("ncclAllGather", (nccl.all_gather)(from, to, length, BYTES, raw, stream))
+                    self.begun("ncclAllGather", (nccl.all_gather)(from, to, length, BYTES, raw, stream), raw)
                 }
                 Operation::AllToAll { received, sent } => {
                     let ((to, _), (from, length)) = (memory(received)?, memory(sent)?);
                     let part = length / self.size;
                     nccl.check("ncclGroupStart", (nccl.group_start)())?;
-                    let mut code = SUCCESS;
+                    let mut failed = SUCCESS;
                     for peer in 0..self.size {
                         let at = peer * part;
-                        code = code.max((nccl.send)(from.byte_add(at), part, BYTES, peer as c_int, raw, stream));
-                        code = code.max((nccl.recv)(to.byte_add(at), part, BYTES, peer as c_int, raw, stream));
+                        let sent = (nccl.send)(from.byte_add(at), part, BYTES, peer as c_int, raw, stream);
+                        let received = (nccl.recv)(to.byte_add(at), part, BYTES, peer as c_int, raw, stream);
+                        failed =
+                            [sent, received].into_iter().filter(|&code| code != IN_PROGRESS).fold(failed, c_int::max);
                     }
                     let ended = (nccl.group_end)();
-                    nccl.check("ncclSend and ncclRecv", code)?;
-                    nccl.check("ncclGroupEnd", ended)
+                    nccl.check("ncclSend and ncclRecv", failed)?;
+                    self.begun("ncclGroupEnd", ended, raw)
                 }
                 Operation::Broadcast(tensor, root) => {
                     let (data, length) = memory(tensor)?;
                     let code = (nccl.broadcast)(data, data, length, BYTES, root as c_int, raw, stream);
-                    nccl.check("ncclBroadcast", code)
+                    self.begun("ncclBroadcast", code, raw)
                 }
                 // NCCL has no tags: two ranks' messages arrive in the order they were sent.
                 Operation::Send(tensor, to, _) => {
                     let (data, length) = memory(tensor)?;
-                    nccl.check("ncclSend", (nccl.send)(data, length, BYTES, to as c_int, raw, stream))
+                    self.begun("ncclSend", (nccl.send)(data, length, BYTES, to as c_int, raw, stream), raw)
                 }
                 Operation::Recv(tensor, from, _) => {
                     let (data, length) = memory(tensor)?;
-                    nccl.check("ncclRecv", (nccl.recv)(data, length, BYTES, from as c_int, raw, stream))
+                    self.begun("ncclRecv", (nccl.recv)(data, length, BYTES, from as c_int, raw, stream), raw)
                 }
                 Operation::Barrier => unreachable!("a barrier has no tensor on a device"),
             }
         }
     }
 
-    /// Ends what is in flight.
+    /// Waits until a call has done what it has to do before its work is in the stream.
+    fn begun(&self, function: &str, code: c_int, raw: RawCommunicator) -> Result<()> {
+        let begun = Instant::now();
+        self.settle(function, code, raw, &mut || match begun.elapsed() < LONGEST_BEGINNING {
+            true => Ok(()),
+            false => Err(Error::Refused(format!("{function}: not begun for {} s", LONGEST_BEGINNING.as_secs()))),
+        })
+    }
+
+    /// Waits for the end of a call that returned at once.
+    fn settle(
+        &self,
+        function: &str,
+        mut code: c_int,
+        raw: RawCommunicator,
+        wait_on: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let mut pause = Duration::from_micros(20);
+        while code == IN_PROGRESS {
+            wait_on()?;
+            if self.given_up.load(Ordering::Acquire) {
+                return Err(given_up());
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+            code = self.state_of(raw)?;
+        }
+        self.library.check(function, code)
+    }
+
+    /// What a communicator that nobody else knows yet, or whose lock is held, is at.
+    fn state_of(&self, raw: RawCommunicator) -> Result<c_int> {
+        let mut code = SUCCESS;
+        // SAFETY: the communicator is alive.
+        self.library.check("ncclCommGetAsyncError", unsafe { (self.library.async_error)(raw, &mut code) })?;
+        Ok(code)
+    }
+
+    fn raw(&self) -> Result<RawCommunicator> {
+        self.raw.lock().expect("never poisoned").as_ref().map(|Raw(raw)| *raw).ok_or_else(given_up)
+    }
+
+    /// Ends what is in flight. What it had written by then is of no use.
     pub fn abort(&self) {
+        self.given_up.store(true, Ordering::Release); // before an operation that it ends seems to be done
         if let Some(Raw(raw)) = self.raw.lock().expect("never poisoned").take() {
             // SAFETY: taken, so nobody uses it any more.
             let _ = unsafe { (self.library.abort)(raw) };
@@ -225,15 +296,20 @@ impl Communicator {
     }
 
     /// # Errors
-    /// A peer or the network failed since the last look.
+    /// The connections were given up, or a peer or the network failed, since the last look.
     fn look(&self) -> Result<()> {
+        if self.given_up.load(Ordering::Acquire) {
+            return Err(given_up());
+        }
         let raw = self.raw.lock().expect("never poisoned");
-        let Some(Raw(raw)) = *raw else { return Err(Error::Refused("NCCL's connections were given up".into())) };
-        let mut code = SUCCESS;
-        // SAFETY: the communicator is alive while the lock is held.
-        self.library.check("ncclCommGetAsyncError", unsafe { (self.library.async_error)(raw, &mut code) })?;
+        let Some(Raw(raw)) = *raw else { return Err(given_up()) };
+        let code = self.state_of(raw)?;
         if code == IN_PROGRESS { Ok(()) } else { self.library.check("NCCL", code) }
     }
+}
+
+fn given_up() -> Error {
+    Error::Refused("NCCL's connections were given up".into())
 }
 
 impl Drop for Communicator {
@@ -258,6 +334,8 @@ impl Enqueued {
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_micros(200));
         }
+        // The stream also goes on where the operation was ended, or failed: then what it should have written is garbage.
+        self.communicator.look()?;
         Ok(true)
     }
 }
@@ -291,7 +369,7 @@ mod tests {
     fn without_nccl_the_error_says_what_to_install() {
         static SLOT: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
         let error = Library::open_in(&SLOT, "libnccl-that-is-not-here.so.2").err().unwrap().to_string();
-        assert!(error.starts_with("collectives between GPUs need NCCL: "), "{error}");
+        assert!(error.starts_with("collectives between GPUs need NCCL 2.14 or newer: "), "{error}");
         assert!(
             error.contains("libnccl-that-is-not-here.so.2") && error.contains("pip install nvidia-nccl"),
             "{error}"

@@ -7,6 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::collective::{allocate_storage, free_storage, unversioned};
 use crate::error::Result;
+use crate::shim;
 
 /// Tensors without memory on the device, beside what they held.
 #[derive(Default)]
@@ -36,13 +37,13 @@ impl Aside {
     }
 }
 
-/// A copy in host memory, pinned where it comes from a GPU. libtorch keeps pinned memory for the next time.
+/// A copy in host memory, page-locked where it comes from a GPU.
 pub(super) fn in_host_memory(tensor: &Tensor) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
-    let mut host = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?;
-    if tensor.device() != Device::Cpu {
-        host = host.f_pin_memory(tensor.device())?;
-    }
+    let mut host = match tensor.device() {
+        Device::Cpu => Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu))?,
+        _ => shim::pinned_zeros(&tensor.size(), tensor.kind())?,
+    };
     host.f_copy_(&tensor.detach())?;
     Ok(host)
 }

@@ -333,13 +333,24 @@ impl TrainingState {
 
     /// [`TrainingState::bytes`], each part for itself.
     pub fn bytes_by_part(&self) -> StateBytes {
+        self.bytes_where(&|_| true)
+    }
+
+    /// The same of what is on the device that the model computes on: what is offloaded is not.
+    pub fn device_bytes_by_part(&self) -> StateBytes {
+        let device = self.units.first().map(|unit| unit.weights.whole.device());
+        self.bytes_where(&|tensor| Some(tensor.device()) == device)
+    }
+
+    fn bytes_where(&self, counts: &dyn Fn(&Tensor) -> bool) -> StateBytes {
+        let of = |tensor: &Tensor| if counts(tensor) { bytes_of(tensor) as u64 } else { 0 };
         let mut bytes = StateBytes::default();
         for (unit, moments) in self.units.iter().zip(&self.moments) {
             let (weights, gradients) = unit.bytes();
             bytes.weights += weights as u64;
             bytes.gradients += gradients as u64;
-            bytes.master += moments.master.as_ref().map_or(0, bytes_of) as u64;
-            bytes.moments += (bytes_of(&moments.exp_avg) + bytes_of(&moments.exp_avg_sq)) as u64;
+            bytes.master += moments.master.as_ref().map_or(0, of);
+            bytes.moments += of(&moments.exp_avg) + of(&moments.exp_avg_sq);
         }
         bytes
     }
@@ -406,8 +417,10 @@ impl Moments {
         let on_host = offload && device != Device::Cpu;
         let length = part.end - part.start;
         let zeros = || -> Result<Tensor> {
-            let zeros = shim::zeros_on_demand(length, kind, if on_host { Device::Cpu } else { device })?;
-            Ok(if on_host { zeros.f_pin_memory(device)? } else { zeros })
+            match on_host {
+                true => Ok(shim::pinned_zeros(&[length], kind)?),
+                false => Ok(shim::zeros_on_demand(length, kind, device)?),
+            }
         };
         let master = if on_host || unit.weights.whole.kind() != kind {
             let master = zeros()?;

@@ -123,5 +123,5 @@ void report() {
 
 }  // namespace stand_in
 
-// For programs that leave by _exit (../exit.c).
+// For programs that leave by _exit (../preload.c).
 extern "C" void rehearsal_report() { stand_in::report(); }

@@ -1,0 +1,55 @@
+//! The same bits for the same work, on a GPU too.
+//!
+//! On a CPU every operator that is used here has one result for one input on one machine. On a GPU libtorch's sums run in the order in
+//! which threads come, unless it is asked for its deterministic forms; cuBLAS needs a workspace of a fixed size, and NCCL
+//! one algorithm and protocol, whatever the size of a message.
+
+use tch::Device;
+
+use crate::error::Result;
+use crate::shim;
+
+/// Read by cuBLAS when libtorch first multiplies on a thread; libtorch refuses to multiply without it. Also what it takes
+/// on a Hopper by itself.
+const CUBLAS_WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+
+/// Read by NCCL when its library is opened.
+const NCCL: [(&str, &str); 2] = [("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple")];
+
+/// Makes all that this process computes on a GPU from now on deterministic: call before its first work. A CPU is as it is.
+///
+/// # Errors
+/// libtorch's.
+pub fn enforce(device: Device) -> Result<()> {
+    if device == Device::Cpu {
+        return Ok(());
+    }
+    for (name, value) in NCCL.into_iter().chain([CUBLAS_WORKSPACE]) {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: the libraries that read them are opened later by this thread; nothing else here reads them.
+            unsafe { std::env::set_var(name, value) };
+        }
+    }
+    Ok(shim::use_deterministic_algorithms(true)?)
+}
+
+/// The operator of which libtorch says that it has no deterministic form, in its words.
+pub(crate) fn refused_operator(message: &str) -> Option<String> {
+    let (before, _) = message.split_once(" does not have a deterministic implementation")?;
+    before.split(['"', ':']).next_back().map(|name| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_operator_without_a_deterministic_form_is_named() {
+        let message = "kthvalue CUDA does not have a deterministic implementation, but you set \
+                       'torch.use_deterministic_algorithms(True)'. You can turn off …";
+        assert_eq!(refused_operator(message).as_deref(), Some("kthvalue CUDA"));
+        let panic = format!("called `Result::unwrap()` on an `Err` value: Torch({message:?})");
+        assert_eq!(refused_operator(&panic).as_deref(), Some("kthvalue CUDA"));
+        assert_eq!(refused_operator("shapes differ"), None);
+    }
+}
