@@ -3,9 +3,9 @@
 
     count.py [--programs FOLDER] [--lines N]
 
-Nothing in the programs is instrumented: each figure is the difference between two rehearsed runs of the quickstart's tiny
-models, divided by how many more of the unit the longer one had. FOLDER has the built programs (target/debug); with N each
-unit's N lines of source follow that have most of each kind.
+Nothing in the programs is instrumented: each figure is the difference between two rehearsed runs of the quickstart's
+tiny models, divided by how many more of the unit the longer one had. FOLDER has the built programs (target/debug); with
+N each unit's N lines of source follow that have most of each kind.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import sites
 ROOT = sites.ROOT
 MODEL = os.path.join(ROOT, "recipes/quickstart/language-model")
 KINDS = {"launches": "launches", "waits": "host waits for the device", "uploads": "copies host to device"}
+PROMPT = "The cake in the school canteen was"
 BACKWARD_PASSES = "launches: aten::embedding_dense_backward"  # one in each
 
 
@@ -124,7 +125,7 @@ class Runs:
         self.known, self.rows = {}, collections.defaultdict(list)
 
     def generate(self, layers, tokens, sequences):
-        prompts = self.write(f"prompts-{sequences}.jsonl", [{"prompt": "The cake in the school canteen was"}] * sequences)
+        prompts = self.write(f"prompts-{sequences}.jsonl", [{"prompt": PROMPT}] * sequences)
         output = os.path.join(self.folder, "responses.jsonl")
         return self.run(
             "generate", "--model", self.model(layers), "--prompts", prompts, "--output", output, "--ignore-eos",
@@ -132,14 +133,15 @@ class Runs:
         )
 
     def sft(self, layers, steps, batch_size, parts):
-        row = {"prompt": "The cake in the school canteen was", "completion": " lovely. I would take it again."}
+        row = {"prompt": PROMPT, "completion": " lovely. I would take it again."}
         settings = {
             "model.model": self.model(layers), "data.train": self.write(f"rows-{batch_size}.jsonl", [row] * batch_size),
             "train.steps": steps, "train.batch_size": batch_size, "train.max_tokens": TOKENS_OF_A_ROW,
             "train.tokens_per_micro_batch": TOKENS_OF_A_ROW * batch_size // parts,
             "train.dtype": "float32", "placement.device": "cuda",
         }
-        return self.run("sft", self.write_text("sft.toml", 'name = "count"\nseed = 1\n[model]\n[data]\n'), *as_flags(settings))
+        recipe = self.write_text("sft.toml", 'name = "count"\nseed = 1\n[model]\n[data]\n')
+        return self.run("sft", recipe, *as_flags(settings))
 
     def ppo(self, mini_batch_size):
         # Without the evaluation, whose responses depend on what was learned.
@@ -148,8 +150,8 @@ class Runs:
         if not os.path.exists(os.path.join(self.folder, "quickstart")):
             os.symlink(os.path.join(ROOT, "recipes/quickstart"), os.path.join(self.folder, "quickstart"))
         settings = {
-            "train.steps": 1, "rollout.batch_size": 16, "rollout.max_new_tokens": 8, "ppo.mini_batch_size": mini_batch_size,
-            "train.dtype": "float32", "placement.device": "cuda",
+            "train.steps": 1, "rollout.batch_size": 16, "rollout.max_new_tokens": 8,
+            "ppo.mini_batch_size": mini_batch_size, "train.dtype": "float32", "placement.device": "cuda",
         }
         return self.run("ppo", recipe, *as_flags(settings))
 
@@ -172,19 +174,24 @@ class Runs:
             os.remove(report)
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            told = done.stdout[-2000:] + done.stderr[-2000:]
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{told}")
         rows = sites.read(report + ".sites") if self.wants_lines else []
         self.rows[program] += rows
         return Counts(self.totals(report), {(kind, name, frames): count for count, kind, name, frames in rows})
 
     def find_sources(self):
         """Of all frames of all runs: reading a program's debug information takes long."""
-        return {frame: place for program, rows in self.rows.items() for frame, place in sites.find_sources(rows, program).items()}
+        found = {}
+        for program, rows in self.rows.items():
+            found.update(sites.find_sources(rows, program))
+        return found
 
     def totals(self, report):
         with open(report) as file:
             text = file.read()
-        sum_of = lambda name: sum(int(n) for n in re.findall(rf"^ *(\d+) +{re.escape(name)}(?: \(|$)", text, re.MULTILINE))
+        counts = lambda name: re.findall(rf"^ *(\d+) +{re.escape(name)}(?: \(|$)", text, re.MULTILINE)
+        sum_of = lambda name: sum(int(count) for count in counts(name))
         return {**{kind: sum_of(name) for kind, name in KINDS.items()}, "backward passes": sum_of(BACKWARD_PASSES)}
 
     def write(self, name, rows):
