@@ -70,7 +70,8 @@ static inline struct RehearsalCards* shared_cards(void) {
   if (file >= 0) close(file);
   if (mapped == MAP_FAILED) abort();
   struct RehearsalCards* none = NULL;
-  if (!__atomic_compare_exchange_n(&cards, &none, (struct RehearsalCards*)mapped, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+  if (!__atomic_compare_exchange_n(&cards, &none, (struct RehearsalCards*)mapped, 0, __ATOMIC_ACQ_REL,
+                                   __ATOMIC_ACQUIRE)) {
     munmap(mapped, sizeof *cards);
     return none;
   }
@@ -89,7 +90,9 @@ static inline unsigned long long began_at(int pid) {
   char* after_name = strrchr(text, ')');
   char state;
   unsigned long long began;
-  if (!after_name || sscanf(after_name + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu", &state, &began) != 2)
+  if (!after_name ||
+      sscanf(after_name + 1, " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu", &state,
+             &began) != 2)
     return 0;
   return state == 'Z' || state == 'X' ? 0 : began;
 }
@@ -108,7 +111,9 @@ static inline unsigned long long held_of(int unit) {
   return all;
 }
 // What others than rehearsed programs hold of a card.
-static inline unsigned long long foreign_bytes(int unit) { return unit < kMostCards ? setting("REHEARSAL_FOREIGN_BYTES", 0) : 0; }
+static inline unsigned long long foreign_bytes(int unit) {
+  return unit < kMostCards ? setting("REHEARSAL_FOREIGN_BYTES", 0) : 0;
+}
 static inline unsigned long long free_of(int unit) {
   unsigned long long taken = held_of(unit) + foreign_bytes(unit), all = unit_capacity(unit);
   return taken < all ? all - taken : 0;

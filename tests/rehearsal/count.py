@@ -3,9 +3,9 @@
 
     count.py [--programs FOLDER] [--lines N]
 
-Nothing in the programs is instrumented: each figure is the difference between two rehearsed runs of the quickstart's tiny
-models, divided by how many more of the unit the longer one had. FOLDER has the built programs (target/debug); with N each
-unit's N lines of source follow that have most of each kind.
+Nothing in the programs is instrumented: each figure is the difference between two rehearsed runs of the quickstart's
+tiny models, divided by how many more of the unit the longer one had. FOLDER has the built programs (target/debug); with
+N each unit's N lines of source follow that have most of each kind.
 """
 
 import argparse
@@ -22,21 +22,33 @@ import sites
 ROOT = sites.ROOT
 MODEL = os.path.join(ROOT, "recipes/quickstart/language-model")
 KINDS = {"launches": "launches", "waits": "host waits for the device", "uploads": "copies host to device"}
+PROMPT = "The cake in the school canteen was"
 BACKWARD_PASSES = "launches: aten::embedding_dense_backward"  # one in each
 
 
 def main():
     arguments = parse()
     with tempfile.TemporaryDirectory(prefix="count.") as folder:
-        units = measure(Runs(arguments.programs, folder, bool(arguments.lines)))
+        runs = Runs(arguments.programs, folder, bool(arguments.lines))
+        units = measure(runs)
     print("| unit | launches | host waits | uploads |\n|---|---|---|---|")
     for name, unit in units.items():
         print(f"| {name} | " + " | ".join(shown(unit.totals[kind]) for kind in KINDS) + " |")
-    for name, unit in units.items() if arguments.lines else []:
+    if arguments.lines:
+        print_lines(units, runs.find_sources(), arguments.lines)
+
+
+def print_lines(units, sources, most):
+    for name, unit in units.items():
         print(f"\n{name}")
+        rows = [(count, kind, operator, frames) for (kind, operator, frames), count in unit.sites.items()]
         for kind in KINDS:
-            for where, count in unit.lines[kind].most_common(arguments.lines):
-                print(f"{count:9.2f} {kind:8s} {where}")
+            lines = collections.Counter()
+            for (_, where), count in sites.by_line(rows, sources, kind).items():
+                lines[where] += count
+            for where, count in lines.most_common(most):
+                if count > 0.005:
+                    print(f"{count:9.2f} {kind:8s} {where}")
 
 
 def parse():
@@ -77,19 +89,14 @@ def measure(runs):
 
 
 class Counts:
-    """What a run did, or what is between two; by line too."""
+    """What a run did, or what is between two: totals, and counts by kind, operator and stack."""
 
-    def __init__(self, totals, lines):
-        self.totals, self.lines = totals, lines
+    def __init__(self, totals, sites):
+        self.totals, self.sites = collections.Counter(totals), collections.Counter(sites)
 
     def plus(self, other, factor):
-        totals = {key: self.totals[key] + factor * other.totals[key] for key in self.totals}
-        lines = {}
-        for kind in self.lines:
-            lines[kind] = collections.Counter(self.lines[kind])
-            for where, count in other.lines[kind].items():
-                lines[kind][where] += factor * count
-        return Counts(totals, lines)
+        sum_of = lambda mine, theirs: {key: mine[key] + factor * theirs[key] for key in {*mine, *theirs}}
+        return Counts(sum_of(self.totals, other.totals), sum_of(self.sites, other.sites))
 
     def __sub__(self, other):
         return self.plus(other, -1)
@@ -98,8 +105,7 @@ class Counts:
         return self.plus(other, 1)
 
     def __mul__(self, factor):
-        nothing = Counts({key: 0 for key in self.totals}, {kind: collections.Counter() for kind in self.lines})
-        return nothing.plus(self, factor)
+        return Counts({}, {}).plus(self, factor)
 
     def __truediv__(self, divisor):
         return self * (1 / divisor)
@@ -116,10 +122,10 @@ class Runs:
 
     def __init__(self, programs, folder, wants_lines):
         self.programs, self.folder, self.wants_lines = programs, folder, wants_lines
-        self.known, self.sources = {}, {}
+        self.known, self.rows = {}, collections.defaultdict(list)
 
     def generate(self, layers, tokens, sequences):
-        prompts = self.write(f"prompts-{sequences}.jsonl", [{"prompt": "The cake in the school canteen was"}] * sequences)
+        prompts = self.write(f"prompts-{sequences}.jsonl", [{"prompt": PROMPT}] * sequences)
         output = os.path.join(self.folder, "responses.jsonl")
         return self.run(
             "generate", "--model", self.model(layers), "--prompts", prompts, "--output", output, "--ignore-eos",
@@ -127,14 +133,15 @@ class Runs:
         )
 
     def sft(self, layers, steps, batch_size, parts):
-        row = {"prompt": "The cake in the school canteen was", "completion": " lovely. I would take it again."}
+        row = {"prompt": PROMPT, "completion": " lovely. I would take it again."}
         settings = {
             "model.model": self.model(layers), "data.train": self.write(f"rows-{batch_size}.jsonl", [row] * batch_size),
             "train.steps": steps, "train.batch_size": batch_size, "train.max_tokens": TOKENS_OF_A_ROW,
             "train.tokens_per_micro_batch": TOKENS_OF_A_ROW * batch_size // parts,
             "train.dtype": "float32", "placement.device": "cuda",
         }
-        return self.run("sft", self.write_text("sft.toml", 'name = "count"\nseed = 1\n[model]\n[data]\n'), *as_flags(settings))
+        recipe = self.write_text("sft.toml", 'name = "count"\nseed = 1\n[model]\n[data]\n')
+        return self.run("sft", recipe, *as_flags(settings))
 
     def ppo(self, mini_batch_size):
         # Without the evaluation, whose responses depend on what was learned.
@@ -143,8 +150,8 @@ class Runs:
         if not os.path.exists(os.path.join(self.folder, "quickstart")):
             os.symlink(os.path.join(ROOT, "recipes/quickstart"), os.path.join(self.folder, "quickstart"))
         settings = {
-            "train.steps": 1, "rollout.batch_size": 16, "rollout.max_new_tokens": 8, "ppo.mini_batch_size": mini_batch_size,
-            "train.dtype": "float32", "placement.device": "cuda",
+            "train.steps": 1, "rollout.batch_size": 16, "rollout.max_new_tokens": 8,
+            "ppo.mini_batch_size": mini_batch_size, "train.dtype": "float32", "placement.device": "cuda",
         }
         return self.run("ppo", recipe, *as_flags(settings))
 
@@ -167,25 +174,25 @@ class Runs:
             os.remove(report)
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
-            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        return Counts(self.totals(report), self.lines(report, program))
+            told = done.stdout[-2000:] + done.stderr[-2000:]
+            raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{told}")
+        rows = sites.read(report + ".sites") if self.wants_lines else []
+        self.rows[program] += rows
+        return Counts(self.totals(report), {(kind, name, frames): count for count, kind, name, frames in rows})
+
+    def find_sources(self):
+        """Of all frames of all runs: reading a program's debug information takes long."""
+        found = {}
+        for program, rows in self.rows.items():
+            found.update(sites.find_sources(rows, program))
+        return found
 
     def totals(self, report):
         with open(report) as file:
             text = file.read()
-        sum_of = lambda name: sum(int(n) for n in re.findall(rf"^ *(\d+) +{re.escape(name)}(?: \(|$)", text, re.MULTILINE))
+        counts = lambda name: re.findall(rf"^ *(\d+) +{re.escape(name)}(?: \(|$)", text, re.MULTILINE)
+        sum_of = lambda name: sum(int(count) for count in counts(name))
         return {**{kind: sum_of(name) for kind, name in KINDS.items()}, "backward passes": sum_of(BACKWARD_PASSES)}
-
-    def lines(self, report, program):
-        if not self.wants_lines:
-            return {kind: collections.Counter() for kind in KINDS}
-        rows = sites.read(report + ".sites")
-        found = sites.find_sources(rows, program)
-        lines = {kind: collections.Counter() for kind in KINDS}
-        for kind in KINDS:
-            for (_, where), count in sites.by_line(rows, found, kind).items():
-                lines[kind][where] += count
-        return lines
 
     def write(self, name, rows):
         return self.write_text(name, "".join(json.dumps(row) + "\n" for row in rows))

@@ -142,7 +142,8 @@ int join(Communicator& all) {
         if (all.is_aborted) return kInvalidUsage;
       const int from = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
       int who = -1;
-      if (read(from, &who, sizeof who) != sizeof who || who <= all.rank || who >= all.size) return close(from), kRemoteError;
+      if (read(from, &who, sizeof who) != sizeof who || who <= all.rank || who >= all.size)
+        return close(from), kRemoteError;
       all.sockets[who] = from;
     }
     return kSuccess;
@@ -171,7 +172,8 @@ bool exchange(Communicator& all, Lists& out, Lists& in) {
   }
   std::vector<size_t> next_out(all.size), next_in(all.size);
   auto is_pending = [&](const Lists& lists, std::vector<size_t>& next, int peer) {
-    while (next[peer] < lists[peer].size() && lists[peer][next[peer]].done == lists[peer][next[peer]].length) ++next[peer];
+    while (next[peer] < lists[peer].size() && lists[peer][next[peer]].done == lists[peer][next[peer]].length)
+      ++next[peer];
     return next[peer] < lists[peer].size();
   };
   for (;;) {
@@ -179,7 +181,8 @@ bool exchange(Communicator& all, Lists& out, Lists& in) {
     std::vector<int> who;
     for (int peer = 0; peer < all.size; ++peer) {
       if (peer == all.rank) continue;
-      const short events = (is_pending(out, next_out, peer) ? POLLOUT : 0) | (is_pending(in, next_in, peer) ? POLLIN : 0);
+      const short events =
+          (is_pending(out, next_out, peer) ? POLLOUT : 0) | (is_pending(in, next_in, peer) ? POLLIN : 0);
       if (events) waiting.push_back({all.sockets[peer], events, 0}), who.push_back(peer);
     }
     if (waiting.empty()) return true;
@@ -227,7 +230,8 @@ struct Operation {
 int enqueue(const Shared& all, void* stream, Operation operation) {
   if (all->is_aborted) return kInvalidUsage;
   if (all->state() == kInProgress) {
-    std::fprintf(stderr, "stand-in for NCCL: a communicator is used before its previous operation returned ncclSuccess\n");
+    std::fprintf(stderr,
+                 "stand-in for NCCL: a communicator is used before its previous operation returned ncclSuccess\n");
     return kInvalidArgument;
   }
   const auto number = ++all->operations;
@@ -249,10 +253,16 @@ int enqueue(const Shared& all, void* stream, Operation operation) {
 
 size_t width(int type) {
   switch (type) {
-    case 0: case 1: return 1;
-    case 6: case 9: return 2;
-    case 2: case 3: case 7: return 4;
-    case 4: case 5: case 8: return 8;
+    case 0:
+    case 1: return 1;
+    case 6:
+    case 9: return 2;
+    case 2:
+    case 3:
+    case 7: return 4;
+    case 4:
+    case 5:
+    case 8: return 8;
   }
   return 0;
 }
@@ -289,7 +299,8 @@ Add adder(int type) {
 }
 
 // Sums `count` numbers of every rank, in the order of ranks: all of `from`, or the part of it that is for this rank.
-int reduce(const Shared& all, void* stream, const void* from, void* to, size_t count, int type, int operation, bool scatters) {
+int reduce(const Shared& all, void* stream, const void* from, void* to, size_t count, int type, int operation,
+           bool scatters) {
   const size_t length = count * width(type);
   const auto sum = adder(type);
   constexpr int kSum = 0;
@@ -352,8 +363,8 @@ int end(void* raw, bool aborts) {
   while (all.in_flight || all.is_joining) usleep(1000);  // destroying waits for what is in flight, as NCCL does
   if (const char* path = std::getenv("REHEARSAL_REPORT"); path && std::strcmp(path, "-"))
     if (FILE* out = std::fopen(path, "a")) {
-      std::fprintf(out, "--- stand-in for NCCL, process %d: rank %d of %d, %lu operations%s\n", getpid(), all.rank, all.size,
-                   all.operations.load(), aborts ? ", aborted" : "");
+      std::fprintf(out, "--- stand-in for NCCL, process %d: rank %d of %d, %lu operations%s\n", getpid(), all.rank,
+                   all.size, all.operations.load(), aborts ? ", aborted" : "");
       std::fclose(out);
     }
   delete handle;
@@ -374,7 +385,9 @@ struct ncclConfig {
   int blocking;
 };
 
-int ncclGetVersion(int* version) { return *version = static_cast<int>(number_from("REHEARSAL_NCCL_VERSION", 22809)), kSuccess; }
+int ncclGetVersion(int* version) {
+  return *version = static_cast<int>(number_from("REHEARSAL_NCCL_VERSION", 22809)), kSuccess;
+}
 const char* ncclGetErrorString(int code) {
   const char* const names[] = {"no error",
                                "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
@@ -482,5 +495,4 @@ int ncclBroadcast(const void* from, void* to, size_t count, int type, int root, 
   if (of(raw)->rank != root) results.push_back({whole, length});
   return enqueue(of(raw), stream, {run, results, to});
 }
-
 }

@@ -71,7 +71,8 @@ int nvmlSystemGetDriverVersion(char* version, unsigned length) {
   static const struct {
     int cuda;
     const char* driver;
-  } kKnown[] = {{13000, "580.65.06"}, {12080, "570.86.10"}, {12040, "550.54.14"}, {12020, "535.54.03"}, {0, "520.61.05"}};
+  } kKnown[] = {
+      {13000, "580.65.06"}, {12080, "570.86.10"}, {12040, "550.54.14"}, {12020, "535.54.03"}, {0, "520.61.05"}};
   const int cuda = (int)setting("REHEARSAL_DRIVER", 13000);
   int i = 0;
   while (kKnown[i].cuda > cuda) ++i;
@@ -118,7 +119,8 @@ int nvmlDeviceGetName(void* device, char* name, unsigned length) {
 // Of a card with slices: what its slices hold.
 static unsigned long long used_of(int unit) {
   unsigned long long used = held_of(unit) + foreign_bytes(unit);
-  for (int slice = 0; has_slices() && !is_slice(unit) && slice < kSlices; ++slice) used += held_of(slice_unit(unit, slice));
+  for (int slice = 0; has_slices() && !is_slice(unit) && slice < kSlices; ++slice)
+    used += held_of(slice_unit(unit, slice));
   return used < unit_capacity(unit) ? used : unit_capacity(unit);
 }
 int nvmlDeviceGetMemoryInfo_v2(void* device, struct MemoryV2* info) {

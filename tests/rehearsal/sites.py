@@ -3,8 +3,8 @@
 
     sites.py REPORT.sites PROGRAM [DEPTH] [--kind launches|waits|uploads|fullest] [--under WHERE] [--by-operator]
 
-REPORT.sites is what `rehearse -r REPORT` wrote, DEPTH how many lines of the stack to tell, innermost first (2). WHERE is a
-part of a function's name or of a file's path: only what was called from there counts.
+REPORT.sites is what `rehearse -r REPORT` wrote, DEPTH how many lines of the stack to tell, innermost first (2). WHERE
+is a part of a function's name or of a file's path: only what was called from there counts.
 """
 
 import argparse
@@ -61,12 +61,12 @@ def read(path):
     with open(path) as file:
         for line in file:
             count, kind, name, *frames = line.rstrip("\n").split("\t")
-            rows.append((int(count), kind, name, [tuple(frame.rsplit(" ", 1)) for frame in frames]))
+            rows.append((int(count), kind, name, tuple(tuple(frame.rsplit(" ", 1)) for frame in frames)))
     return rows
 
 
 def find_sources(rows, program):
-    """What `addr2line` says of the program's frames: for each the functions and lines of the project, inlined ones first."""
+    """What `addr2line` says of the program's frames: functions and lines of the project, inlined ones first."""
     program = os.path.realpath(program)
     of_program = {frame for row in rows for frame in row[3] if os.path.basename(frame[0]) == os.path.basename(program)}
     addresses = sorted({address for _, address in of_program})

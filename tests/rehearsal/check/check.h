@@ -33,21 +33,21 @@ bool raises(Body&& body, const char* words) {
   return false;
 }
 
-void operators();      // one or two devices, the allocator's defaults
-void versions();       // libtorch is the one that the stand-ins are made for
-void segments();       // the allocator's segments
-void pages();          // its expandable segments
-void shared();         // one card, several processes
-void workspaces();     // of cuBLAS, and the context
+void operators();   // one or two devices, the allocator's defaults
+void versions();    // libtorch is the one that the stand-ins are made for
+void segments();    // the allocator's segments
+void pages();       // its expandable segments
+void shared();      // one card, several processes
+void workspaces();  // of cuBLAS, and the context
 void determinism();
 void polling();
-void lost();           // a card
-void visible();        // CUDA_VISIBLE_DEVICES
-void slices();         // MIG
+void lost();     // a card
+void visible();  // CUDA_VISIBLE_DEVICES
+void slices();   // MIG
 void old_driver();
-void collectives();    // NCCL
-void in_progress();    // NCCL, not blocking
-void management();     // NVML
+void collectives();  // NCCL
+void in_progress();  // NCCL, not blocking
+void management();   // NVML
 
 }  // namespace check
 

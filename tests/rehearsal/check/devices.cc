@@ -47,8 +47,11 @@ int in_process(Body body) {
 
 void versions() {
   constexpr uint64_t kMade = (2ull << 56) | (11ull << 48);
-  auto told = [](uint64_t version) { std::printf("   libtorch %d.%d\n", int(version >> 56), int(version >> 48 & 255)); };
-  if ((aoti_torch_abi_version() ^ kMade) >> 48) std::printf("the stand-ins are made for libtorch 2.11; at run time it is:\n"), told(aoti_torch_abi_version());
+  auto told = [](uint64_t version) {
+    std::printf("   libtorch %d.%d\n", int(version >> 56), int(version >> 48 & 255));
+  };
+  if ((aoti_torch_abi_version() ^ kMade) >> 48)
+    std::printf("the stand-ins are made for libtorch 2.11; at run time it is:\n"), told(aoti_torch_abi_version());
   EXPECT((TORCH_ABI_VERSION ^ kMade) >> 48 == 0);
   EXPECT((aoti_torch_abi_version() ^ kMade) >> 48 == 0);
 }
@@ -83,14 +86,17 @@ void segments() {
   EXPECT(reserved() == 0 && free_now() == total());
 
   // What is cached is given back before an error.
-  { auto one = bytes(90 * kMiB), two = bytes(90 * kMiB); }
+  {
+    auto one = bytes(90 * kMiB), two = bytes(90 * kMiB);
+  }
   auto other = bytes(200 * kMiB);
   EXPECT(reserved() == 200 * kMiB && allocator().getDeviceStats(0).num_alloc_retries == 1);
-  EXPECT(raises([] { bytes(total()); },
-                "CUDA out of memory. Tried to allocate 256.00 MiB. GPU 0 has a total capacity of 256.00 MiB of which 56.00 MiB "
-                "is free. Including non-PyTorch memory, this process has 200.00 MiB memory in use. Of the allocated memory "
-                "200.00 MiB is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. If reserved but "
-                "unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"));
+  EXPECT(raises(
+      [] { bytes(total()); },
+      "CUDA out of memory. Tried to allocate 256.00 MiB. GPU 0 has a total capacity of 256.00 MiB of which 56.00 MiB "
+      "is free. Including non-PyTorch memory, this process has 200.00 MiB memory in use. Of the allocated memory "
+      "200.00 MiB is allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated. If reserved but "
+      "unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"));
   EXPECT(raises([] { bytes(total()); }, "(stand-in)") && allocator().getDeviceStats(0).num_ooms == 2);
   auto nan = at::empty({1 << 20}, at::TensorOptions().device(kCuda));
   EXPECT(nan.isnan().all().item<bool>());
@@ -120,7 +126,9 @@ void pages() {
   allocator().emptyCache({0, 0});
   EXPECT(reserved() == 0 && segments_now() == 0 && free_now() == total());
   // A segment may take all of the card, whatever was in it before.
-  { auto first = bytes(100 * kMiB), second = bytes(100 * kMiB); }
+  {
+    auto first = bytes(100 * kMiB), second = bytes(100 * kMiB);
+  }
   EXPECT(bytes(220 * kMiB).numel() == 220 * kMiB && allocator().getDeviceStats(0).num_alloc_retries == 0);
   EXPECT(raises([] { bytes(300 * kMiB); }, "CUDA out of memory"));
   EXPECT(at::ones({1 << 20}, at::TensorOptions().device(kCuda)).sum().item<float>() == 1 << 20);
@@ -175,7 +183,8 @@ void determinism() {
     body();
     at::globalContext().setDeterministicAlgorithms(true, false);
     return raises(body, (std::string(name) + " does not have a deterministic implementation, but you set "
-                                             "'torch.use_deterministic_algorithms(True)'").c_str());
+                                             "'torch.use_deterministic_algorithms(True)'")
+                            .c_str());
   };
   EXPECT(refused("_histc_cuda with floating point input", [&] { at::histc(x); }));
   EXPECT(refused("median CUDA with indices output", [&] { at::median(x, 1); }));
@@ -183,9 +192,11 @@ void determinism() {
   EXPECT(refused("scatter_reduce_cuda_kernel", [&] { x.clone().scatter_(0, index, x, "add"); }));
   EXPECT(refused("_bincount_cuda", [&] { at::bincount(index.view(-1), x.view(-1)); }));
   EXPECT(refused("put_", [&] { x.clone().put_(index, x); }));
-  EXPECT(refused("reflection_pad1d_backward_out_cuda", [&] { at::reflection_pad1d_backward(at::ones({4, 7}, x.options()), x, {1, 1}); }));
+  EXPECT(refused("reflection_pad1d_backward_out_cuda",
+                 [&] { at::reflection_pad1d_backward(at::ones({4, 7}, x.options()), x, {1, 1}); }));
   // What has a deterministic form in 2.11.
-  EXPECT(x.cumsum(1).defined() && at::bincount(index.view(-1)).defined() && x.clone().scatter_add_(0, index, x).defined());
+  EXPECT(x.cumsum(1).defined() && at::bincount(index.view(-1)).defined() &&
+         x.clone().scatter_add_(0, index, x).defined());
   EXPECT(x.index_add(0, index[0].slice(0, 0, 4), x).defined() && x.mm(x.t()).defined() && x.median().defined());
   EXPECT(x.clone().index_put_({index[0]}, x[0], true).defined() && std::get<0>(x.sort(1)).defined());
   at::globalContext().setDeterministicAlgorithms(false, false);

@@ -13,15 +13,26 @@ int main(int, char** arguments) {
     void (*run)();
     bool needs_cuda = true;
   } kScenarios[] = {
-      {"versions", versions},       {"operators", operators},     {"segments", segments},
-      {"pages", pages},             {"shared", shared},           {"workspaces", workspaces},
-      {"determinism", determinism}, {"polling", polling},         {"lost", lost},
-      {"visible", visible},         {"slices", slices},           {"old_driver", old_driver},
-      {"collectives", collectives}, {"in_progress", in_progress}, {"management", management, false},
+      {"versions", versions},
+      {"operators", operators},
+      {"segments", segments},
+      {"pages", pages},
+      {"shared", shared},
+      {"workspaces", workspaces},
+      {"determinism", determinism},
+      {"polling", polling},
+      {"lost", lost},
+      {"visible", visible},
+      {"slices", slices},
+      {"old_driver", old_driver},
+      {"collectives", collectives},
+      {"in_progress", in_progress},
+      {"management", management, false},
   };
   for (const auto& scenario : kScenarios) {
     if (std::strcmp(scenario.name, arguments[1])) continue;
-    if (scenario.needs_cuda && !dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL)) return std::printf("%s\n", dlerror()), 1;
+    if (scenario.needs_cuda && !dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL))
+      return std::printf("%s\n", dlerror()), 1;
     scenario.run();
     std::printf("%-12s %3d checks, %d failures\n", scenario.name, checks, failures);
     return failures != 0;

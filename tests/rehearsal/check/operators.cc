@@ -56,8 +56,10 @@ void operators() {
   auto sums = a.abs().cumsum(1), targets = at::rand({5, 1});
   EXPECT(at::searchsorted(sums.to(at::kCUDA), targets.to(at::kCUDA)).cpu().equal(at::searchsorted(sums, targets)));
   EXPECT(near(A.softmax(-1), a.softmax(-1)) && near(A.log_softmax(-1), a.log_softmax(-1)));
-  EXPECT(near(A.masked_fill(A > 0, 1), a.masked_fill(a > 0, 1)) && near(at::where(A > 0, A, 0), at::where(a > 0, a, 0)));
-  EXPECT(A.to(at::kBFloat16).scalar_type() == at::kBFloat16 && near(A.to(at::kBFloat16).to(at::kFloat), a.to(at::kBFloat16).to(at::kFloat)));
+  EXPECT(near(A.masked_fill(A > 0, 1), a.masked_fill(a > 0, 1)) &&
+         near(at::where(A > 0, A, 0), at::where(a > 0, a, 0)));
+  EXPECT(A.to(at::kBFloat16).scalar_type() == at::kBFloat16 &&
+         near(A.to(at::kBFloat16).to(at::kFloat), a.to(at::kBFloat16).to(at::kFloat)));
   EXPECT(at::arange(5, cuda.dtype(at::kLong)).cpu().equal(at::arange(5)) && at::full({2}, 3, cuda).is_cuda());
   EXPECT(A.sum().item<float>() == a.sum().item<float>() && at::nonzero(A > 0).is_cuda() && A.cpu().is_cpu());
   EXPECT(near(at::embedding(B, at::tensor({1, 0}, cuda.dtype(at::kLong))), at::embedding(b, at::tensor({1, 0}))));
@@ -66,16 +68,22 @@ void operators() {
   {  // autograd; the backward pass is on a thread of the device's
     struct Where : torch::autograd::Function<Where> {
       static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x) { return x.clone(); }
-      static torch::autograd::variable_list backward(torch::autograd::AutogradContext*, torch::autograd::variable_list g) {
+      static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                     torch::autograd::variable_list g) {
         thread() = std::this_thread::get_id();
         return {g[0]};
       }
-      static std::thread::id& thread() { static std::thread::id id; return id; }
+      static std::thread::id& thread() {
+        static std::thread::id id;
+        return id;
+      }
     };
     auto run = [&](at::Tensor x, at::Tensor w) {
       x = x.detach().clone().set_requires_grad(true), w = w.detach().clone().set_requires_grad(true);
       auto y = (Where::apply(x.matmul(w)).tanh() * 2).pow(2);
-      auto loss = at::nll_loss(y.log_softmax(-1), at::tensor({0, 1, 2, 1, 0}, at::TensorOptions().dtype(at::kLong).device(x.device()))) + at::layer_norm(x, {7}).sum() * 0.1;
+      auto loss = at::nll_loss(y.log_softmax(-1),
+                               at::tensor({0, 1, 2, 1, 0}, at::TensorOptions().dtype(at::kLong).device(x.device()))) +
+                  at::layer_norm(x, {7}).sum() * 0.1;
       torch::autograd::backward({loss}, {});
       return std::vector{loss.detach(), x.grad(), w.grad()};
     };
@@ -88,9 +96,12 @@ void operators() {
   {  // attention, with and without a mask, and its gradient
     auto attention = [&](at::Device device, bool masked) {
       at::manual_seed(3);
-      auto q = at::randn({2, 4, 6, 8}).to(device).set_requires_grad(true), k = at::randn({2, 2, 6, 8}).to(device), v = at::randn({2, 2, 6, 8}).to(device);
-      auto mask = at::zeros({2, 1, 1, 6}, q.options()).masked_fill(at::arange(6, q.options().dtype(at::kLong)).ge(4), -INFINITY);
-      auto out = at::scaled_dot_product_attention(q, k, v, masked ? std::optional(mask.detach()) : std::nullopt, 0.0, !masked, std::nullopt, true);
+      auto q = at::randn({2, 4, 6, 8}).to(device).set_requires_grad(true), k = at::randn({2, 2, 6, 8}).to(device),
+           v = at::randn({2, 2, 6, 8}).to(device);
+      auto mask = at::zeros({2, 1, 1, 6}, q.options())
+                      .masked_fill(at::arange(6, q.options().dtype(at::kLong)).ge(4), -INFINITY);
+      auto out = at::scaled_dot_product_attention(q, k, v, masked ? std::optional(mask.detach()) : std::nullopt, 0.0,
+                                                  !masked, std::nullopt, true);
       torch::autograd::backward({out.sum()}, {});
       return std::pair(out.detach(), q.grad());
     };
@@ -102,13 +113,16 @@ void operators() {
   {  // AdamW
     auto step = [&](at::Device device) {
       auto options = at::TensorOptions().device(device);
-      auto p = at::ones({9}, options), g = at::full({9}, 0.5, options), m = at::zeros({9}, options), v = at::zeros({9}, options), t = at::ones({}, options);
+      auto p = at::ones({9}, options), g = at::full({9}, 0.5, options), m = at::zeros({9}, options),
+           v = at::zeros({9}, options), t = at::ones({}, options);
       at::_fused_adamw_({p}, {g}, {m}, {v}, {}, {t}, 1e-2, 0.9, 0.99, 0.1, 1e-8, false, false);
       return at::cat({p, m, v});
     };
     EXPECT(near(step(at::kCUDA), step(at::kCPU)));
     auto p = at::ones({9}, cuda);
-    EXPECT(raises([&] { at::_fused_adamw_({p}, {p}, {p}, {p}, {}, {at::ones({})}, 1e-2, 0.9, 0.99, 0.1, 1e-8, false, false); }, "same device"));
+    EXPECT(raises(
+        [&] { at::_fused_adamw_({p}, {p}, {p}, {p}, {}, {at::ones({})}, 1e-2, 0.9, 0.99, 0.1, 1e-8, false, false); },
+        "same device"));
   }
   {  // pinned memory and copies that do not wait
     auto pinned = at::empty({4}, cpu.pinned_memory(true));
@@ -136,7 +150,9 @@ void operators() {
     int64_t before = live();
     auto* allocator = c10::getDeviceAllocator(at::kCUDA);
     allocator->resetPeakStats(0);
-    { auto big = at::zeros({1 << 20}, cuda); }
+    {
+      auto big = at::zeros({1 << 20}, cuda);
+    }
     EXPECT(live() == before && allocator->getDeviceStats(0).allocated_bytes[0].peak == before + (4 << 20));
     auto flat = at::ones({100}, cuda), part = flat.narrow(0, 50, 10);
     auto* storage = flat.storage().unsafeGetStorageImpl();
@@ -160,12 +176,17 @@ void operators() {
   }
   if (torch::cuda::device_count() > 1) {
     auto other = a.to(at::Device(at::kCUDA, 1));
-    EXPECT(other.device().index() == 1 && near(other.to(at::kCUDA), a) && near(other + 1, a + 1) && (other + 1).device().index() == 1);
+    EXPECT(other.device().index() == 1 && near(other.to(at::kCUDA), a) && near(other + 1, a + 1) &&
+           (other + 1).device().index() == 1);
     EXPECT(raises([&] { A + other; }, "same device") && raises([&] { A.matmul(other.t()); }, "same device"));
   }
   {  // the host may not touch it
     pid_t child = fork();
-    if (child == 0) { volatile float x = *static_cast<float*>(A.data_ptr()); (void)x; _exit(0); }
+    if (child == 0) {
+      volatile float x = *static_cast<float*>(A.data_ptr());
+      (void)x;
+      _exit(0);
+    }
     int status;
     waitpid(child, &status, 0);
     EXPECT(WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);

@@ -21,15 +21,17 @@ const auto& kUnchecked = *new Names{
 const auto& kTakesHostIndices = *new Names{"aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_",
                                            "aten::_index_put_impl_", "aten::index_put"};
 // Operators whose result the host needs before it goes on.
-const auto& kWaits = *new Names{"aten::equal",      "aten::nonzero",
+const auto& kWaits = *new Names{"aten::equal",       "aten::nonzero",
                                 "aten::nonzero.out", "aten::masked_select",
-                                "aten::_unique2",   "aten::is_nonzero",
-                                "aten::_unique",    "aten::masked_select.out",
-                                "aten::bincount",   "aten::repeat_interleave.Tensor"};
-const auto& kMultipliesMatrices = *new Names{
-    "aten::mm",    "aten::mm.out",    "aten::addmm", "aten::addmm.out", "aten::addmm_",    "aten::_addmm_activation",
-    "aten::bmm",   "aten::bmm.out",   "aten::baddbmm", "aten::baddbmm.out", "aten::baddbmm_", "aten::addmv",
-    "aten::addmv.out", "aten::addmv_", "aten::mv",   "aten::dot",       "aten::vdot",      "aten::addbmm"};
+                                "aten::_unique2",    "aten::is_nonzero",
+                                "aten::_unique",     "aten::masked_select.out",
+                                "aten::bincount",    "aten::repeat_interleave.Tensor"};
+const auto& kMultipliesMatrices = *new Names{"aten::mm",          "aten::mm.out",   "aten::addmm",
+                                             "aten::addmm.out",   "aten::addmm_",   "aten::_addmm_activation",
+                                             "aten::bmm",         "aten::bmm.out",  "aten::baddbmm",
+                                             "aten::baddbmm.out", "aten::baddbmm_", "aten::addmv",
+                                             "aten::addmv.out",   "aten::addmv_",   "aten::mv",
+                                             "aten::dot",         "aten::vdot",     "aten::addbmm"};
 
 std::string full_name(const c10::OperatorHandle& op) {
   auto name = op.operator_name();
@@ -127,9 +129,9 @@ Tensor HostViews::of(const Tensor& tensor) {
     c10::DataPtr data(
         host_address(device_storage->mutable_data()), kept,
         [](void* storage) { delete static_cast<c10::Storage*>(storage); }, Device(at::kCPU));
-    c10::Storage host(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), device_storage->nbytes(),
-                                                            std::move(data), c10::GetAllocator(at::kCPU),
-                                                            /*resizable=*/true));
+    c10::Storage host(c10::make_intrusive<c10::StorageImpl>(
+        c10::StorageImpl::use_byte_size_t(), device_storage->nbytes(), std::move(data), c10::GetAllocator(at::kCPU),
+        /*resizable=*/true));
     found = storages_.emplace(device_storage, Pair{tensor.storage(), host, host.data()}).first;
   }
   auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(found->second.host),
@@ -158,7 +160,8 @@ Tensor HostViews::back(const Tensor& result, Device device) {
   for (auto& [tensor, view] : pairs_)
     if (view.is_same(result)) return tensor;
   for (auto& [device_storage, pair] : storages_)
-    if (result.storage().unsafeGetStorageImpl() == pair.host.unsafeGetStorageImpl()) return wrapped(pair.device, result);
+    if (result.storage().unsafeGetStorageImpl() == pair.host.unsafeGetStorageImpl())
+      return wrapped(pair.device, result);
   c10::OptionalDeviceGuard guard(device);
   auto dense = result.is_non_overlapping_and_dense() ? result : result.contiguous();
   Tensor copy = at::detail::empty_strided_generic(dense.sizes(), dense.strides(), &device_memory(),
@@ -182,7 +185,8 @@ void DeviceCheck::see(const Tensor& tensor, const std::string& argument) {
   if (!common_) common_ = tensor.device();
   if (*common_ == tensor.device()) return;
   TORCH_CHECK(!indices_ || argument != "indices",
-              "indices should be either on cpu or on the same device as the indexed tensor (", *common_, ") (stand-in)");
+              "indices should be either on cpu or on the same device as the indexed tensor (", *common_,
+              ") (stand-in)");
   TORCH_CHECK(!lenient_, "Expected all tensors to be on the same device, but found at least two devices, ", *common_,
               " and ", tensor.device(), "! (", name_, ", ", argument, ") (stand-in)");
   TORCH_CHECK(false, "Expected all tensors to be on the same device, but got ", argument, " is on ", tensor.device(),

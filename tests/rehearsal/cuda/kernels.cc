@@ -51,7 +51,8 @@ const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at
   }
   return self;
 }
-Tensor& set_storage_part(Tensor& self, c10::Storage storage, int64_t offset, at::IntArrayRef size, at::IntArrayRef stride) {
+Tensor& set_storage_part(Tensor& self, c10::Storage storage, int64_t offset, at::IntArrayRef size,
+                         at::IntArrayRef stride) {
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   if (stride.data() && !stride.empty()) {
     self.unsafeGetTensorImpl()->set_sizes_and_strides(size, stride, offset);
@@ -110,12 +111,14 @@ Tensor as_strided(const Tensor& self, at::IntArrayRef size, at::IntArrayRef stri
 Tensor reshape_alias(const Tensor& self, at::IntArrayRef size, at::IntArrayRef stride) {
   return at::cpu::_reshape_alias(self, size, stride);
 }
-Tensor unfold(const Tensor& self, int64_t dim, int64_t size, int64_t step) { return at::cpu::unfold(self, dim, size, step); }
+Tensor unfold(const Tensor& self, int64_t dim, int64_t size, int64_t step) {
+  return at::cpu::unfold(self, dim, size, step);
+}
 void record_stream(Tensor&, c10::Stream) {}
 
 // One kernel each way, as the GPU has it, instead of the twenty that libtorch's plain form takes.
-int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout,
-                         bool, std::optional<double>, bool) {
+int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                         double dropout, bool, std::optional<double>, bool) {
   auto fits = [](const Tensor& x) { return x.dim() == 4 && x.stride(3) == 1 && x.scalar_type() != at::kDouble; };
   bool one_head_count = q.size(1) == k.size(1) && k.size(1) == v.size(1);
   bool fused = fits(q) && fits(k) && fits(v) && one_head_count && dropout == 0 && q.size(3) % 4 == 0 &&
@@ -123,8 +126,8 @@ int64_t choose_attention(const Tensor& q, const Tensor& k, const Tensor& v, cons
   return static_cast<int64_t>(fused ? at::SDPBackend::efficient_attention : at::SDPBackend::math);
 }
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                     const std::optional<Tensor>& bias, bool, double dropout, bool causal,
-                                                     std::optional<double> scale) {
+                                                     const std::optional<Tensor>& bias, bool, double dropout,
+                                                     bool causal, std::optional<double> scale) {
   const std::string name = "aten::_scaled_dot_product_efficient_attention";
   DeviceCheck check(name);
   check.see(q, "query"), check.see(k, "key"), check.see(v, "value");
@@ -133,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(const Tensor& q, const Tens
   HostViews views;
   std::optional<Tensor> mask;
   if (bias) mask = views.of(*bias);
-  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(views.of(q), views.of(k), views.of(v), dropout, causal,
-                                                                     mask, scale);
+  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(views.of(q), views.of(k), views.of(v), dropout,
+                                                                     causal, mask, scale);
   auto nothing = [&] { return empty({}, at::kLong, {}, q.device(), {}, {}); };
   return {views.back(out, q.device()), views.back(sums, q.device()), nothing(), nothing()};
 }
@@ -148,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   std::optional<Tensor> mask;
   if (bias.defined()) mask = views.of(bias);
   auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      views.of(grad), views.of(q), views.of(k), views.of(v), views.of(out), views.of(sums), dropout, causal, mask, scale);
+      views.of(grad), views.of(q), views.of(k), views.of(v), views.of(out), views.of(sums), dropout, causal, mask,
+      scale);
   return {views.back(dq, q.device()), views.back(dk, q.device()), views.back(dv, q.device()), Tensor()};
 }
 

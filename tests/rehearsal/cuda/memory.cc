@@ -57,7 +57,9 @@ struct BySize {
   }
 };
 struct ByAddress {
-  bool operator()(const Block* a, const Block* b) const { return std::tie(a->stream, a->at) < std::tie(b->stream, b->at); }
+  bool operator()(const Block* a, const Block* b) const {
+    return std::tie(a->stream, a->at) < std::tie(b->stream, b->at);
+  }
 };
 struct Pool {
   bool is_small;
@@ -133,7 +135,8 @@ class Memory {
     live_.erase(found);
     Pool& pool = block->is_small ? small_ : large_;
     change(stats_.allocation, pool, -1), change(stats_.active, pool, -1);
-    change(stats_.allocated_bytes, pool, -int64_t(block->size)), change(stats_.active_bytes, pool, -int64_t(block->size));
+    change(stats_.allocated_bytes, pool, -int64_t(block->size)),
+        change(stats_.active_bytes, pool, -int64_t(block->size));
     change(stats_.requested_bytes, pool, -int64_t(block->requested));
     fill(*block);  // NaN, -1: who reads on is found out
     block->is_allocated = false;
@@ -151,13 +154,14 @@ class Memory {
     auto now = stats_;
     for (const Pool* pool : {&small_, &large_})
       for (const Block* block : pool->free)
-        if (block->is_split()) change(now.inactive_split, *pool, 1), change(now.inactive_split_bytes, *pool, block->size);
+        if (block->is_split())
+          change(now.inactive_split, *pool, 1), change(now.inactive_split_bytes, *pool, block->size);
     return now;
   }
   void reset(bool peaks) {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* stat : {&stats_.allocation, &stats_.segment, &stats_.active, &stats_.allocated_bytes, &stats_.reserved_bytes,
-                       &stats_.active_bytes, &stats_.requested_bytes})
+    for (auto* stat : {&stats_.allocation, &stats_.segment, &stats_.active, &stats_.allocated_bytes,
+                       &stats_.reserved_bytes, &stats_.active_bytes, &stats_.requested_bytes})
       for (auto& one : *stat) peaks ? one.reset_peak() : one.reset_accumulated();
     if (!peaks) stats_.num_alloc_retries = stats_.num_ooms = 0;
   }
@@ -347,9 +351,10 @@ class Memory {
     }
     const size_t allocated = stats_.allocated_bytes[0].current, reserved = stats_.reserved_bytes[0].current;
     TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", format_size(wanted), ". GPU ",
-                     static_cast<int>(device_), " has a total capacity of ", format_size(capacity(device_)), " of which ",
-                     format_size(free_bytes(device_)), " is free. ", processes.str(), "Of the allocated memory ",
-                     format_size(allocated), " is allocated by PyTorch, and ", format_size(reserved - allocated),
+                     static_cast<int>(device_), " has a total capacity of ", format_size(capacity(device_)),
+                     " of which ", format_size(free_bytes(device_)), " is free. ", processes.str(),
+                     "Of the allocated memory ", format_size(allocated), " is allocated by PyTorch, and ",
+                     format_size(reserved - allocated),
                      " is reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting "
                      "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See documentation for "
                      "Memory Management  (https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-"
@@ -392,7 +397,8 @@ struct DeviceMemory final : c10::DeviceAllocator {
   }
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {
-    for (int device = 0; device < num_devices(); ++device) memory_of(static_cast<DeviceIndex>(device)).give_back_unused();
+    for (int device = 0; device < num_devices(); ++device)
+      memory_of(static_cast<DeviceIndex>(device)).give_back_unused();
   }
   void recordStream(const c10::DataPtr&, c10::Stream) override {}
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(DeviceIndex device) override {
@@ -434,7 +440,7 @@ struct Beginning {
     TORCH_CHECK(bus != MAP_FAILED && behind != MAP_FAILED, "stand-in: no address space");
     delta = behind - bus;
     c10::SetAllocator(c10::DeviceType::CUDA, &device_memory());
-    struct sigaction ours {};
+    struct sigaction ours{};
     ours.sa_sigaction = on_fault;
     ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &ours, &before_us);
@@ -463,7 +469,8 @@ void report_memory(FILE* out) {
                  "%12ld bytes allocated at most on cuda:%d, %ld at the end; reserved %ld at most, %ld at the end; %ld "
                  "out-of-memory errors, %ld times the cache was given back for more\n",
                  memory_of(static_cast<DeviceIndex>(device)).fullest().bytes, device, stats.allocated_bytes[0].current,
-                 stats.reserved_bytes[0].peak, stats.reserved_bytes[0].current, stats.num_ooms, stats.num_alloc_retries);
+                 stats.reserved_bytes[0].peak, stats.reserved_bytes[0].current, stats.num_ooms,
+                 stats.num_alloc_retries);
   }
   report_pinned(out);
 }

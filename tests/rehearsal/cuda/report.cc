@@ -24,14 +24,9 @@
 namespace stand_in {
 namespace {
 
-const char* const kKindNames[kKinds] = {"launches",
-                                        "host waits for the device",
-                                        "copies host to device",
-                                        "copies device to host",
-                                        "copies on a device",
-                                        "copies between devices",
-                                        "of the copies: pinned",
-                                        "index tensors taken from the host"};
+const char* const kKindNames[kKinds] = {
+    "launches",           "host waits for the device", "copies host to device", "copies device to host",
+    "copies on a device", "copies between devices",    "of the copies: pinned", "index tensors taken from the host"};
 // The word in the file of sites; null: not kept there.
 const char* const kSiteNames[kKinds] = {"launches", "waits", "uploads"};
 
@@ -51,7 +46,8 @@ void write_site(FILE* file, uint64_t times, const char* kind, const std::string&
   std::fprintf(file, "%lu\t%s\t%s", times, kind, name.c_str());
   for (void* frame : frames)
     if (Dl_info info; dladdr(frame, &info) && info.dli_fname)
-      std::fprintf(file, "\t%s %lx", info.dli_fname, static_cast<char*>(frame) - static_cast<char*>(info.dli_fbase) - 1);
+      std::fprintf(file, "\t%s %lx", info.dli_fname,
+                   static_cast<char*>(frame) - static_cast<char*>(info.dli_fbase) - 1);
   std::fprintf(file, "\n");
 }
 
@@ -114,7 +110,8 @@ void report() {
   std::sort(rows.rbegin(), rows.rend());
   size_t shown = std::getenv("REHEARSAL_ALL_NAMES") ? rows.size() : std::min<size_t>(rows.size(), 40);
   for (size_t i = 0; i < shown; ++i)
-    std::fprintf(out, "%12lu   %s: %s\n", rows[i].first, kKindNames[rows[i].second.first], rows[i].second.second.c_str());
+    std::fprintf(out, "%12lu   %s: %s\n", rows[i].first, kKindNames[rows[i].second.first],
+                 rows[i].second.second.c_str());
   std::fflush(out);
   flock(fileno(out), LOCK_UN);
   if (wants_sites()) write_sites();

@@ -71,7 +71,8 @@ std::string trouble_with_driver() {
   int version = driver_version();
   if (version >= kCudaOfLibtorch) return "";
   if (version == 0)
-    return "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver from "
+    return "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver "
+           "from "
            "http://www.nvidia.com/Download/index.aspx (stand-in)";
   return "The NVIDIA driver on your system is too old (found version " + std::to_string(version) +
          "). Please update your GPU driver by downloading and installing a new version from the URL: "
@@ -101,8 +102,10 @@ void raise_cuda(int code, const std::string& message, const std::string& name) {
       {__func__, __FILE__, __LINE__}, code,
       "CUDA error: " + message + " (stand-in)\nSearch for `" + name +
           "' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information.\n"
-          "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be "
-          "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable "
+          "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might "
+          "be "
+          "incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to "
+          "enable "
           "device-side assertions.\n");
 }
 DeviceIndex checked(DeviceIndex device) {

@@ -87,7 +87,7 @@ void take_workspace(DeviceIndex device);
 
 // ---- Devices and streams (streams.cc) ----
 
-DeviceIndex& current_device();                 // of this thread
+DeviceIndex& current_device();                     // of this thread
 c10::StreamId current_stream(DeviceIndex device);  // of this thread
 // Kernels are launched on the current stream and waited for there.
 void count_launch(DeviceIndex device, const std::string& name);

@@ -67,7 +67,8 @@ struct Queue {
 constexpr int kStreams = 33;  // 0 is the default one
 struct Streams {
   std::array<Queue, kStreams> queues;
-  std::atomic<uint64_t> launches{0}, waited_for{0};  // of the default stream: launches, and those that the host knows done
+  std::atomic<uint64_t> launches{0},
+      waited_for{0};  // of the default stream: launches, and those that the host knows done
 };
 Streams& streams_of(DeviceIndex device) {
   static auto* all = new std::vector<Streams>(num_devices());
@@ -174,7 +175,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (mark.queue().reached(mark.at) && !mark.runs_in_pretence()) return true;
     // As an event that is recorded and asked at once; who asks in a loop is told once for all that is enqueued so far.
     thread_local Mark asked{};
-    auto same = [&] { return asked.device == mark.device && asked.stream == mark.stream && asked.at == mark.at && asked.launches == mark.launches; };
+    auto same = [&] {
+      return asked.device == mark.device && asked.stream == mark.stream && asked.at == mark.at &&
+             asked.launches == mark.launches;
+    };
     if (!same()) asked = mark;
     return asked.query();
   }
