@@ -20,24 +20,27 @@ pub struct ChosenDevice {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    #[error(
-        "device = \"cuda\": {0}; install the CUDA build with the setup command on a machine whose driver loads, or set device = \"cpu\""
-    )]
-    NoCuda(String),
+#[error("device = \"cuda\": {0}; or set device = \"cpu\"")]
+pub struct NoCuda(String);
+
+impl NoCuda {
+    /// The reason alone, and what would mend it.
+    pub fn why(&self) -> &str {
+        &self.0
+    }
 }
 
 /// Decides the device. Call before the first tensor is made.
 ///
 /// # Errors
 /// With [`DeviceChoice::Cuda`] where the driver or libtorch's CUDA libraries do not load: the loader's own message.
-pub fn choose(choice: DeviceChoice) -> Result<ChosenDevice, DeviceError> {
+pub fn choose(choice: DeviceChoice) -> Result<ChosenDevice, NoCuda> {
     let cpu = |warning| Ok(ChosenDevice { device: Device::Cpu, warning });
     match choice {
         DeviceChoice::Cpu => cpu(None),
         DeviceChoice::Cuda => match open_driver().and_then(|()| open_cuda()) {
             Ok(()) => Ok(ChosenDevice { device: Device::Cuda(0), warning: None }),
-            Err(message) => Err(DeviceError::NoCuda(message)),
+            Err(message) => Err(NoCuda(message)),
         },
         DeviceChoice::Auto => match open_driver() {
             Err(_) => cpu(None),
@@ -53,18 +56,76 @@ pub fn choose(choice: DeviceChoice) -> Result<ChosenDevice, DeviceError> {
 
 fn open_driver() -> Result<(), String> {
     open("libcuda.so.1".into())
+        .map(drop)
+        .map_err(|error| format!("this machine has no NVIDIA driver that loads ({error}): install one"))
 }
 
 fn open_cuda() -> Result<(), String> {
-    open(libtorch_folder().join("libtorch_cuda.so"))?;
-    if tch::Cuda::is_available() { Ok(()) } else { Err("CUDA loaded but reports no device".into()) }
+    let library = libtorch_folder().join("libtorch_cuda.so");
+    if !library.exists() {
+        return Err(format!(
+            "the PyTorch in {} was built without CUDA: run ECHELON_CUDA=yes ./echelon setup, or let LIBTORCH name one with it",
+            libtorch_folder().parent().unwrap_or(&library).display()
+        ));
+    }
+    open(library).map_err(|error| {
+        format!("a part of PyTorch's CUDA libraries is missing ({error}): install them, as pip install torch does")
+    })?;
+    if tch::Cuda::is_available() { Ok(()) } else { Err(why_no_device()) }
 }
 
-/// Opens a library and keeps it open for the life of the process.
-fn open(path: PathBuf) -> Result<(), String> {
+/// Why there is no device, though driver and libraries load.
+fn why_no_device() -> String {
+    if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES")
+        && !starts_with_a_device(&list)
+    {
+        return format!("CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)");
+    }
+    match (driver_serves(), libtorch_needs()) {
+        (Some(serves), Some(needs)) if serves.0 < needs.0 => format!(
+            "the NVIDIA driver serves CUDA {}.{}, and this PyTorch needs {}.{}: update the driver, or let LIBTORCH name a PyTorch \
+             made for CUDA {}",
+            serves.0, serves.1, needs.0, needs.1, serves.0
+        ),
+        _ => match std::env::var("CUDA_VISIBLE_DEVICES") {
+            Ok(list) => format!("CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs"),
+            Err(_) => "the NVIDIA driver loads and has no GPU that works: nvidia-smi says more".into(),
+        },
+    }
+}
+
+/// Whether the list's first entry means a device: it ends at the first that means none.
+fn starts_with_a_device(list: &str) -> bool {
+    let first = list.split(',').next().unwrap_or_default().trim();
+    !first.is_empty() && !first.starts_with('-')
+}
+
+/// The newest CUDA that the driver can serve, as major and minor number.
+fn driver_serves() -> Option<(i32, i32)> {
+    let library = open("libcuda.so.1".into()).ok()?;
+    let mut version = 0;
+    // SAFETY: the driver's function of this name has this type, and may be called before any other.
+    let code = unsafe {
+        let read: libloading::os::unix::Symbol<unsafe extern "C" fn(*mut i32) -> i32> =
+            library.get(b"cuDriverGetVersion\0").ok()?;
+        read(&mut version)
+    };
+    (code == 0 && version > 0).then_some((version / 1000, version % 1000 / 10))
+}
+
+/// The CUDA that libtorch was made for, as its `version.py` says.
+fn libtorch_needs() -> Option<(i32, i32)> {
+    let text = std::fs::read_to_string(libtorch_folder().parent()?.join("version.py")).ok()?;
+    let line = text.lines().find(|line| line.starts_with("cuda"))?;
+    let (major, minor) = line.split('\'').nth(1)?.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Opens a library, which stays open for the life of the process.
+fn open(path: PathBuf) -> Result<std::mem::ManuallyDrop<libloading::os::unix::Library>, String> {
     // SAFETY: libtorch's and the driver's initialisers are meant to run at any time before their first use.
     let library = unsafe { libloading::os::unix::Library::open(Some(path), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    library.map(std::mem::forget).map_err(|error| error.to_string())
+    library.map(std::mem::ManuallyDrop::new).map_err(|error| error.to_string())
 }
 
 /// The folder that this process's `libtorch_cpu.so` was loaded from.
@@ -93,6 +154,13 @@ pub fn aside<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_list_of_devices_may_hide_them_all() {
+        for (list, some) in [("0,1", true), ("GPU-5a1e", true), ("", false), ("-1", false), (" ,0", false)] {
+            assert_eq!(starts_with_a_device(list), some, "{list:?}");
+        }
+    }
 
     #[test]
     fn libtorch_is_found_where_it_was_loaded_from() {

@@ -58,7 +58,8 @@ impl Error {
             ))
         };
         let undetermined = || refused_operator(message).map(undetermined);
-        OutOfMemory::read(message).map(Error::OutOfMemory).or_else(undetermined)
+        let failed = || failed_device(message).map(Error::WorkerGone);
+        OutOfMemory::read(message).map(Error::OutOfMemory).or_else(undetermined).or_else(failed)
     }
 
     /// The error that started it all, below the workers and contexts it climbed through.
@@ -74,6 +75,13 @@ impl From<tch::TchError> for Error {
     fn from(source: tch::TchError) -> Error {
         Error::of_torch(&source.to_string()).unwrap_or(Error::Torch { operation: "libtorch", source })
     }
+}
+
+/// A GPU on which calls fail is of no use to this process any more.
+fn failed_device(message: &str) -> Option<String> {
+    let (_, said) = message.split_once("CUDA error: ")?;
+    let said = said.split(['\n', '"']).next()?.split("\\n").next()?.trim();
+    Some(format!("its GPU does not work any more: CUDA error: {said}; nvidia-smi says which GPUs are left"))
 }
 
 /// What libtorch says of a device without room, in its units.
@@ -115,6 +123,13 @@ mod tests {
     const MESSAGE: &str = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 1 has a total capacity of 139.81 GiB of which \
         3.69 MiB is free. Including non-PyTorch memory, this process has 139.80 GiB memory in use. Of the allocated memory 138.99 \
         GiB is allocated by PyTorch, and 1.10 MiB is reserved by PyTorch but unallocated.\nException raised from malloc at x.cpp:1";
+
+    #[test]
+    fn a_gpu_that_fails_is_told_in_a_line() {
+        let message = "CUDA error: unspecified launch failure\\nCUDA kernel errors might be asynchronously reported";
+        let Some(Error::WorkerGone(told)) = Error::of_torch(message) else { panic!("{message}") };
+        assert!(told.contains("CUDA error: unspecified launch failure; nvidia-smi"), "{told}");
+    }
 
     #[test]
     fn a_device_without_room_says_how_much_is_wanted_and_free() {

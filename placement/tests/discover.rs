@@ -3,7 +3,8 @@
 use echelon_placement::cluster::{Cluster, DeviceFacts, DeviceKind, Discovery, NodeFacts};
 
 fn devices(name: &str, memory_mib: u64, nvlinks: u32, count: usize) -> Vec<DeviceFacts> {
-    vec![DeviceFacts { name: name.into(), memory_bytes: memory_mib << 20, nvlinks }; count]
+    let memory_bytes = memory_mib << 20;
+    vec![DeviceFacts { name: name.into(), memory_bytes, taken_bytes: 600 << 20, is_sliced: false, nvlinks }; count]
 }
 
 fn found(devices: Vec<DeviceFacts>) -> (Cluster, Vec<String>) {
@@ -22,6 +23,19 @@ fn a_board_of_linked_devices() {
     assert_eq!(cluster.kinds[0].bf16_flops_per_s, DeviceKind::known("H100-80GB").unwrap().bf16_flops_per_s);
     assert_eq!(cluster.nodes[0].within.bytes_per_s, 450e9);
     assert_eq!((cluster.nodes[0].host_memory_bytes, notes.len()), (2 << 40, 0));
+}
+
+#[test]
+fn what_others_hold_is_not_planned_with_and_slices_are_told() {
+    let mut devices = devices("NVIDIA H100 80GB HBM3", 81559, 18, 2);
+    devices[1].taken_bytes = 40 << 30;
+    let (cluster, notes) = found(devices.clone());
+    let memory: Vec<u64> = cluster.kinds.iter().map(|kind| kind.memory_bytes).collect();
+    assert_eq!(memory, [81559 << 20, (81559 << 20) - (40 << 30)]);
+    assert!(matches!(&notes[..], [note] if note.starts_with("device 1") && note.contains("40.0 of 79.6 GiB")), "{notes:?}");
+    devices[1] = DeviceFacts { taken_bytes: 0, is_sliced: true, ..devices[0].clone() };
+    let (_, notes) = found(devices);
+    assert!(matches!(&notes[..], [note] if note.contains("MIG mode")), "{notes:?}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use echelon_core::device::{self, DeviceChoice, DeviceError};
+use echelon_core::device::{self, DeviceChoice};
 use echelon_core::shim;
 use serde_json::{Map, Value};
 use tch::Device;
@@ -33,12 +33,10 @@ impl Place {
     /// # Errors
     /// There is none that works.
     pub fn device(&self) -> Result<Device, Failure> {
-        let chosen = device::choose(DeviceChoice::Cuda);
-        let DeviceError::NoCuda(why) = match chosen {
-            Ok(chosen) => return Ok(chosen.device),
-            Err(error) => error,
-        };
-        Err(Failure::Input(format!("no CUDA device works here: {why}")))
+        match device::choose(DeviceChoice::Cuda) {
+            Ok(chosen) => Ok(chosen.device),
+            Err(error) => Err(Failure::Input(format!("no CUDA device works here: {}", error.why()))),
+        }
     }
 
     /// The device, and findings to fill.

@@ -30,7 +30,12 @@ pub struct NodeFacts {
 pub struct DeviceFacts {
     /// Such as "NVIDIA H100 80GB HBM3".
     pub name: String,
+    /// Of the device, or of its first slice where it is in MIG mode.
     pub memory_bytes: u64,
+    /// What other processes hold of it.
+    pub taken_bytes: u64,
+    /// It is divided into slices, of which a process sees one.
+    pub is_sliced: bool,
     /// NVLinks that are up.
     pub nvlinks: u32,
 }
@@ -77,6 +82,7 @@ impl Discovery {
         let mut node = Cluster { kinds: Vec::new(), nodes: Vec::new(), between_nodes: FAST };
         let (mut devices, mut within) = (Vec::new(), FAST);
         for (index, device) in facts.devices.iter().enumerate() {
+            notes.extend(notes_on(index, device));
             let (kind, links_gb) = known_or_guessed(device, index, &mut notes);
             // Without NVLink devices of a node reach each other through the host.
             let within_gb = if device.nvlinks > 0 { links_gb.0 } else { kind.host_link_bytes_per_s / 1e9 };
@@ -104,7 +110,40 @@ fn known_or_guessed(device: &DeviceFacts, index: usize, notes: &mut Vec<String>)
         DeviceKind { name: device.name.clone(), ..slowest }
     });
     let row = KNOWN.iter().find(|row| row.name == kind.name).or(KNOWN.last()).expect("the table has rows");
-    (DeviceKind { memory_bytes: device.memory_bytes, ..kind }, row.links_gb)
+    (DeviceKind { memory_bytes: device.memory_bytes - device.others_bytes(), ..kind }, row.links_gb)
+}
+
+impl DeviceFacts {
+    /// What others hold, where it is more than the driver itself takes.
+    fn others_bytes(&self) -> u64 {
+        if self.taken_bytes > DRIVERS_OWN { self.taken_bytes.min(self.memory_bytes) } else { 0 }
+    }
+}
+
+/// What a device may show as taken that nobody uses.
+const DRIVERS_OWN: u64 = 1 << 30;
+
+fn notes_on(index: usize, device: &DeviceFacts) -> Vec<String> {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let mut notes = Vec::new();
+    if device.others_bytes() > 0 {
+        notes.push(format!(
+            "device {index} (`{}`) is in use by others: {:.1} of {:.1} GiB are taken, and plans count on the rest; nvidia-smi \
+             names the processes",
+            device.name,
+            gib(device.others_bytes()),
+            gib(device.memory_bytes)
+        ));
+    }
+    if device.is_sliced {
+        notes.push(format!(
+            "device {index} (`{}`) is in MIG mode: a process sees one slice of it, of {:.1} GiB, and slices cannot be connected by \
+             NCCL: give each run one slice (CUDA_VISIBLE_DEVICES=MIG-...), or turn MIG off",
+            device.name,
+            gib(device.memory_bytes)
+        ));
+    }
+    notes
 }
 
 fn read_devices(nvml: &Nvml) -> Result<Vec<DeviceFacts>, DiscoverError> {
@@ -114,9 +153,15 @@ fn read_devices(nvml: &Nvml) -> Result<Vec<DeviceFacts>, DiscoverError> {
         let of = |what: &str| failed(format!("device {index}: {what}"));
         let device = nvml.device_by_index(index).map_err(of("opening it"))?;
         let is_up = |link: &u32| device.link_wrapper_for(*link).is_active().unwrap_or(false);
+        let is_sliced = device.mig_mode().is_ok_and(|mode| mode.current != 0);
+        let slice = is_sliced.then(|| device.mig_device_by_index(0).and_then(|slice| slice.memory_info()));
+        let whole = device.memory_info();
+        let memory = slice.and_then(Result::ok).map_or(whole, Ok).map_err(of("its memory"))?;
         Ok(DeviceFacts {
             name: device.name().map_err(of("its name"))?,
-            memory_bytes: device.memory_info().map_err(of("its memory"))?.total,
+            memory_bytes: memory.total,
+            taken_bytes: memory.used,
+            is_sliced,
             nvlinks: (0..MAX_NVLINKS).filter(is_up).count() as u32,
         })
     };
