@@ -554,3 +554,22 @@ fn inside_memory_comes_and_goes_on_the_tensors_own_gpu() {
     let _ = tensor.shallow_clone().fill_(2.0);
     assert_eq!(tensor.sum(Kind::Double).double_value(&[]), f64::from(1 << 21));
 }
+
+#[test]
+fn gpu_check_passes_every_step_and_shows_no_speed() {
+    if !is_ready() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let mut command = on_gpus(1, &program("gpu-check"));
+    command.args(["--tiny", "--out"]).arg(workplace.path("found"));
+    let said = finish(command, "gpu-check");
+    assert!(said.contains("on a stand-in: no GPU, and no speeds"), "{said}");
+    let json = fs::read_to_string(workplace.path("found/gpu-check.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let steps = report["steps"].as_array().unwrap();
+    assert!(steps.iter().all(|step| step["verdict"] == "passed"), "{said}");
+    let findings = steps.iter().flat_map(|step| step["found"].as_array().unwrap());
+    let mut speeds = findings.filter(|finding| finding["bound"] == "measured");
+    assert!(speeds.all(|speed| speed["value"].is_null()) && json.contains("\"stand_in\": true"));
+}

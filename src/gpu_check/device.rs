@@ -40,13 +40,12 @@ pub fn find(place: &Place) -> Result<Findings, Failure> {
     Ok(findings)
 }
 
-/// The lines of libtorch's description that speak of CUDA.
+/// The parts of libtorch's description that speak of CUDA.
 fn build_lines(text: &str) -> Vec<String> {
-    let speaks = |line: &&str| {
-        ["CUDA Runtime", "CuDNN", "NVCC", "stand-in", "PyTorch built"].iter().any(|word| line.contains(word))
-    };
-    let lines = text.lines().filter(speaks).map(|line| line.trim().trim_start_matches("- "));
-    lines.map(|line| line.chars().take(160).collect()).collect()
+    let speaks = |part: &&str| ["CUDA Runtime", "CuDNN", "stand-in"].iter().any(|word| part.contains(word));
+    let parts = text.lines().flat_map(|line| line.split(" - ")).map(str::trim).filter(speaks);
+    let built = text.split([',', ' ']).filter(|word| word.starts_with("CUDA_VERSION="));
+    parts.chain(built).map(|part| part.chars().take(160).collect()).collect()
 }
 
 fn sum_on(device: Device) -> Result<f64, Failure> {

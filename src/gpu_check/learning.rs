@@ -103,6 +103,7 @@ pub fn deterministic(place: &Place) -> Result<Findings, Failure> {
     let sets = [
         "placement.device=\"cuda\"".to_owned(),
         "train.deterministic=true".into(),
+        format!("train.dtype=\"{}\"", dtype(place)),
         format!("train.steps={steps}"),
         format!("rollout.batch_size={rows}"),
         format!("ppo.mini_batch_size={}", rows / 2),
@@ -132,6 +133,11 @@ pub fn deterministic(place: &Place) -> Result<Findings, Failure> {
     Ok(findings)
 }
 
+/// What a run computes in: CPUs under a stand-in may have no units for bfloat16.
+fn dtype(place: &Place) -> &'static str {
+    place.size("auto", "float32")
+}
+
 /// The metrics that do not tell of time or memory, as they are written.
 fn without_clocks(run: &Path) -> Result<Vec<u8>, Failure> {
     let mut steps = place::metrics(run)?;
@@ -150,7 +156,7 @@ pub fn ppo_step(place: &Place) -> Result<Findings, Failure> {
     write_model(&model, shape, device)?;
     let recipe = folder.join("ppo-step.toml");
     let (rows, new) = (place.size(64, 8), place.size(128, 12));
-    std::fs::write(&recipe, recipe_of(rows, new, &recipes("quickstart/prompts-train.jsonl")?))
+    std::fs::write(&recipe, recipe_of((rows, new), dtype(place), &recipes("quickstart/prompts-train.jsonl")?))
         .map_err(|error| failed(&recipe, error))?;
     place.ppo(&recipe, &[], &folder.join("run"))?;
     let steps = place::metrics(&folder.join("run"))?;
@@ -175,13 +181,13 @@ pub fn ppo_step(place: &Place) -> Result<Findings, Failure> {
     Ok(findings)
 }
 
-fn recipe_of(rows: usize, new: usize, prompts: &Path) -> String {
+fn recipe_of((rows, new): (usize, usize), dtype: &str, prompts: &Path) -> String {
     let prompts = std::path::absolute(prompts).unwrap_or_else(|_| prompts.into());
     format!(
         "name = \"ppo-step\"\nseed = 1\n[actor]\nmodel = \"model\"\n[critic]\nmodel = \"model\"\n\
          [reward]\nrule = \"length\"\ntarget_tokens = {new}\n\
          [data]\nprompts = {prompts:?}\nmax_prompt_tokens = 32\n[rollout]\nbatch_size = {rows}\nmax_new_tokens = {new}\n\
-         [ppo]\nmini_batch_size = {}\n[train]\nsteps = 2\ntokens_per_micro_batch = 8192\n\
+         [ppo]\nmini_batch_size = {}\n[train]\nsteps = 2\ndtype = \"{dtype}\"\ntokens_per_micro_batch = 8192\n\
          [generation]\nmax_sequences = {rows}\n[placement]\ndevice = \"cuda\"\n[checkpoint]\nevery_steps = \"off\"\n",
         rows / 2
     )

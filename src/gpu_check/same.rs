@@ -69,7 +69,7 @@ fn compare(place: &Place, what: &str, usual: Layout, other: Layout) -> Result<Fi
         differences.fold((0.0, None), |worst, (off, name)| if off > worst.0 { (off, Some(name)) } else { worst });
     findings.holds("as many numbers", found.len(), &expected.len().to_string(), found.len() == expected.len());
     let learned = expected.iter().any(|(name, value)| name.starts_with(GRAD_NORM) && *value > 0.0);
-    findings.holds("the actor learned", learned, "gradients above 0", learned);
+    findings.holds("the actor's gradients", if learned { "above 0" } else { "all 0" }, "above 0", learned);
     findings.at_most(format!("{what}: largest difference of any metric"), worst, BOUND, "");
     findings.tell("found in", name.map_or("no metric", String::as_str), "");
     Ok(findings)
