@@ -11,6 +11,9 @@ const SIDES: [i64; 4] = [1024, 2048, 4096, 8192];
 /// A device that takes so long for one product is full.
 const LONG: Duration = Duration::from_millis(2);
 
+/// After so long for one side no more tries.
+const ENOUGH: Duration = Duration::from_millis(200);
+
 /// Of a GPU's free memory, what the matrices may take.
 const SHARE: usize = 16;
 
@@ -41,8 +44,11 @@ fn best_rate(kind: Kind, device: Device) -> Result<f64, tch::TchError> {
 fn fastest_product(side: i64, place: (Kind, Device)) -> Result<Duration, tch::TchError> {
     let matrix = Tensor::f_ones([side, side], place)?;
     let product = Tensor::f_empty([side, side], place)?;
-    let mut fastest = Duration::MAX;
-    for _ in 0..5 {
+    let (mut fastest, started) = (Duration::MAX, Instant::now());
+    for tries in 0..5 {
+        if tries > 0 && started.elapsed() > ENOUGH {
+            break;
+        }
         let begun = Instant::now();
         let _ = matrix.f_matmul_out(&product, &matrix)?;
         let _ = product.f_double_value(&[0, 0])?; // waits for the device

@@ -79,7 +79,9 @@ fn why_no_device() -> String {
     if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES")
         && !starts_with_a_device(&list)
     {
-        return format!("CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)");
+        return format!(
+            "CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)"
+        );
     }
     match (driver_serves(), libtorch_needs()) {
         (Some(serves), Some(needs)) if serves.0 < needs.0 => format!(
@@ -88,7 +90,9 @@ fn why_no_device() -> String {
             serves.0, serves.1, needs.0, needs.1, serves.0
         ),
         _ => match std::env::var("CUDA_VISIBLE_DEVICES") {
-            Ok(list) => format!("CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs"),
+            Ok(list) => format!(
+                "CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs"
+            ),
             Err(_) => "the NVIDIA driver loads and has no GPU that works: nvidia-smi says more".into(),
         },
     }

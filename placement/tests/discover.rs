@@ -32,7 +32,10 @@ fn what_others_hold_is_not_planned_with_and_slices_are_told() {
     let (cluster, notes) = found(devices.clone());
     let memory: Vec<u64> = cluster.kinds.iter().map(|kind| kind.memory_bytes).collect();
     assert_eq!(memory, [81559 << 20, (81559 << 20) - (40 << 30)]);
-    assert!(matches!(&notes[..], [note] if note.starts_with("device 1") && note.contains("40.0 of 79.6 GiB")), "{notes:?}");
+    assert!(
+        matches!(&notes[..], [note] if note.starts_with("device 1") && note.contains("40.0 of 79.6 GiB")),
+        "{notes:?}"
+    );
     devices[1] = DeviceFacts { taken_bytes: 0, is_sliced: true, ..devices[0].clone() };
     let (_, notes) = found(devices);
     assert!(matches!(&notes[..], [note] if note.contains("MIG mode")), "{notes:?}");
