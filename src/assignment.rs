@@ -7,6 +7,7 @@ use echelon_algorithms::update::{ActorConfig, CriticConfig};
 use echelon_core::Error;
 use echelon_core::determinism;
 use echelon_core::message::{Body, Message};
+use echelon_core::process_group::nccl_version;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::shim;
@@ -198,6 +199,9 @@ impl HostPlan {
             determinism::enforce(pass.device)?;
         }
         shim::set_current_device(pass.device)?;
+        if pass.device.is_cuda() && seat.layout.num_workers > 1 {
+            nccl_version()?; // what is missing is noticed here, not in the first optimizer step
+        }
         let rate = pass.device.is_cuda().then(|| matmul_rate(kind, pass.device));
         let roles = match self {
             HostPlan::Ppo(plan) => plan.build(seat, tokenizer, interrupt, progress)?,

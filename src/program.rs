@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-use echelon_core::OutOfMemory;
+use echelon_core::Error;
 use echelon_core::progress::Interrupt;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
@@ -157,17 +157,19 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     unsafe { libc::_exit(i32::from(code)) }
 }
 
-/// libtorch's errors come as panics with C++ backtraces, line ends written out: their first line says what happened. That a
-/// device has no room is no fault of ours, and whoever asked for the work is told.
+/// libtorch's errors come as panics with C++ backtraces, line ends written out: their first line says what happened. Of what is no
+/// fault of ours, such as a device without room, whoever asked for the work is told.
 fn tell_panics_in_a_line() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let payload = panic.payload();
         let text =
             payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
-        match text.and_then(|text| Some((text, text.split_once("\\nException raised from ")?.0))) {
-            Some((text, _)) if OutOfMemory::read(text).is_some() => {}
-            Some((_, said)) => {
+        if text.is_some_and(|text| Error::of_torch(text).is_some()) {
+            return;
+        }
+        match text.and_then(|text| Some(text.split_once("\\n")?.0)) {
+            Some(said) => {
                 let place = panic.location().map(|at| format!(" at {}:{}", at.file(), at.line())).unwrap_or_default();
                 eprintln!("panic{place}: {said}");
             }

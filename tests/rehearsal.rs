@@ -9,7 +9,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use common::{SUPERVISED, Workplace, children, examples, exists, num_lines, quickstart, said, series, signal};
+use common::{
+    SUPERVISED, Workplace, assert_same, children, examples, exists, num_lines, quickstart, said, series, signal,
+};
 use common::{wait_for, worst};
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use tch::{Device, Kind, Tensor};
@@ -360,6 +362,24 @@ fn a_gpu_too_small_for_all_at_once_is_used_in_turns() {
     assert!(off.iter().all(|&error| error < 0.2), "{off:?}");
 }
 
+/// Context, cuBLAS's workspaces and NCCL's buffers are on the card too, and told.
+#[test]
+fn what_the_runtime_takes_of_a_gpu_is_told() {
+    if !is_ready() {
+        return;
+    }
+    const CONTEXT: u64 = 300 << 20;
+    const NCCL: u64 = 50 << 20;
+    let workplace = beside_the_cpu(&[]);
+    let mut command = ppo(&workplace, "run", 2, &["placement.workers=2", "train.zero_stage=1"]);
+    command.env("REHEARSAL_CONTEXT", CONTEXT.to_string()).env("REHEARSAL_NCCL_MEMORY", NCCL.to_string());
+    command.env("REHEARSAL_WORKSPACE", (8u64 << 20).to_string()).env("REHEARSAL_NCCL_IN_PROGRESS", "1");
+    finish(command, "run");
+    assert_as_on_the_cpu(&workplace, "run");
+    let told = series(&workplace.path("run"), "perf/memory_runtime_bytes");
+    assert!(told.iter().all(|&bytes| bytes == (CONTEXT + NCCL) as f64), "{told:?}");
+}
+
 /// Memory in which the small run's roles do not fit all at once, beside what the planner keeps free for the runtime.
 const TURNS_BYTES: u64 = 1705 << 20;
 
@@ -452,6 +472,98 @@ fn a_gpu_without_room_says_who_holds_it_and_what_to_change() {
         assert!(line.contains(part), "{part}: {line}");
     }
     assert!(!text.contains("\\n") && !text.contains("frame #") && !text.contains("panicked"), "one line: {text}");
+}
+
+/// What a node may lack or be otherwise: name, settings, GPUs, further keys, exit code, and words of the one line that says so.
+const NODES: [(&str, &[(&str, &str)], &[&str], i32, &[&str]); 8] = [
+    ("no driver", &[("REHEARSAL_MISSING", "libcuda.so.1")], &[], 2, &["no NVIDIA driver that loads", "install one"]),
+    ("old driver", &[("REHEARSAL_DRIVER", "12040")], &[], 2, &["driver serves CUDA 12.4", "needs 13.0", "update"]),
+    ("no CUDA", &[("REHEARSAL_MISSING", "libtorch_cuda.so")], &[], 2, &["built without CUDA", "ECHELON_CUDA=yes"]),
+    ("hidden", &[("CUDA_VISIBLE_DEVICES", "")], &[], 2, &["CUDA_VISIBLE_DEVICES is ``", "hides every GPU", "unset it"]),
+    ("unknown", &[("CUDA_VISIBLE_DEVICES", "GPU-77")], &[], 2, &["is `GPU-77`", "nvidia-smi -L"]),
+    (
+        "no NCCL",
+        &[("REHEARSAL_MISSING", "libnccl.so.2")],
+        &["placement.workers=2"],
+        2,
+        &["need NCCL 2.14 or newer", "libnccl.so.2", "install it"],
+    ),
+    (
+        "in use",
+        &[("REHEARSAL_FOREIGN_BYTES", "2040109466")],
+        &["placement.workers=2"],
+        2,
+        &["is in use by others: 1.9 of 2.0 GiB", "nvidia-smi names"],
+    ),
+    (
+        "lost",
+        &[("REHEARSAL_FAIL_AFTER", "4000")],
+        &["train.steps=6"],
+        3,
+        &["its GPU does not work any more: CUDA error", "nvidia-smi"],
+    ),
+];
+
+#[test]
+fn a_node_that_cannot_is_told_in_a_sentence() {
+    if !is_ready() {
+        return;
+    }
+    let workplace = Workplace::new();
+    for (name, settings, keys, code, words) in NODES {
+        let mut command = ppo(&workplace, name, 2, keys);
+        let output = command.envs(settings.iter().copied()).output().unwrap();
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(code), "{name}: {text}");
+        let tells = |line: &str| words.iter().all(|word| line.contains(word));
+        assert!(text.lines().any(tells), "{name}: {text}");
+        assert!(!text.contains("panic") && !text.contains("\\n"), "{name}: {text}");
+    }
+}
+
+/// One GPU by its identifier; a slice of one.
+#[test]
+fn a_gpu_named_by_its_identifier_and_a_slice_are_used() {
+    if !is_ready() {
+        return;
+    }
+    let workplace = beside_the_cpu(&[]);
+    let by_uuid = [("CUDA_VISIBLE_DEVICES", "GPU-5a1e0000-0000-4000-8000-000000000001")];
+    let sliced = [("REHEARSAL_MIG", "1")];
+    for (name, settings) in [("uuid", by_uuid), ("slice", sliced)] {
+        let mut command = ppo(&workplace, name, 2, &[]);
+        command.envs(settings);
+        let text = finish(command, name);
+        assert_as_on_the_cpu(&workplace, name);
+        assert_eq!(text.contains("MIG mode"), name == "slice", "{text}");
+    }
+}
+
+/// Two runs give the same bits; what has no deterministic form is named.
+#[test]
+fn a_deterministic_run_says_so_and_gives_the_same_bits() {
+    if !is_ready() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let keys = ["placement.workers=2", "train.zero_stage=2", "train.deterministic=true", "checkpoint.every_steps=2"];
+    let texts = ["once", "again"].map(|run| finish(ppo(&workplace, run, 2, &keys), run));
+    assert!(texts[0].contains(", deterministic"), "{}", texts[0]);
+    assert_same(&workplace.path("again"), &workplace.path("once"), "deterministic");
+    let state = fs::read_to_string(workplace.path("once/checkpoints/step-2/state.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    assert_eq!((&state["deterministic"], &state["device"]), (&true.into(), &"Cuda(0) (H200)".into()));
+    inside("inside_what_has_no_deterministic_form_is_named");
+}
+
+#[test]
+#[ignore = "runs inside a rehearsal"]
+fn inside_what_has_no_deterministic_form_is_named() {
+    let device = echelon_core::device::choose(echelon_core::device::DeviceChoice::Cuda).unwrap().device;
+    echelon_core::determinism::enforce(device).unwrap();
+    let numbers = Tensor::arange(9, (Kind::Float, device));
+    let error = echelon_core::Error::from(numbers.f_median_dim(0, false).unwrap_err()).to_string();
+    assert!(error.starts_with("train.deterministic = true: libtorch has no deterministic form of median"), "{error}");
 }
 
 // --- What a process does with NCCL: run inside a rehearsal by the tests of the same names ------------------------------

@@ -68,6 +68,9 @@ fn open_cuda() -> Result<(), String> {
             libtorch_folder().parent().unwrap_or(&library).display()
         ));
     }
+    if let Some(why) = too_old() {
+        return Err(why); // before libtorch says so in its own way
+    }
     open(library).map_err(|error| {
         format!("a part of PyTorch's CUDA libraries is missing ({error}): install them, as pip install torch does")
     })?;
@@ -83,19 +86,24 @@ fn why_no_device() -> String {
             "CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)"
         );
     }
-    match (driver_serves(), libtorch_needs()) {
-        (Some(serves), Some(needs)) if serves.0 < needs.0 => format!(
-            "the NVIDIA driver serves CUDA {}.{}, and this PyTorch needs {}.{}: update the driver, or let LIBTORCH name a PyTorch \
-             made for CUDA {}",
-            serves.0, serves.1, needs.0, needs.1, serves.0
-        ),
-        _ => match std::env::var("CUDA_VISIBLE_DEVICES") {
-            Ok(list) => format!(
-                "CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs"
-            ),
-            Err(_) => "the NVIDIA driver loads and has no GPU that works: nvidia-smi says more".into(),
-        },
+    match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(list) => {
+            format!("CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs")
+        }
+        Err(_) => "the NVIDIA driver loads and has no GPU that works: nvidia-smi says more".into(),
     }
+}
+
+/// That the driver is too old for this libtorch, where it is.
+fn too_old() -> Option<String> {
+    let (serves, needs) = (driver_serves()?, libtorch_needs()?);
+    (serves.0 < needs.0).then(|| {
+        format!(
+            "the NVIDIA driver serves CUDA {}.{}, and this PyTorch needs {}.{}: update the driver, or let LIBTORCH name a \
+             PyTorch made for CUDA {}",
+            serves.0, serves.1, needs.0, needs.1, serves.0
+        )
+    })
 }
 
 /// Whether the list's first entry means a device: it ends at the first that means none.

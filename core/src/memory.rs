@@ -149,6 +149,8 @@ pub struct MemoryReport {
     pub kept: u64,
     /// Page-locked host memory.
     pub pinned: u64,
+    /// Bytes of a GPU that are taken beside its allocator: context, NCCL, other processes.
+    pub runtime: u64,
 }
 
 /// Meters the verbs of one device, on its thread.
@@ -207,7 +209,13 @@ impl Meter {
             mapped: shim::mapped_bytes() as u64,
             kept: shim::kept_bytes(self.device) as u64,
             pinned: shim::pinned_bytes() as u64,
+            runtime: self.runtime_bytes(),
         }
+    }
+
+    fn runtime_bytes(&self) -> u64 {
+        let Some((free, total)) = shim::free_and_total_bytes(self.device) else { return 0 };
+        (total - free).saturating_sub(shim::live_bytes(self.device) + shim::kept_bytes(self.device)) as u64
     }
 
     fn note_peak(&mut self) {

@@ -288,7 +288,7 @@ impl Known {
         DeviceKind {
             name: self.name.into(),
             memory_bytes: (self.memory_gib * GIB) as u64,
-            reserved_bytes: (1.5 * GIB) as u64,
+            reserved_bytes: crate::ledger::runtime_bytes(),
             bf16_flops_per_s: self.bf16_tflops * 1e12,
             f32_flops_per_s: self.f32_tflops * 1e12,
             memory_bytes_per_s: self.memory_gb_per_s * 1e9,

@@ -25,6 +25,7 @@
 pub mod compare;
 mod generation;
 mod pass;
+mod runtime;
 mod workload;
 
 use std::borrow::Cow;
@@ -34,6 +35,7 @@ use echelon_core::role::Role;
 use serde::{Deserialize, Serialize};
 
 pub use echelon_core::memory::Phase;
+pub use runtime::{RUNTIME, runtime_bytes};
 pub use workload::{ComputeDtype, ModelSizes, Workload};
 
 use crate::tier::role_name;

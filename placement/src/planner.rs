@@ -99,6 +99,8 @@ pub struct Plan {
     pub cluster: String,
     /// Of a node, in words; what was assumed is said.
     pub host_memory: String,
+    /// What is kept of each GPU for what is no tensor, in words; none without GPUs.
+    pub kept: Option<String>,
     pub tier: Tier,
     /// Why this tier.
     pub tier_reason: String,

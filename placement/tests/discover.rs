@@ -37,7 +37,9 @@ fn what_others_hold_is_not_planned_with_and_slices_are_told() {
         "{notes:?}"
     );
     devices[1] = DeviceFacts { taken_bytes: 0, is_sliced: true, ..devices[0].clone() };
-    let (_, notes) = found(devices);
+    devices.swap(0, 1);
+    let (cluster, notes) = found(devices);
+    assert_eq!(cluster.num_devices(), 1, "a process sees one slice");
     assert!(matches!(&notes[..], [note] if note.contains("MIG mode")), "{notes:?}");
 }
 

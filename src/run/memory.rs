@@ -130,6 +130,7 @@ impl MemoryLedger {
             .set("perf/memory_mapped_bytes", most(|report| report.mapped))
             .set("perf/memory_live_bytes", most(|report| report.live))
             .set("perf/memory_kept_bytes", most(|report| report.kept))
+            .set("perf/memory_runtime_bytes", most(|report| report.runtime))
             .set("perf/memory_pinned_bytes", most(|report| report.pinned));
         let comparisons: Vec<Comparison> = reports.iter().flat_map(|report| self.compare(&report.uses)).collect();
         let mut worst: f64 = 0.0;

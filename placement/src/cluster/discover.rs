@@ -57,6 +57,10 @@ impl Cluster {
             Err(error @ (NvmlError::DriverNotLoaded | NvmlError::LibraryNotFound | NvmlError::NoPermission)) => {
                 return Ok(Discovery::NoDevice { reason: format!("the NVIDIA driver does not run here: {error}") });
             }
+            Err(source @ NvmlError::LibRmVersionMismatch) => {
+                let reason = format!("{source}: it was updated; reboot, or reload its kernel modules");
+                return Err(DiscoverError { what: "starting NVML".into(), reason });
+            }
             Err(source) => return Err(DiscoverError { what: "starting NVML".into(), reason: source.to_string() }),
         };
         let facts = NodeFacts { devices: read_devices(&nvml)?, host_memory_bytes: echelon_core::store::total() };
@@ -81,7 +85,9 @@ impl Discovery {
         let mut notes = Vec::new();
         let mut node = Cluster { kinds: Vec::new(), nodes: Vec::new(), between_nodes: FAST };
         let (mut devices, mut within) = (Vec::new(), FAST);
-        for (index, device) in facts.devices.iter().enumerate() {
+        // Of sliced devices a process sees one slice, whatever there is beside it.
+        let seen = if facts.devices.iter().any(|device| device.is_sliced) { 1 } else { facts.devices.len() };
+        for (index, device) in facts.devices.iter().take(seen).enumerate() {
             notes.extend(notes_on(index, device));
             let (kind, links_gb) = known_or_guessed(device, index, &mut notes);
             // Without NVLink devices of a node reach each other through the host.

@@ -10,7 +10,7 @@ use super::{
     StepSeconds,
 };
 use crate::cluster::{ASSUMED_HOST_BYTES, Cluster};
-use crate::ledger::Phase;
+use crate::ledger::{Phase, RUNTIME};
 use crate::tier::{RoleSet, Tier};
 
 /// The plan of an answer that has a best structure, and the smaller tier in which a step would be faster.
@@ -23,6 +23,7 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
     Plan {
         cluster: question.cluster.describe(),
         host_memory: host_memory(question.cluster),
+        kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
         tier: answer.tier,
         tier_reason: answer.tier_reason.clone(),
         actor_params: answer.problem.models[Role::Actor as usize].map_or(0, |model| model.params),
@@ -53,6 +54,15 @@ pub(super) fn host_memory(cluster: &Cluster) -> String {
         bytes => super::render::bytes(bytes),
     };
     amounts.iter().map(shown).collect::<Vec<_>>().join("; ")
+}
+
+/// What is kept of each GPU for what is no tensor. None without GPUs.
+pub(super) fn kept_of_each_gpu(cluster: &Cluster, fraction: f64) -> Option<String> {
+    cluster.has_accelerators().then(|| {
+        let part = |(name, bytes): (&str, u64)| format!("{name} {}", super::render::bytes(bytes));
+        let parts: Vec<String> = RUNTIME.into_iter().map(part).collect();
+        format!("{:.0} % for the allocator's reserve, and {}", 100.0 * (1.0 - fraction), parts.join(", "))
+    })
 }
 
 /// A group of the chosen structure with its devices.

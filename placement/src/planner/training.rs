@@ -8,8 +8,9 @@ use echelon_core::shape::ModelShape;
 use serde::{Deserialize, Serialize};
 
 use super::estimate::{GroupConfig, Held, Problem, Slice};
-use super::explain::host_memory;
+use super::explain::{host_memory, kept_of_each_gpu};
 use super::inventory::Inventory;
+use super::render::write_kept;
 use super::{Change, Constraints, PlanError, Question, Refusal, Reject, Shortfall, refusal, render};
 use crate::cluster::Cluster;
 use crate::ledger::{ComputeDtype, Entry, Phase, Place, Workload};
@@ -41,6 +42,8 @@ pub struct TrainingPlan {
     pub cluster: String,
     /// Of a node, in words; what was assumed is said.
     pub host_memory: String,
+    /// What is kept of each GPU for what is no tensor, in words; none without GPUs.
+    pub kept: Option<String>,
     pub params: u64,
     pub num_devices: usize,
     pub zero_stage: u8,
@@ -203,6 +206,7 @@ impl<'a> Search<'a> {
         TrainingPlan {
             cluster: question.cluster.describe(),
             host_memory: host_memory(question.cluster),
+            kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
             params: training.model.num_params() as u64,
             num_devices: self.slice.devices,
             zero_stage,
@@ -317,6 +321,7 @@ impl fmt::Display for TrainingPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}; the model has {} parameters", self.cluster, render::params(self.params))?;
         writeln!(f, "host memory of a node: {}", self.host_memory)?;
+        write_kept(f, self.kept.as_deref())?;
         writeln!(f, "\non each of {}, at most at once:", render::count(self.num_devices, "device"))?;
         let on_host = self.choices.iter().any(|choice| choice.host_bytes > 0);
         for choice in &self.choices {

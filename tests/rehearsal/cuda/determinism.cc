@@ -1,5 +1,5 @@
-// What CUDA refuses when deterministic algorithms are asked for. The names are those that libtorch_cuda.so 2.11 gives to
-// `alertNotDeterministic`, read from its machine code; that of `put_` is in libtorch_cpu.so. Notable: 2.11's cumsum,
+// What CUDA refuses when deterministic algorithms are asked for. The names are those that libtorch_cuda.so 2.11 gives to, most
+// of them as its machine code does, to `alertNotDeterministic`; that of `put_` is in libtorch_cpu.so. Notable: 2.11's cumsum,
 // index_add and scatter_add have deterministic forms, and matrix products no longer ask for CUBLAS_WORKSPACE_CONFIG.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
