@@ -163,8 +163,10 @@ const PAIRS: [(&str, usize, &[&str]); 9] = [
     ),
 ];
 
+type Check = fn(&Runs);
+
 /// What must be so of all of [`PAIRS`], each for itself.
-const CHECKS: [(&str, fn(&Runs)); 6] = [
+const CHECKS: [(&str, Check); 6] = [
     ("numbers are the CPU's", numbers_are_the_cpus),
     ("no driver of workers touches a GPU, and nothing but the roles takes much there", roles_alone_take_memory),
     ("the ledger is right on every rank", the_ledger_is_right),
@@ -187,7 +189,7 @@ fn ppo_learns_on_gpus_what_it_learns_on_the_cpu() {
     let workplace = beside_the_cpu(&[]);
     let said = PAIRS.map(|(name, gpus, keys)| finish(ppo(&workplace, name, gpus, keys), name)).to_vec();
     let runs = Runs { workplace, said };
-    let is_red = |check: &fn(&Runs)| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(&runs))).is_err();
+    let is_red = |check: &Check| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(&runs))).is_err();
     let red: Vec<&str> = CHECKS.iter().filter(|(_, check)| is_red(check)).map(|(name, _)| *name).collect();
     assert_eq!(red, [""; 0], "see the panics above");
 }
@@ -474,8 +476,13 @@ fn a_gpu_without_room_says_who_holds_it_and_what_to_change() {
     assert!(!text.contains("\\n") && !text.contains("frame #") && !text.contains("panicked"), "one line: {text}");
 }
 
-/// What a node may lack or be otherwise: name, settings, GPUs, further keys, exit code, and words of the one line that says so.
-const NODES: [(&str, &[(&str, &str)], &[&str], i32, &[&str]); 8] = [
+/// Names and values of environment variables.
+type Settings = &'static [(&'static str, &'static str)];
+
+/// What a node may lack or be otherwise: name, settings, further keys, exit code, and words of the one line that says so.
+type Node = (&'static str, Settings, &'static [&'static str], i32, &'static [&'static str]);
+
+const NODES: [Node; 8] = [
     ("no driver", &[("REHEARSAL_MISSING", "libcuda.so.1")], &[], 2, &["no NVIDIA driver that loads", "install one"]),
     ("old driver", &[("REHEARSAL_DRIVER", "12040")], &[], 2, &["driver serves CUDA 12.4", "needs 13.0", "update"]),
     ("no CUDA", &[("REHEARSAL_MISSING", "libtorch_cuda.so")], &[], 2, &["built without CUDA", "ECHELON_CUDA=yes"]),

@@ -10,7 +10,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A device has no room for a tensor.
     #[error("{0}")]
-    OutOfMemory(OutOfMemory),
+    OutOfMemory(Box<OutOfMemory>),
     /// libtorch refused an operation (a shape that does not fit).
     #[error("{operation}: {source}")]
     Torch { operation: &'static str, source: tch::TchError },
@@ -59,7 +59,10 @@ impl Error {
         };
         let undetermined = || refused_operator(message).map(undetermined);
         let failed = || failed_device(message).map(Error::WorkerGone);
-        OutOfMemory::read(message).map(Error::OutOfMemory).or_else(undetermined).or_else(failed)
+        OutOfMemory::read(message)
+            .map(|found| Error::OutOfMemory(Box::new(found)))
+            .or_else(undetermined)
+            .or_else(failed)
     }
 
     /// The error that started it all, below the workers and contexts it climbed through.

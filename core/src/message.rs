@@ -232,7 +232,7 @@ pub fn error_to_text(error: &Error) -> String {
     let told = match error.root() {
         Error::Interrupted => Told::Interrupted,
         Error::WorkerGone(cause) => Told::Gone(cause.clone()),
-        Error::OutOfMemory(found) => Told::OutOfMemory(found.clone()),
+        Error::OutOfMemory(found) => Told::OutOfMemory((**found).clone()),
         _ => Told::Refused(error.to_string()),
     };
     serde_json::to_string(&told).expect("an enum of texts serialises")
@@ -243,7 +243,7 @@ pub fn error_from_text(text: &str) -> Error {
     match serde_json::from_str(text) {
         Ok(Told::Interrupted) => Error::Interrupted,
         Ok(Told::Gone(cause)) => Error::WorkerGone(cause),
-        Ok(Told::OutOfMemory(found)) => Error::OutOfMemory(found),
+        Ok(Told::OutOfMemory(found)) => Error::OutOfMemory(Box::new(found)),
         Ok(Told::Refused(message)) => Error::Refused(message),
         Err(_) => Error::Refused(text.into()),
     }

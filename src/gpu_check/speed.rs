@@ -332,7 +332,7 @@ pub fn launches(place: &Place) -> Result<Findings, Failure> {
         for (kind, what) in ["decoding step", "micro-batch"].iter().enumerate() {
             let layer = (seconds[1][kind] - seconds[0][kind]) / layers;
             findings.tell(format!("each layer of a {what}"), 1e6 * layer, "µs");
-            findings.tell(format!("the same in launches, about"), layer / one, "");
+            findings.tell("the same in launches, about", layer / one, "");
             let beside = seconds[0][kind] - layer * depths[0] as f64;
             findings.tell(format!("the rest of a {what}"), 1e6 * beside, "µs");
         }

@@ -127,7 +127,7 @@ fn in_digits(value: f64) -> String {
         return format!("{value:.0}");
     }
     match value.abs() {
-        size if size >= 1e6 || size < 1e-3 => format!("{value:.3e}"),
+        size if !(1e-3..1e6).contains(&size) => format!("{value:.3e}"),
         size if size >= 100.0 => format!("{value:.1}"),
         _ => format!("{value:.4}"),
     }
