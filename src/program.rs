@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -140,7 +141,7 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     // A file-size limit is then a failed write with a message, not a silent end.
     // SAFETY: ignoring a signal runs no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-    let done = if asks_for_version() { say_version() } else { work() };
+    let done = if asks_for_version() { say_version() } else { without_panics_of_libtorch(work) };
     let code = match done {
         Ok(()) => 0,
         Err(failure) => {
@@ -157,14 +158,24 @@ pub fn main(work: impl FnOnce() -> Result<(), Failure>) -> ! {
     unsafe { libc::_exit(i32::from(code)) }
 }
 
+/// What libtorch says by a panic and is no fault of ours is a failure like any other.
+fn without_panics_of_libtorch(work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
+    std::panic::catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let failure = text_of(panic.as_ref()).and_then(Error::of_torch).map(Failure::from);
+        Err(failure.unwrap_or_else(|| resume_unwind(panic)))
+    })
+}
+
+fn text_of(panic: &(dyn std::any::Any + Send)) -> Option<&str> {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+}
+
 /// libtorch's errors come as panics with C++ backtraces, line ends written out: their first line says what happened. Of what is no
 /// fault of ours, such as a device without room, whoever asked for the work is told.
 fn tell_panics_in_a_line() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        let payload = panic.payload();
-        let text =
-            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let text = text_of(panic.payload());
         if text.is_some_and(|text| Error::of_torch(text).is_some()) {
             return;
         }

@@ -356,7 +356,8 @@ fn a_gpu_too_small_for_all_at_once_is_used_in_turns() {
     let mut command =
         ppo(&workplace, "turns", 2, &[&LONG[..], &["placement.workers=2", "train.zero_stage=0"]].concat());
     command.env("REHEARSAL_CAPACITY", TURNS_BYTES.to_string());
-    finish(command, "turns");
+    let text = finish(command, "turns");
+    assert!(!text.contains("pin_memory") && !text.contains("Warning"), "{text}");
     let plan = fs::read_to_string(workplace.path("turns/plan.txt")).unwrap();
     assert!(plan.contains("to host to generate"), "the plan of so small a GPU moves state: {plan}");
     assert_as_on_the_cpu(&workplace, "turns");
@@ -453,27 +454,61 @@ fn workers_below(driver: u32) -> Vec<u32> {
     children(driver).into_iter().filter(joins).collect()
 }
 
+/// A failed run's line on a GPU without room, which is all that it says of it.
+fn line_without_room(mut command: Command) -> String {
+    let output = command.env("REHEARSAL_CAPACITY", (48u64 << 20).to_string()).output().unwrap();
+    let text = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(!text.contains("\\n") && !text.contains("frame #") && !text.contains("panicked"), "one line: {text}");
+    text.lines().find(|line| line.contains("out of memory on GPU 0")).unwrap_or_else(|| panic!("{text}")).to_string()
+}
+
 #[test]
 fn a_gpu_without_room_says_who_holds_it_and_what_to_change() {
     if !is_ready() {
         return;
     }
     let workplace = Workplace::new();
-    let mut command = ppo(
+    let command = ppo(
         &workplace,
         "run",
         1,
         &["train.tokens_per_micro_batch=16192", "rollout.batch_size=64", "ppo.mini_batch_size=128"],
     );
-    command.env("REHEARSAL_CAPACITY", (48u64 << 20).to_string());
-    let output = command.output().unwrap();
-    let text = said(&output);
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    let line = text.lines().find(|line| line.contains("out of memory on GPU 0")).unwrap_or_else(|| panic!("{text}"));
-    for part in ["wanted", "free; by the memory ledger", "nearest change: "] {
-        assert!(line.contains(part), "{part}: {line}");
+    workplace.write("rows.jsonl", &examples("sft").repeat(8));
+    let recipe = SUPERVISED.replace("train.jsonl", "rows.jsonl").replace("batch_size = 4", "batch_size = 256");
+    let recipe = workplace.write("sft.toml", &recipe);
+    let mut alone = on_gpus(1, &program("sft"));
+    alone.arg(recipe).arg("--output-dir").arg(workplace.path("alone")).args(flags(&["placement.device=cuda"]));
+    for command in [command, alone] {
+        let line = line_without_room(command);
+        for part in ["wanted", "free; by the memory ledger", "nearest change: "] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
     }
-    assert!(!text.contains("\\n") && !text.contains("frame #") && !text.contains("panicked"), "one line: {text}");
+}
+
+/// Where no run is that the ledger knows: while a model is loaded, and while it works.
+#[test]
+fn models_without_room_say_so_in_a_line() {
+    if !is_ready() {
+        return;
+    }
+    let workplace = Workplace::new();
+    let model = quickstart().join("language-model");
+    let rows =
+        workplace.write("rows.jsonl", &"{\"text\": \"the food was good. \", \"prompt\": \"the food\"}\n".repeat(64));
+    for (name, option) in [("generate", "--prompts"), ("score", "--input")] {
+        for mib in [2u64, 6] {
+            let mut command = on_gpus(1, &program(name));
+            command.args(["--device", "cuda", "--dtype", "float32", "--model"]).arg(&model).arg(option).arg(&rows);
+            command.arg("--output").arg(workplace.path("out.jsonl")).env("REHEARSAL_CAPACITY", (mib << 20).to_string());
+            let text = said(&command.output().unwrap());
+            let lines: Vec<&str> = text.lines().filter(|line| line.contains("out of memory on GPU 0")).collect();
+            assert_eq!(lines.len(), 1, "{name} with {mib} MiB: {text}");
+            assert!(!text.contains("frame #") && !text.contains("\\n"), "{name} with {mib} MiB: {text}");
+        }
+    }
 }
 
 /// Names and values of environment variables.

@@ -76,7 +76,14 @@ impl Error {
 
 impl From<tch::TchError> for Error {
     fn from(source: tch::TchError) -> Error {
-        Error::of_torch(&source.to_string()).unwrap_or(Error::Torch { operation: "libtorch", source })
+        Error::of_torch(&source.to_string()).unwrap_or_else(|| {
+            let source = match source {
+                // What follows is a backtrace.
+                tch::TchError::Torch(text) => tch::TchError::Torch(text.lines().next().unwrap_or_default().into()),
+                source => source,
+            };
+            Error::Torch { operation: "libtorch", source }
+        })
     }
 }
 

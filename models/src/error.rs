@@ -35,6 +35,9 @@ pub enum ModelError {
 
 impl From<ModelError> for echelon_core::Error {
     fn from(error: ModelError) -> echelon_core::Error {
-        echelon_core::Error::other("model", error)
+        match error {
+            ModelError::Torch(source) => source.into(), // such as a device without room
+            error => echelon_core::Error::other("model", error),
+        }
     }
 }

@@ -109,8 +109,8 @@ impl MemoryLedger {
 
     /// An error that says that a device has no room, with what holds its memory and what to change; any other as it is.
     pub fn explained(&self, error: Error) -> Error {
-        let jobs: Vec<RoleJob> = ROLES.into_iter().filter_map(|role| self.job(role)).collect();
-        out_of_memory::explained(error, &jobs)
+        let held = self.layout.groups.iter().filter_map(|group| self.job(group.role));
+        out_of_memory::explained(error, &held.collect::<Vec<_>>())
     }
 
     /// The ledger beside what a rank was metered at, for what it worked on.
