@@ -341,7 +341,7 @@ impl Run {
         if name == "eval_before.json" && self.step > 0 {
             return Ok(Evaluation::read(&path)?);
         }
-        let evaluation = evaluator.run(&self.wired).await?;
+        let evaluation = evaluator.run(&self.wired).await.map_err(|error| self.memory.explained(error))?;
         self.watch.clear();
         let reward = format!("{:.3} ±{:.3}", evaluation.mean_reward, evaluation.std_reward);
         let when = if name == "eval_before.json" { "before" } else { "after" };

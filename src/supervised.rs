@@ -394,9 +394,14 @@ impl<L: Lesson> Run<'_, L> {
     }
 
     async fn evaluate(&self) -> echelon_core::Result<Metrics> {
-        let numbers = self.learner.assess(&self.held_out).await?;
+        let numbers = self.learner.assess(&self.held_out).await.map_err(|error| self.explained(error))?;
         self.watch.clear();
         Ok(L::evaluated(&self.held_out, &numbers))
+    }
+
+    /// An error with what holds the memory of a device that has no room.
+    fn explained(&self, error: Error) -> Error {
+        self.memory.iter().fold(error, |error, ledger| ledger.explained(error))
     }
 
     async fn one_step(&mut self) -> Result<(), Failure> {
@@ -410,10 +415,7 @@ impl<L: Lesson> Run<'_, L> {
         let (tokens, num_learned) = (rows.lengths.iter().sum::<i64>(), L::num_learned(&rows));
         let lr = self.lr * self.schedule.factor(self.step as usize);
         let request = Learn { rows, rows_per_example: L::ROWS_PER_EXAMPLE, num_learned, lr };
-        let learned = self.learner.learn(request).await.map_err(|error| match &self.memory {
-            Some(ledger) => ledger.explained(error),
-            None => error,
-        })?;
+        let learned = self.learner.learn(request).await.map_err(|error| self.explained(error))?;
         let mut metrics = L::learned(&learned);
         self.watch.clear();
         let seconds = begun.elapsed().as_secs_f64();
