@@ -233,7 +233,8 @@ impl PpoPlan {
             Some(group) => {
                 let sharding = seat.sharding(group);
                 let training = (self.actor_optimizer, &sharding);
-                let policy = trainable_policy(Role::Actor, &folders.actor, None, held, training, temperature)?;
+                let policy = trainable_policy(Role::Actor, &folders.actor, None, held, training, temperature)
+                    .map_err(|error| Error::other("loading the actor", error))?;
                 Some(LearningActor { policy, config: self.actor, folder: folders.actor.clone() })
             }
         };

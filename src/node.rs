@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use echelon_core::{Error, Result};
+use echelon_core::{Error, Result, device};
 use echelon_placement::cluster::{Cluster, Discovery};
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::task::{Demand, Functions, NodeConfig, Reservation, TaskError, Tasks, TasksConfig};
@@ -54,8 +54,13 @@ pub fn gpus() -> Option<&'static Cluster> {
     GPUS.as_ref()
 }
 
+/// As CUDA counts them where this process has loaded it: it knows what the list of visible ones means, and is there where NVML
+/// is not.
 pub fn num_gpus() -> usize {
-    gpus().map_or(0, Cluster::num_devices)
+    match device::num_visible() {
+        0 => gpus().map_or(0, Cluster::num_devices),
+        visible => visible,
+    }
 }
 
 /// Devices in a list such as `0,3` or of identifiers; it ends at the first that means none.

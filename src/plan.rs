@@ -207,8 +207,9 @@ fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
 /// Like nodes with GPUs. Hardware that is here is known better than by a name.
 fn gpus(devices: &Devices) -> Result<Cluster, Failure> {
     let in_use = devices.workers.fixed().map(|workers| workers.div_ceil(devices.nodes));
-    let per_node = in_use.or(devices.gpus_per_node.fixed()).unwrap_or(USUAL_GPUS_PER_NODE);
     let here = node::gpus().filter(|_| devices.gpu.is_none());
+    let counted = here.map_or(USUAL_GPUS_PER_NODE, Cluster::num_devices);
+    let per_node = in_use.or(devices.gpus_per_node.fixed()).unwrap_or(counted);
     if let Some(cluster) = here.and_then(|here| here.repeated(devices.nodes, per_node)) {
         return Ok(cluster);
     }

@@ -146,7 +146,7 @@ pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Resu
         tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
         activation_checkpointing: compute.activation_checkpointing,
     };
-    let deterministic = compute.deterministic.fixed().unwrap_or(chosen.device == Device::Cpu);
+    let deterministic = chosen.device == Device::Cpu || compute.deterministic.fixed().unwrap_or(false);
     Ok((Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic }, chosen.warning))
 }
 
@@ -359,6 +359,15 @@ pub fn num_workers(devices: &Devices, held: Held) -> Result<usize, Failure> {
         return Err(Failure::Input(format!(
             "{key}: the recipe is for {gpus} GPUs, and this machine has none that work: --plan resolves it, \
              and placement.workers = N with device = \"cpu\" runs it on N worker processes"
+        )));
+    }
+    let visible = device::num_visible();
+    if !on_cpu && devices.listen.is_none() && devices.num_nodes() == 1 && workers > visible {
+        let key = if devices.workers.fixed().is_some() { "placement.workers" } else { "placement.gpus_per_node" };
+        let list = std::env::var("CUDA_VISIBLE_DEVICES").map(|list| format!(" (CUDA_VISIBLE_DEVICES is `{list}`)"));
+        return Err(Failure::Input(format!(
+            "{key}: {workers} workers need a GPU each, and CUDA shows {visible}{}: set {key} = {visible}, or show more",
+            list.unwrap_or_default()
         )));
     }
     if devices.num_nodes() > 1 && devices.listen.is_none() {

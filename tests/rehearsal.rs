@@ -517,7 +517,15 @@ type Settings = &'static [(&'static str, &'static str)];
 /// What a node may lack or be otherwise: name, settings, further keys, exit code, and words of the one line that says so.
 type Node = (&'static str, Settings, &'static [&'static str], i32, &'static [&'static str]);
 
-const NODES: [Node; 8] = [
+const NODES: [Node; 10] = [
+    ("too many workers", &[], &["placement.workers=3"], 2, &["placement.workers: 3 workers", "CUDA shows 2", "= 2"]),
+    (
+        "a list with a stranger",
+        &[("CUDA_VISIBLE_DEVICES", "0,7")],
+        &["placement.workers=2"],
+        2,
+        &["CUDA shows 1 (CUDA_VISIBLE_DEVICES is `0,7`)"],
+    ),
     ("no driver", &[("REHEARSAL_MISSING", "libcuda.so.1")], &[], 2, &["no NVIDIA driver that loads", "install one"]),
     ("old driver", &[("REHEARSAL_DRIVER", "12040")], &[], 2, &["driver serves CUDA 12.4", "needs 13.0", "update"]),
     ("no CUDA", &[("REHEARSAL_MISSING", "libtorch_cuda.so")], &[], 2, &["built without CUDA", "ECHELON_CUDA=yes"]),
@@ -571,8 +579,8 @@ fn a_gpu_named_by_its_identifier_and_a_slice_are_used() {
     }
     let workplace = beside_the_cpu(&[]);
     let by_uuid = [("CUDA_VISIBLE_DEVICES", "GPU-5a1e0000-0000-4000-8000-000000000001")];
-    let sliced = [("REHEARSAL_MIG", "1")];
-    for (name, settings) in [("uuid", by_uuid), ("slice", sliced)] {
+    let (sliced, without_nvml) = ([("REHEARSAL_MIG", "1")], [("REHEARSAL_NVML", "missing")]);
+    for (name, settings) in [("uuid", by_uuid), ("slice", sliced), ("no NVML", without_nvml)] {
         let mut command = ppo(&workplace, name, 2, &[]);
         command.envs(settings);
         let text = finish(command, name);

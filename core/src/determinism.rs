@@ -9,8 +9,8 @@ use tch::Device;
 use crate::error::Result;
 use crate::shim;
 
-/// Read by cuBLAS when libtorch first multiplies on a thread; libtorch refuses to multiply without it. Also what it takes
-/// on a Hopper by itself.
+/// Read by libtorch when it first multiplies on a thread: a workspace of this size lets cuBLAS choose one algorithm always. Also
+/// what libtorch takes on a Hopper by itself.
 const CUBLAS_WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
 
 /// Read by NCCL when its library is opened.

@@ -1,6 +1,7 @@
 //! Which device a process computes on. CUDA is switched on at run time: opening `libtorch_cuda.so` registers its kernels.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tch::Device;
 
@@ -74,7 +75,18 @@ fn open_cuda() -> Result<(), String> {
     open(library).map_err(|error| {
         format!("a part of PyTorch's CUDA libraries is missing ({error}): install them, as pip install torch does")
     })?;
-    if tch::Cuda::is_available() { Ok(()) } else { Err(why_no_device()) }
+    if !tch::Cuda::is_available() {
+        return Err(why_no_device());
+    }
+    VISIBLE.store(tch::Cuda::device_count() as usize, Ordering::Relaxed);
+    Ok(())
+}
+
+static VISIBLE: AtomicUsize = AtomicUsize::new(0);
+
+/// GPUs that CUDA shows to this process; 0 before [`choose`] has loaded it.
+pub fn num_visible() -> usize {
+    VISIBLE.load(Ordering::Relaxed)
 }
 
 /// Why there is no device, though driver and libraries load.

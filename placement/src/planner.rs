@@ -101,6 +101,8 @@ pub struct Plan {
     pub host_memory: String,
     /// What is kept of each GPU for what is no tensor, in words; none without GPUs.
     pub kept: Option<String>,
+    /// Most host memory of a node that GPUs read and write, in words; no other process gets it.
+    pub page_locked: Option<String>,
     pub tier: Tier,
     /// Why this tier.
     pub tier_reason: String,

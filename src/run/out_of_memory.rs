@@ -5,6 +5,9 @@ use echelon_core::memory::Phase;
 use echelon_core::role::Role;
 use echelon_placement::ledger::{Entry, Place, RoleJob, Workload};
 
+/// What a change must save of a phase's bytes to be worth a try.
+const WORTH_IT: f64 = 0.05;
+
 /// Entries that are named; the rest is told as one number.
 const NAMED: usize = 4;
 
@@ -19,7 +22,7 @@ pub fn explained(error: Error, jobs: &[RoleJob]) -> Error {
             format!("nearest change: {change}")
         });
     Error::Refused(format!(
-        "{error}; by the memory ledger phase `{}` holds {}; {change}",
+        "{error}; by the memory ledger phase `{}` is to hold {}; {change}",
         phase.name(),
         held(role, phase, jobs)
     ))
@@ -103,7 +106,7 @@ fn nearest_change(role: Role, phase: Phase, jobs: &[RoleJob]) -> Option<String> 
     if jobs.iter().any(|job| job.ranks > 1) {
         changes.push(with("train.zero_stage = 3".into(), &|_| {}, &|job| job.zero_stage = 3));
     }
-    let saves = |change: &Change| change.bytes < now;
+    let saves = |change: &Change| (change.bytes as f64) < now as f64 * (1.0 - WORTH_IT);
     let best = changes.into_iter().find(saves)?;
     Some(format!("{} (then {} instead of {})", best.words, size(best.bytes), size(now)))
 }

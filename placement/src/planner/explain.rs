@@ -4,6 +4,7 @@ use echelon_core::role::Role;
 
 use super::estimate::{Cost, GroupConfig, Problem, Slice};
 use super::inventory::{Inventory, Pick};
+use super::render::COLUMNS;
 use super::search::{Found, Group, Seat};
 use super::{
     Alternative, Answer, DeviceRange, GroupPlan, GroupSeconds, PhaseBytes, Plan, Question, Reject, RolePlan,
@@ -20,7 +21,9 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
     let used: usize = groups.iter().map(|group| group.slice.devices).sum();
     let seconds = step_seconds(question, &groups);
     let overhead = seconds.overhead;
+    let group_plans: Vec<GroupPlan> = groups.iter().map(|group| group.plan(question, answer)).collect();
     Plan {
+        page_locked: page_locked(question.cluster, &group_plans),
         cluster: question.cluster.describe(),
         host_memory: host_memory(question.cluster),
         kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
@@ -28,7 +31,7 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
         tier_reason: answer.tier_reason.clone(),
         actor_params: answer.problem.models[Role::Actor as usize].map_or(0, |model| model.params),
         why: why(answer, &groups, &seconds, faster),
-        groups: groups.iter().map(|group| group.plan(question, answer)).collect(),
+        groups: group_plans,
         seconds,
         runner_up: answer.outcome.runner_up.as_ref().map(|found| Alternative {
             description: describe(&placed(&answer.problem, &answer.inventory, found)),
@@ -54,6 +57,26 @@ pub(super) fn host_memory(cluster: &Cluster) -> String {
         bytes => super::render::bytes(bytes),
     };
     amounts.iter().map(shown).collect::<Vec<_>>().join("; ")
+}
+
+/// Of the node and phase with most of it; None where there is none.
+fn page_locked(cluster: &Cluster, groups: &[GroupPlan]) -> Option<String> {
+    let of_device = |group: &GroupPlan, phase: Phase| {
+        let there = group.peaks.iter().find(|peak| peak.phase == phase && !group.shares_host_memory);
+        there.map_or(0, |peak| peak.host_bytes)
+    };
+    let on_node = |node: usize, phase: Phase| -> u64 {
+        let here = |device: &usize| cluster.locate(*device).is_some_and(|(its, _)| its == node);
+        let devices = |group: &GroupPlan| {
+            group.devices.iter().flat_map(|range| range.first..=range.last).filter(here).count() as u64
+        };
+        groups.iter().map(|group| devices(group) * of_device(group, phase)).sum()
+    };
+    let all = COLUMNS
+        .iter()
+        .flat_map(|(name, phase)| (0..cluster.nodes.len()).map(move |node| (on_node(node, *phase), name)));
+    let (most, name) = all.max_by_key(|(bytes, _)| *bytes)?;
+    (most > 0).then(|| format!("{} at most (phase: {name})", super::render::bytes(most)))
 }
 
 /// What is kept of each GPU for what is no tensor. None without GPUs.

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::estimate::{GroupConfig, Held, Problem, Slice, can_move};
-use super::explain::describe_choice;
+use super::explain::{describe_choice, kept_of_each_gpu};
 use super::inventory::Inventory;
 use super::search::Group;
 use super::{Answer, Constraints, PlanError, Question, Reject, render};
@@ -26,6 +26,8 @@ pub struct Refusal {
     /// The last tier tried; None where one model is trained alone.
     pub tier: Option<Tier>,
     pub shortfall: Shortfall,
+    /// What is kept of each GPU for what is no tensor, in words; none without GPUs.
+    pub kept: Option<String>,
     /// The nearest change that would fit; None when neither settings nor 128 times the nodes do.
     pub change: Option<Change>,
 }
@@ -66,6 +68,7 @@ pub(super) fn refuse(question: &Question, answer: &Answer) -> Result<Refusal, Pl
         cluster: question.cluster.describe(),
         tier: Some(answer.tier),
         shortfall: shortfall(question, answer),
+        kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
         change: nearest_change(question, answer)?,
     })
 }
@@ -344,11 +347,14 @@ impl fmt::Display for Refusal {
         write!(f, "no plan fits {}{tier}: ", self.cluster)?;
         self.shortfall.write(f, self.tier.is_none())?;
         writeln!(f)?;
+        if let (Shortfall::Memory { .. }, Some(kept)) = (&self.shortfall, &self.kept) {
+            writeln!(f, "kept of each GPU: {kept}")?;
+        }
         match &self.change {
             Some(change) => {
                 write!(f, "nearest change that fits: {} ({} a step)", change.change, render::seconds(change.seconds))
             }
-            None => f.write_str("no change of the settings would fit, nor up to 128 times the nodes or 100,000"),
+            None => f.write_str("no change of the settings would fit, nor 128 times the nodes (100,000 at most)"),
         }
     }
 }

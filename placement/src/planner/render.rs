@@ -60,7 +60,9 @@ impl fmt::Display for Plan {
         if self.idle_devices > 0 {
             writeln!(f, "\n{} devices without a role: {}", self.idle_devices, self.idle_reason)?;
         }
-        self.write_page_locked(f)?;
+        if let Some(most) = &self.page_locked {
+            writeln!(f, "\npage-locked host memory of a node: {most}")?;
+        }
         let s = &self.seconds;
         let phases = [
             ("generate", s.generate),
@@ -81,30 +83,12 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Plan {
-    /// Host memory that GPUs read and write, where there is any: no other process of the node gets it.
-    fn write_page_locked(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let of_group = |group: &GroupPlan, phase: Phase| {
-            let there = group.peaks.iter().find(|peak| peak.phase == phase && !group.shares_host_memory);
-            there.map_or(0, |peak| peak.host_bytes * group.num_devices.div_ceil(group.num_nodes.max(1)) as u64)
-        };
-        let of_phase = |phase: Phase| self.groups.iter().map(|group| of_group(group, phase)).sum::<u64>();
-        let most = COLUMNS.iter().map(|(name, phase)| (of_phase(*phase), name)).max_by_key(|(bytes, _)| *bytes);
-        match most {
-            Some((most, name)) if most > 0 => {
-                writeln!(f, "\npage-locked host memory of a node: {} at most (phase: {name})", bytes(most))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
 /// A plan's line on what is kept of each GPU.
 pub(super) fn write_kept(f: &mut fmt::Formatter<'_>, kept: Option<&str>) -> fmt::Result {
     kept.map_or(Ok(()), |kept| writeln!(f, "kept of each GPU: {kept}"))
 }
 
-const COLUMNS: [(&str, Phase); 5] = [
+pub(super) const COLUMNS: [(&str, Phase); 5] = [
     ("generate", Phase::Generate),
     ("score", Phase::Score),
     ("train actor", Phase::TrainActor),

@@ -132,6 +132,7 @@ pub fn plan_training(
         return Ok(search.plan(&question, training, best));
     }
     let refusal = Refusal {
+        kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
         cluster: cluster.describe(),
         tier: None,
         shortfall: search.shortfall(training),
