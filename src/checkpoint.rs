@@ -11,11 +11,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use echelon_algorithms::kl::KlController;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::StreamPosition;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::monitor::Metrics;
 use crate::program::Failure;
@@ -31,8 +31,9 @@ pub struct RunState {
     pub policy_version: u64,
     /// Where the prompts stand.
     pub data: StreamPosition,
-    /// Of a PPO run.
-    pub kl: Option<KlController>,
+    /// The algorithm's own, such as an adaptive KL coefficient.
+    #[serde(alias = "kl")]
+    pub algorithm: Value,
     /// libtorch's CPU threads: sums round by how work is split.
     pub num_threads: i32,
     /// How weights lay while a CPU decoded: products round by it. Of a PPO run.

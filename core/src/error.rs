@@ -16,7 +16,7 @@ pub enum Error {
     Torch { operation: &'static str, source: tch::TchError },
     /// A tensor does not have the shape its neighbours promise.
     #[error("{what}: expected shape {expected:?}, found {found:?}")]
-    Shape { what: &'static str, expected: Vec<i64>, found: Vec<i64> },
+    Shape { what: String, expected: Vec<i64>, found: Vec<i64> },
     /// A loss or gradient norm is NaN or infinite; the optimizer has not moved.
     #[error("{role}: {what} is {value} at optimizer step {optimizer_step}; the optimizer has not moved")]
     NonFinite { role: Role, what: &'static str, value: f64, optimizer_step: u64 },

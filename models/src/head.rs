@@ -1,7 +1,8 @@
 //! What reads the last hidden states: log-probs over a vocabulary in chunks, or one number per row.
 
+use echelon_core::loss::Output;
 use echelon_core::pack::PackedRows;
-use echelon_core::zero::{Head, ParamWithGrad, PolicyOutput, ScalarValues};
+use echelon_core::zero::{Head, ParamWithGrad, Told};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
@@ -230,18 +231,15 @@ impl Head for ScalarHead {
     }
 }
 
-impl PolicyOutput for LogprobOutput {
-    fn logprobs(&self) -> &Tensor {
-        &self.logprobs
-    }
-    fn entropy(&self) -> Option<&Tensor> {
-        self.entropy.as_ref()
+impl Told for LogprobOutput {
+    fn told(&self) -> Output<'_> {
+        Output::Logprobs { logprobs: &self.logprobs, entropy: self.entropy.as_ref() }
     }
 }
 
-impl ScalarValues for ScalarOutput {
-    fn values(&self) -> &Tensor {
-        &self.values
+impl Told for ScalarOutput {
+    fn told(&self) -> Output<'_> {
+        Output::Scalars(&self.values)
     }
 }
 
@@ -252,7 +250,7 @@ fn defined_or_zeros(leaf: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use echelon_core::rollout::Tokens;
+    use echelon_core::data::Rows;
     use tch::Device;
 
     use super::*;
@@ -274,7 +272,7 @@ mod tests {
         let (vocabulary, width) = (19, 8);
         let row =
             |length: i64| ((0..length).map(|t| (t * 7) % vocabulary).collect(), (0..length).map(|t| t > 1).collect());
-        let batch = PackedRows::new(&Tokens::from_rows(&[row(6), row(3), row(5)]), Device::Cpu);
+        let batch = PackedRows::new(&Rows::of_tokens(&[row(6), row(3), row(5)]), Device::Cpu);
         let rows = batch.targets.size()[0];
         let (hidden, weight) = (numbers(&[rows, width], 0.3), numbers(&[vocabulary, width], 0.7));
         let (of_logprobs, of_entropy) = (numbers(&[rows], 1.1), numbers(&[rows], 2.2));
@@ -290,7 +288,7 @@ mod tests {
                 let param = ParamWithGrad { weight: weight.copy(), grad: grad.shallow_clone() };
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
                 let output = head.forward(&hidden, &batch, true).unwrap();
-                let found = [output.logprobs(), output.entropy().unwrap()].map(|rows| batch.from_rows(rows));
+                let found = [&output.logprobs, output.entropy.as_ref().unwrap()].map(|rows| batch.from_rows(rows));
                 assert!(
                     largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12
                 );
