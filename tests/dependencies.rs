@@ -15,14 +15,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 ];
 
 /// Outside packages that one package alone may use, because it hides them from the others.
-const BELONGS_TO: &[(&str, &str)] = &[
-    ("toml", "."),
-    ("anyhow", "."),
-    ("ractor", "placement"),
-    ("tonic", "placement"),
-    ("rcgen", "placement"),
-    ("tokenizers", "models"),
-];
+const BELONGS_TO: &[(&str, &str)] =
+    &[("toml", "."), ("ractor", "placement"), ("tonic", "placement"), ("rcgen", "placement"), ("tokenizers", "models")];
 
 /// Packages that must work for any architecture.
 const WITHOUT_ARCHITECTURE: &[&str] = &["core", "tasks", "algorithms", "placement", "generation"];

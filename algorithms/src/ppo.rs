@@ -10,13 +10,13 @@
 
 use std::time::Instant;
 
+use echelon_core::Result;
 use echelon_core::experience::Experience;
 use echelon_core::progress::Interrupt;
 use echelon_core::random::{Domain, permutation};
 use echelon_core::role::Roles;
 use echelon_core::rollout::{FinishReason, Prompts, Rollout, SamplingConfig};
 use echelon_core::verb::{ActorReport, CriticReport};
-use echelon_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
@@ -71,7 +71,7 @@ pub struct Moment<'a> {
 ///
 /// # Errors
 /// Returns the first worker failure, with its role, rank and cause. Nothing is published then, and the weights on the
-/// ranks are unspecified unless it is [`Error::Interrupted`]: resume from the last checkpoint.
+/// ranks are unspecified unless it is [`echelon_core::Error::Interrupted`]: resume from the last checkpoint.
 // ANCHOR: step
 pub async fn step(ppo: &PpoConfig, roles: &Roles, prompts: Prompts, now: Moment<'_>) -> Result<StepReport> {
     // Rollout: the generators sample `samples_per_prompt` responses to every prompt.
@@ -253,12 +253,4 @@ impl StepReport {
 
 fn to_vec(tensor: &Tensor) -> Vec<f64> {
     Vec::try_from(tensor.to_kind(Kind::Double)).expect("a vector of numbers")
-}
-
-/// Refuses a rollout that nothing can be learned from.
-pub fn check_batch(rows: usize, mini_batch_size: usize) -> Result<()> {
-    if rows == 0 || !rows.is_multiple_of(mini_batch_size) {
-        return Err(Error::Refused(format!("{rows} responses do not divide into mini-batches of {mini_batch_size}")));
-    }
-    Ok(())
 }
