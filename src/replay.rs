@@ -9,6 +9,7 @@ use echelon_core::message::{decode, encode};
 use echelon_core::role::{Answer, Endpoint, GeneratorGroup, GeneratorRank, Role, WorkerGroup};
 use echelon_core::rollout::{Prompts, Rollout};
 use echelon_core::verb::{Generate, Publish};
+use echelon_core::whole_file::write_whole;
 use echelon_core::{Error, Result};
 
 use crate::program::Failure;
@@ -22,8 +23,7 @@ pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
     let file = file(folder, step);
     let failed = |error| Error::other(format!("rollout.record: {}", file.display()), error);
     std::fs::create_dir_all(folder).map_err(failed)?;
-    let unfinished = file.with_extension("unfinished");
-    std::fs::write(&unfinished, encode(rollout)).and_then(|()| std::fs::rename(&unfinished, &file)).map_err(failed)
+    write_whole(&file, encode(rollout)).map_err(failed)
 }
 
 /// Refuses, before anything starts, a folder for rollouts that has some already, and one to replay that is not of this
