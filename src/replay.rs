@@ -10,6 +10,7 @@ use echelon_core::data::{
 use echelon_core::message::{Body, Message, decode, encode};
 use echelon_core::rollout::{FinishReason, GenerationReport, Prompts};
 use echelon_core::verb::Generated;
+use echelon_core::whole_file::write_whole;
 use echelon_core::{Error, Result};
 use tch::Tensor;
 
@@ -36,8 +37,7 @@ pub fn record(folder: &Path, step: u64, rows: &Rows, report: &Report) -> Result<
     std::fs::create_dir_all(folder).map_err(failed)?;
     let rows = rows.only(&SAMPLED);
     let rollout = Generated { rows, report: report.shallow_clone() };
-    let unfinished = file.with_extension("unfinished");
-    std::fs::write(&unfinished, encode(&rollout)).and_then(|()| std::fs::rename(&unfinished, &file)).map_err(failed)
+    write_whole(&file, encode(&rollout)).map_err(failed)
 }
 
 /// Refuses, before anything starts, a folder for rollouts that has some already, and one to replay that is not of this

@@ -41,5 +41,6 @@ pub mod collective;
 mod error;
 pub mod shim;
 pub mod weight_layout;
+pub mod whole_file;
 
 pub use error::{Error, OutOfMemory, Result};

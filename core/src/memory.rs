@@ -37,6 +37,9 @@ impl Phase {
     }
 }
 
+/// Logits in one chunk of a log-prob head: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
+pub const CHUNK_LOGITS: u32 = 1 << 24;
+
 /// The largest micro-batch of a verb.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassLoad {

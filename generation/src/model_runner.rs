@@ -1,7 +1,7 @@
 //! Prompts and decoding steps through the model: the same layers as in training, attending to the KV cache.
 
 use echelon_core::Result;
-use echelon_core::weight_layout::WeightLayout;
+use echelon_core::weight_layout::{STEPS_THAT_PAY, WeightLayout};
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
 use echelon_models::layers::{Linear, packed_attention};
@@ -31,9 +31,6 @@ struct PackedModel {
     head: Linear,
     slots: i64,
 }
-
-/// Decoding steps that pay for laying the weights out.
-const STEPS_THAT_PAY: usize = 12;
 
 /// Whether `model` is laid out anew for `steps` decoding steps.
 pub(crate) fn packs(model: &Decoder, layout: WeightLayout, steps: usize) -> bool {

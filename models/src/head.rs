@@ -1,15 +1,13 @@
 //! What reads the last hidden states: log-probs over a vocabulary in chunks, or one number per row.
 
 use echelon_core::loss::Output;
+use echelon_core::memory::CHUNK_LOGITS;
 use echelon_core::pack::PackedRows;
 use echelon_core::zero::{Head, ParamWithGrad, Told};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::tensor_parallel::VocabularySlice;
-
-/// Logits in one chunk: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
-const CHUNK_LOGITS: i64 = 1 << 24;
 
 /// Log-probs (and entropy) of the wanted tokens, a chunk of rows at a time, so that memory does not grow with
 /// vocabulary × sequence. The forward pass keeps each row's log-sum-exp; the backward pass makes a chunk's logits again
@@ -54,7 +52,13 @@ impl LogprobHead {
     /// A weight with another number of rows.
     pub fn sliced(weight: Tensor, temperature: f64, vocabulary: &VocabularySlice) -> LogprobHead {
         assert_eq!(weight.size()[0], vocabulary.length(), "the rows of {vocabulary:?}");
-        LogprobHead { weight, grad: None, vocabulary: vocabulary.clone(), temperature, chunk_logits: CHUNK_LOGITS }
+        LogprobHead {
+            weight,
+            grad: None,
+            vocabulary: vocabulary.clone(),
+            temperature,
+            chunk_logits: CHUNK_LOGITS.into(),
+        }
     }
 
     pub fn trained(param: ParamWithGrad, temperature: f64) -> LogprobHead {
@@ -283,7 +287,7 @@ mod tests {
             let entropy = -(log_p.exp() * &log_p).sum_dim_intlist(1, false, Kind::Double);
             (&logprobs * &of_logprobs + &entropy * &of_entropy).sum(Kind::Double).backward();
 
-            for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS] {
+            for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS.into()] {
                 let grad = weight.zeros_like();
                 let param = ParamWithGrad { weight: weight.copy(), grad: grad.shallow_clone() };
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };

@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use echelon_algorithms::ReportLeads;
+use echelon_core::whole_file::write_whole;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -32,9 +33,8 @@ const MAX_PAIRS: usize = 30;
 /// `metrics.jsonl` is missing, a file is damaged, or the report cannot be written.
 pub fn write_report(run_dir: &Path, leads: ReportLeads) -> Result<PathBuf, MonitorError> {
     let page = Run::read(run_dir, leads)?.page();
-    let (path, unfinished) = (run_dir.join(REPORT_FILE), run_dir.join("report.html.unfinished"));
-    std::fs::write(&unfinished, page).map_err(|source| MonitorError::io("write", &unfinished, source))?;
-    std::fs::rename(&unfinished, &path).map_err(|source| MonitorError::io("write", &path, source))?;
+    let path = run_dir.join(REPORT_FILE);
+    write_whole(&path, page).map_err(|source| MonitorError::io("write", &path, source))?;
     Ok(path)
 }
 
