@@ -5,11 +5,21 @@ use echelon_core::weight_layout::{STEPS_THAT_PAY, WeightLayout};
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
 use echelon_models::layers::{Linear, packed_attention};
+use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Kind, Tensor};
 
-use crate::engine::Policy;
 use crate::kv_cache::KvCache;
 use crate::scheduler::Admission;
+
+/// What responses are sampled from. Borrowed: no weight is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy<'a> {
+    pub model: &'a Decoder,
+    /// `[V, H]`, the embedding where the two are tied; this rank's rows of it where ranks share the model.
+    pub head: &'a Tensor,
+    /// Gives the end-of-sequence ids and the texts; without it sequences end at `max_new_tokens` and have no text.
+    pub tokenizer: Option<&'a Tokenizer>,
+}
 
 /// A model with the cache of one call.
 #[derive(Debug)]
