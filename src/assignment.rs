@@ -50,3 +50,6 @@ impl Message for Built {
         body.fields()
     }
 }
+
+/// Asks a worker's device to stop what it is at, where it can be stopped.
+pub const INTERRUPT: &str = "interrupt";

@@ -30,14 +30,13 @@ use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use crate::assignment::{Assignment, Built};
+use crate::assignment::{Assignment, Built, INTERRUPT};
 use crate::host::DeviceRoles;
 use crate::host_plan::HostPlan;
 use crate::layout::Layout;
 use crate::node;
-use crate::program::{BEFORE_THE_FIRST_STEP, Failure};
+use crate::program::{BEFORE_THE_FIRST_STEP, BUILD, Failure};
 use crate::seat::{Seat, Watched};
-use crate::worker::{BUILD, INTERRUPT};
 
 /// How long workers have to end after the run; and after a failure, when one may never hear of it.
 const FAREWELL: Duration = Duration::from_secs(10);

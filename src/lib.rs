@@ -41,4 +41,5 @@ pub mod prompts;
 pub mod replay;
 pub mod resume;
 pub mod reward;
+pub mod rules;
 pub mod watch;

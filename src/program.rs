@@ -81,6 +81,14 @@ impl From<MonitorError> for Failure {
     }
 }
 
+/// Driver and worker must be made of the same sources, whichever of the programs they are.
+pub const BUILD: &str = env!("ECHELON_BUILD");
+
+/// Where `path` would be looked for from elsewhere: what is sent to another process must not depend on where it runs.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}
+
 /// How a run ends that was stopped before its first step was finished.
 pub const BEFORE_THE_FIRST_STEP: &str = "no step was finished, so nothing was saved; --resume begins this run again";
 
@@ -188,7 +196,7 @@ fn asks_for_version() -> bool {
 
 /// Workers and drivers of one version work together.
 fn say_version() -> Result<(), Failure> {
-    println!("{}", crate::worker::BUILD);
+    println!("{}", BUILD);
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use echelon_algorithms::reward_shaping::normalize_scores;
@@ -11,17 +11,17 @@ use echelon_core::data::{LABELS, PROMPTS, RESPONSES, Report, Rows, TRUNCATED};
 use echelon_core::progress::Interrupt;
 use echelon_core::verb::{Answer, Reward, Scored, WorkerGroup};
 use echelon_core::{Error, Result};
-use echelon_placement::task::{Demand, Function, RowTasks, TaskError};
+use echelon_placement::task::{Demand, RowTasks, TaskError};
 use echelon_tasks::reward::{
-    CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
+    CommandConfig, CommandReward, RewardRequest, RewardSource, UrlConfig, UrlReward, score_checked,
 };
 use futures_util::future::try_join_all;
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::node;
 use crate::program::Failure;
 use crate::recipe::{Rule, ScoreSource};
+use crate::rules::{RulePart, SCORE_BY_RULE, built, rule_config};
 
 /// One source of scores.
 pub enum Source {
@@ -115,37 +115,6 @@ fn start_scoring(task: Task, requests: Vec<RewardRequest>) -> Result<RowTasks<f6
     Ok(tasks.over_rows(("reward", demand), count, least, score)?)
 }
 
-/// Scores a part of a batch on whichever node has room.
-pub const SCORE_BY_RULE: Function<RulePart, Vec<f64>> = Function::new("score_by_rule", score_part);
-
-/// A part of a batch, and the rule that judges it.
-#[derive(Serialize, Deserialize)]
-pub struct RulePart {
-    rule: Rule,
-    requests: Vec<RewardRequest>,
-    /// Which of the batch its first is, and how many the batch has: for errors.
-    first: usize,
-    count: usize,
-}
-
-fn score_part(RulePart { rule, requests, first, count }: RulePart) -> Result<Vec<f64>> {
-    let scored = score_checked(built(&rule)?.as_ref(), &requests);
-    scored.map_err(|error| Error::other("reward", error.in_batch(first, count)))
-}
-
-/// The rule, made once per process: parts of every step need it.
-fn built(rule: &Rule) -> Result<Arc<dyn RewardSource>> {
-    static BUILT: Mutex<Vec<(Rule, Arc<dyn RewardSource>)>> = Mutex::new(Vec::new());
-    let mut known = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, source)) = known.iter().find(|(known, _)| known == rule) {
-        return Ok(source.clone());
-    }
-    let source = rule_config(rule).build(std::path::Path::new(""));
-    let source: Arc<dyn RewardSource> = source.map_err(|error| Error::other("reward", error))?.into();
-    known.push((rule.clone(), source.clone()));
-    Ok(source)
-}
-
 /// Fewer are not worth a task.
 const REQUESTS_PER_TASK: usize = 16;
 
@@ -221,16 +190,6 @@ pub fn distinct_names(names: &[String]) -> Vec<String> {
         _ => format!("{name}_{}", count(&names[..=index], name)),
     });
     named.collect()
-}
-
-fn rule_config(rule: &Rule) -> RuleConfig {
-    match rule.clone() {
-        Rule::Math { tolerance } => RuleConfig::Math { tolerance },
-        Rule::Regex { pattern } => RuleConfig::Regex { pattern },
-        Rule::Format { structure } => RuleConfig::Format { structure },
-        Rule::Length { min_tokens, max_tokens } => RuleConfig::Length { min: min_tokens, max: max_tokens },
-        Rule::Sentiment { lexicon } => RuleConfig::Sentiment { lexicon },
-    }
 }
 
 #[cfg(test)]

@@ -17,13 +17,13 @@ use crate::models::Held;
 use crate::monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
 use crate::plan;
 use crate::program::{
-    Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
+    Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, absolute, make_run_folder, run_folder, watch_signals,
+    write_whole,
 };
 use crate::recipe::RESOLVED_FILE;
 use crate::resume::resume;
 use crate::watch::Watch;
 use crate::wire;
-use crate::worker::absolute;
 
 mod evaluate;
 mod examples;

@@ -32,7 +32,7 @@ use crate::layout::Layout;
 use crate::models::{Held, check_folder, score_statistics};
 use crate::node;
 use crate::plan;
-use crate::program::Failure;
+use crate::program::{Failure, absolute};
 use crate::prompts::PromptFormat;
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
@@ -40,7 +40,6 @@ use crate::recipe::{
 use crate::reward::{NamedTask, Source, WeightedSources, distinct_names, task_source};
 use crate::run::memory::shapes;
 use crate::run_spec::RunSpec;
-use crate::worker::absolute;
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
 #[derive(Clone, Debug, Serialize, Deserialize)]

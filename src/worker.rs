@@ -21,14 +21,11 @@ use echelon_placement::remote::{InHeartbeats, serve};
 use echelon_placement::task::TaskServer;
 use echelon_placement::{Worker, start_worker};
 
-use crate::assignment::{Assignment, Built};
+use crate::assignment::{Assignment, Built, INTERRUPT};
 use crate::host::DeviceRoles;
 use crate::node;
-use crate::program::{self, Failure};
+use crate::program::{self, BUILD, Failure};
 use crate::seat::{Meeting, Seat, Watched};
-
-/// Driver and worker must be made of the same sources, whichever of the programs they are.
-pub const BUILD: &str = env!("ECHELON_BUILD");
 
 const USAGE: &str = "usage: worker --join HOST:PORT [--credentials FILE] [--join-timeout-s S]\n\
      its rank comes from the launcher's environment (RANK, or what torchrun, Slurm, MPI and Kubernetes set); the \
@@ -200,9 +197,6 @@ async fn enter(
     }
 }
 
-/// Asks a worker's device to stop what it is at, where it can be stopped.
-pub const INTERRUPT: &str = "interrupt";
-
 /// What a worker answers while its device is at work.
 struct BesideDevice {
     tasks: TaskServer,
@@ -310,11 +304,6 @@ async fn watch(watched: Watched, progress: echelon_placement::control::Progress)
 /// As the `worker` program's arguments give it.
 pub fn arguments() -> Vec<String> {
     std::env::args().skip(1).collect()
-}
-
-/// Where `path` would be looked for from elsewhere: what is sent to another process must not depend on where it runs.
-pub fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.into())
 }
 
 #[cfg(test)]

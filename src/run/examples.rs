@@ -18,11 +18,10 @@ use crate::checkpoint::Resumed;
 use crate::layout::Layout;
 use crate::models::Held;
 use crate::plan::{self, TrainingJob};
-use crate::program::{Arguments, Failure, PlanFormat};
+use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::recipe::{self, Checkpoint, Devices, Model, Root, SupervisedTrain, json_of};
 use crate::run_spec::RunSpec;
 use crate::wire;
-use crate::worker::absolute;
 
 mod pairs;
 mod texts;

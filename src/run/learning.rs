@@ -12,8 +12,7 @@ use echelon_core::verb::{Generated, Roles};
 use super::feed::Feed;
 use crate::checkpoint::RunState;
 use crate::monitor::Metrics;
-use crate::program::Failure;
-use crate::worker::absolute;
+use crate::program::{Failure, absolute};
 
 pub struct Learning<A> {
     pub algorithm: A,

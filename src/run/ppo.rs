@@ -17,13 +17,12 @@ use crate::layout::Layout;
 use crate::machine;
 use crate::models::Held;
 use crate::plan;
-use crate::program::{Arguments, Failure, PlanFormat};
+use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{Checkpoint, Devices, Recipe, ResolvedRecipe};
 use crate::replay;
 use crate::run_spec::RunSpec;
 use crate::wire::{self, ModelFolders, Rewards};
-use crate::worker::absolute;
 
 impl Program for ResolvedRecipe {
     type Algorithm = Ppo;
