@@ -213,15 +213,20 @@ impl<A: Algorithm> Run<A> {
         self.watch.clear();
         self.step = step;
         let phases_s = begun.elapsed().as_secs_f64();
-        let mut metrics = metrics_of(&report);
-        self.learning.record_version(&mut metrics);
+        let mut metrics = metrics_of(&report, self.learning.published());
         self.record_speed(&mut metrics, (&rows, &sampled), phases_s).await?;
-        self.evaluate_when_due(&mut metrics).await?;
+        let short = self.learning.feed.is_short();
+        if short {
+            self.evaluate_when_due(&mut metrics).await?; // what it takes is metered with the step
+        }
         self.record_memory(&mut metrics).await?;
         if let Some(forecast) = &mut self.forecast {
             let begun = Instant::now();
             forecast.record(&mut metrics, &rows, &self.interrupt);
             self.clock.name("perf/calibration_s", begun.elapsed().as_secs_f64());
+        }
+        if !short {
+            self.evaluate_when_due(&mut metrics).await?;
         }
         self.clock.record(&mut metrics, phases_s);
         self.metric = self.checkpoints.measured(&metrics);
@@ -270,7 +275,7 @@ impl<A: Algorithm> Run<A> {
             return Ok(());
         }
         let begun = Instant::now();
-        metrics.extend(metrics_of(&self.learning.evaluate().await?.report));
+        metrics.extend(metrics_of(&self.learning.evaluate().await?.report, None));
         self.watch.clear();
         self.clock.name("perf/evaluation_s", begun.elapsed().as_secs_f64());
         Ok(())

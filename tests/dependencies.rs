@@ -7,24 +7,31 @@ use std::path::{Path, PathBuf};
 
 /// Every package of the workspace, and the packages of the workspace it may use.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("core", &[]),
-    ("models", &["core"]),
-    ("tasks", &["core"]),
-    ("algorithms", &["core"]),
-    ("placement", &["core"]),
-    ("generation", &["core", "models"]),
+    ("schema", &[]),
+    ("core", &["schema"]),
+    ("models", &["core", "schema"]),
+    ("tasks", &["core", "schema"]),
+    ("algorithms", &["core", "schema"]),
+    ("placement", &["core", "schema"]),
+    ("generation", &["core", "models", "schema"]),
 ];
 
 /// Outside packages that one package alone may use, because it hides them from the others.
-const BELONGS_TO: &[(&str, &str)] =
-    &[("toml", "."), ("ractor", "placement"), ("tonic", "placement"), ("rcgen", "placement"), ("tokenizers", "models")];
+const BELONGS_TO: &[(&str, &str)] = &[
+    ("toml", "."),
+    ("toml_writer", "schema"),
+    ("ractor", "placement"),
+    ("tonic", "placement"),
+    ("rcgen", "placement"),
+    ("tokenizers", "models"),
+];
 
 /// Modules that still import each other in circles, by package: a circle that is gone leaves this list. Only shrinks.
 const KNOWN_CIRCLES: &[(&str, &[&str])] =
     &[(".", &["assignment", "crew", "forecast", "host_plan", "run", "run_spec", "wire"])];
 
 /// Packages that must work for any architecture.
-const WITHOUT_ARCHITECTURE: &[&str] = &["core", "tasks", "algorithms", "placement", "generation"];
+const WITHOUT_ARCHITECTURE: &[&str] = &["schema", "core", "tasks", "algorithms", "placement", "generation"];
 
 #[test]
 fn the_table_above_names_every_package() {

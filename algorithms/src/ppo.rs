@@ -227,7 +227,7 @@ impl Loss for PolicyLoss {
     }
 
     fn may_read(&self) -> &'static [&'static str] {
-        const { &[REF_LOGPROBS.name, VALUES.name, RETURNS.name] } // the critic's explain an advantage that is refused
+        const { &[REF_LOGPROBS.name, VALUES.name, RETURNS.name] }
     }
 
     fn prefix(&self) -> &'static str {
@@ -275,6 +275,10 @@ impl Loss for ValueLoss {
 
     fn columns(&self) -> &'static [&'static str] {
         const { &[VALUES.name, RETURNS.name] }
+    }
+
+    fn may_read(&self) -> &'static [&'static str] {
+        const { &[OLD_LOGPROBS.name, REF_LOGPROBS.name, ADVANTAGES.name] }
     }
 
     fn prefix(&self) -> &'static str {

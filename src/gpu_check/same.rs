@@ -113,7 +113,7 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         let rows = roles.generator().generate(prompts, &sampling).await?.rows;
         let Outcome { report, .. } = ppo.learn(&roles, rows, now).await?;
         roles.actor().publish_weights(roles.generator(), step).await?;
-        let metrics = metrics_of(&report).scalars;
+        let metrics = metrics_of(&report, None).scalars;
         numbers.extend(metrics.into_iter().map(|(name, value)| (format!("{name} of step {step}"), value)));
     }
     crew.finish(End::Done).await;

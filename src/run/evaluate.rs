@@ -20,7 +20,7 @@ impl Evaluation {
     pub fn of(found: &Outcome, feed: &Feed) -> Evaluation {
         let Outcome { report, rows } = found;
         if feed.is_short() {
-            return Evaluation::Examples(metrics_of(report));
+            return Evaluation::Examples(metrics_of(report, None));
         }
         let rewards: Vec<f64> = Vec::try_from(&rows[SCORES]).expect("a vector of scores");
         let texts = rows[PROMPTS].iter().zip(&rows[RESPONSES]).zip(&rewards);

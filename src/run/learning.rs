@@ -11,7 +11,6 @@ use echelon_core::verb::{Generated, Roles};
 
 use super::feed::Feed;
 use crate::checkpoint::RunState;
-use crate::monitor::Metrics;
 use crate::program::{Failure, absolute};
 
 pub struct Learning<A> {
@@ -39,10 +38,9 @@ impl<A: Algorithm> Learning<A> {
         Ok(())
     }
 
-    pub fn record_version(&self, metrics: &mut Metrics) {
-        if self.roles.get(Role::Generator).is_some() {
-            metrics.set("train/policy_version", self.policy_version as f64);
-        }
+    /// The version that the generators have, where there are some.
+    pub fn published(&self) -> Option<u64> {
+        self.roles.get(Role::Generator).map(|_| self.policy_version)
     }
 
     /// The algorithm's metrics of held-out rows.

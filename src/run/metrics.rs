@@ -18,10 +18,13 @@ use crate::monitor::{
 /// Samples of a step that are written down.
 const SAMPLES: usize = 8;
 
-/// What a step told, as metrics. Everything outside `perf/` and `train/timing/` is deterministic.
-pub fn metrics_of(report: &Report) -> Metrics {
+/// What a step told, as metrics: those of `perf/` behind the others, and behind `policy_version` where there is one.
+/// Everything outside `perf/` and `train/timing/` is deterministic.
+pub fn metrics_of(report: &Report, policy_version: Option<u64>) -> Metrics {
+    let (speed, learning): (Vec<_>, Vec<_>) = report.stats.numbers().partition(|(name, _)| name.starts_with("perf/"));
+    let version = policy_version.map(|version| ("train/policy_version", version as f64));
     let mut metrics = Metrics::new();
-    for (name, number) in report.stats.numbers() {
+    for (name, number) in learning.into_iter().chain(version).chain(speed) {
         metrics.set(name, number);
     }
     for (name, values) in report.histograms.values() {
@@ -32,26 +35,26 @@ pub fn metrics_of(report: &Report) -> Metrics {
 
 /// The first responses of the step, one per prompt.
 pub fn samples_of(step: u64, rows: &Rows, samples_per_prompt: usize) -> Vec<Sample> {
-    let firsts: Vec<i64> = (0..rows.num_rows() as i64).step_by(samples_per_prompt).take(SAMPLES).collect();
-    let rows = rows.select(&firsts);
+    let numbers =
+        |numbers: &Tensor| Vec::<f64>::try_from(numbers.to_kind(Kind::Double)).expect("a number for each row");
+    let none = vec![0.0; rows.num_rows()];
+    let lengths = numbers(&rows.own_lengths());
     let truncated: Vec<bool> = Vec::try_from(&rows[TRUNCATED]).expect("a vector of flags");
-    let numbers = |numbers: Tensor| Vec::<f64>::try_from(numbers.to_kind(Kind::Double)).expect("a number for each row");
-    let lengths = numbers(rows.own_lengths());
-    let none = || Tensor::zeros([firsts.len() as i64], tch::kind::DOUBLE_CPU);
-    let scores = numbers(rows.get(SCORES).map_or_else(none, Tensor::shallow_clone));
-    let rewards = rows.get(REWARDS).map(|rewards| numbers(rewards.sum_dim_intlist(1, false, Kind::Double)));
-    let kl = numbers(rows.get(KL).map_or_else(none, |kl| masked_row_mean(kl, &rows.own)));
+    let scores = rows.get(SCORES).map_or_else(|| none.clone(), numbers);
+    let summed = |rewards: &Tensor| numbers(&rewards.sum_dim_intlist(1, false, Kind::Double));
+    let rewards = rows.get(REWARDS).map_or_else(|| scores.clone(), summed);
+    let kl = rows.get(KL).map_or(none, |kl| numbers(&masked_row_mean(kl, &rows.own)));
     let sample = |row: usize| Sample {
         step,
         prompt: rows[PROMPTS][row].to_string(),
         response: rows[RESPONSES][row].to_string(),
-        reward: rewards.as_ref().map_or(scores[row], |rewards| rewards[row]),
+        reward: rewards[row],
         score: scores[row],
         kl: kl[row],
         response_length: lengths[row] as u64,
         finish_reason: if truncated[row] { "length" } else { "stop" }.into(),
     };
-    (0..firsts.len()).map(sample).collect()
+    (0..rows.num_rows()).step_by(samples_per_prompt).take(SAMPLES).map(sample).collect()
 }
 
 /// Where the seconds of a step went: from the calls on its roles, those that overlap counted once.
