@@ -125,22 +125,6 @@ impl Drop for SecretFile {
     }
 }
 
-/// Refuses a place for credentials where something else is, or where nothing can be.
-///
-/// # Errors
-/// [`Failure::Input`], with the key.
-pub fn check_credentials(file: &Path) -> Result<(), Failure> {
-    let refuse = |why: &str| Err(Failure::Input(format!("placement.credentials: {}: {why}", file.display())));
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if folder.is_some_and(|folder| !folder.is_dir()) {
-        return refuse("its folder is not there");
-    }
-    match file.exists() && Credentials::read(file).is_err() {
-        true => refuse("there is something else; name a file that is not there"),
-        false => Ok(()),
-    }
-}
-
 /// How a run ends, for its workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use echelon_algorithms::reward_model::PairwiseRanking;
-use echelon_algorithms::sft::NegativeLogLikelihood;
+use echelon_algorithms::Algorithm;
+use echelon_algorithms::ppo::Ppo;
+use echelon_algorithms::reward_model::{PairwiseRanking, RewardModel};
+use echelon_algorithms::sft::{NegativeLogLikelihood, Sft};
 use echelon_core::loss::Loss;
 use echelon_core::memory::Meter;
 use echelon_core::process_group::nccl_version;
@@ -17,17 +19,21 @@ use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
 use echelon_models::head::ScalarRows;
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::launch::Place;
 
 use crate::deferred::Deferred;
+use crate::devices;
 use crate::generator::{self, Generator};
 use crate::host::{DeviceRoles, Frozen};
+use crate::machine;
 use crate::matmul_rate::matmul_rate;
 use crate::models::{Held, frozen_policy, frozen_scorer};
-use crate::recipe::{Compute, Init, Model, ResolvedRecipe, RewardRecipe, SftRecipe};
+use crate::program::Failure;
+use crate::recipe::{Compute, Devices, Init, Model, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::run_spec::RunSpec;
 use crate::seat::Seat;
+use crate::settings::{self, engine_config};
 use crate::trained::{Reads, TrainedPlan};
-use crate::wire::{self, engine_config};
 
 /// What a rank's roles are built from; crosses to its device thread.
 #[derive(Clone)]
@@ -45,6 +51,41 @@ pub struct HostPlan {
 }
 
 impl HostPlan {
+    /// What a worker builds, at its place among those of its host, and a warning about its device.
+    ///
+    /// # Errors
+    /// A recipe that this worker reads otherwise than the driver, or an algorithm that it does not know; a device that is not
+    /// here.
+    pub fn of(spec: &RunSpec, place: Option<&Place>) -> Result<(HostPlan, Option<String>), Failure> {
+        let held = |compute: &Compute, devices: &Devices| {
+            let (held, warning) = devices::held(compute, devices, place)?;
+            Ok::<_, Failure>((Held { weight_layout: machine::usable(spec.weight_layout, held), ..held }, warning))
+        };
+        match spec.program.as_str() {
+            Ppo::NAME => {
+                let recipe = Recipe::read_text(&spec.recipe)?.resolve();
+                let (held, warning) = held(&recipe.train.compute, &recipe.placement.devices)?;
+                Ok((HostPlan::of_ppo(spec, &recipe, held), warning))
+            }
+            Sft::NAME => {
+                let recipe = SftRecipe::read_text(&spec.recipe)?;
+                let (held, warning) = held(&recipe.train.compute, &recipe.placement)?;
+                Ok((HostPlan::of_sft(spec, &recipe, held), warning))
+            }
+            RewardModel::NAME => {
+                let recipe = RewardRecipe::read_text(&spec.recipe)?;
+                let (held, warning) = held(&recipe.train.compute, &recipe.placement)?;
+                Ok((HostPlan::of_reward(spec, &recipe, held), warning))
+            }
+            other => {
+                let known = [Ppo::NAME, Sft::NAME, RewardModel::NAME].join(", ");
+                Err(Failure::Input(format!(
+                    "this worker knows no algorithm `{other}`, it knows {known}: start it from the driver's own program"
+                )))
+            }
+        }
+    }
+
     /// Of a PPO run.
     pub fn of_ppo(spec: &RunSpec, recipe: &ResolvedRecipe, held: Held) -> HostPlan {
         let compute = &recipe.train.compute;
@@ -55,13 +96,13 @@ impl HostPlan {
             random: false,
             seed: recipe.seed,
             reads,
-            optimizer: wire::optimizer(optimizer, compute),
+            optimizer: settings::optimizer(optimizer, compute),
             lr: optimizer.lr,
-            schedule: wire::schedule(optimizer, spec.optimizer_steps[&role]),
+            schedule: settings::schedule(optimizer, spec.optimizer_steps[&role]),
             losses: vec![loss],
         };
-        let policy_loss: Arc<dyn Loss> = Arc::new(wire::policy_loss(recipe));
-        let value_loss = Arc::new(wire::value_loss(recipe));
+        let policy_loss: Arc<dyn Loss> = Arc::new(settings::policy_loss(recipe));
+        let value_loss = Arc::new(settings::value_loss(recipe));
         let (logprobs, values) = (Reads::Logprobs { temperature }, Reads::Scalars(ScalarRows::Predecessors));
         let trained = vec![
             trained(Role::Actor, logprobs, &recipe.actor.optimizer, policy_loss),
@@ -95,9 +136,9 @@ impl HostPlan {
             random: model.init == Init::Random,
             seed,
             reads,
-            optimizer: wire::optimizer(&model.optimizer, compute),
+            optimizer: settings::optimizer(&model.optimizer, compute),
             lr: model.optimizer.lr,
-            schedule: wire::schedule(&model.optimizer, spec.optimizer_steps[&role]),
+            schedule: settings::schedule(&model.optimizer, spec.optimizer_steps[&role]),
             losses: vec![loss],
         };
         HostPlan::new(spec, held, vec![trained])

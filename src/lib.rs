@@ -21,8 +21,10 @@ pub mod programs;
 pub mod assignment;
 pub mod crew;
 pub mod deferred;
+pub mod devices;
 pub mod generator;
 pub mod seat;
+pub mod settings;
 pub mod trained;
 pub mod worker;
 
@@ -33,6 +35,7 @@ pub mod host_plan;
 pub mod import;
 pub mod inference;
 pub mod json_lines;
+pub mod model_folders;
 pub mod models;
 pub mod monitor;
 pub mod node;

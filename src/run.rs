@@ -10,8 +10,9 @@ use echelon_core::data::{Report, Rows};
 use echelon_core::progress::Interrupt;
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
+use crate::checkpoint::{Checkpoints, Measured, Resumed};
 use crate::crew::{Crew, End};
+use crate::devices;
 use crate::forecast::Forecast;
 use crate::models::Held;
 use crate::monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
@@ -26,10 +27,10 @@ use crate::watch::Watch;
 use crate::wire;
 
 mod evaluate;
-mod examples;
-mod feed;
-mod inputs;
-mod learning;
+pub mod examples;
+pub mod feed;
+pub mod inputs;
+pub mod learning;
 pub mod memory;
 pub(crate) mod metrics;
 mod out_of_memory;
@@ -45,7 +46,7 @@ use metrics::{Work, metrics_of};
 ///
 /// # Errors
 /// See [`Failure`].
-pub(crate) fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
+pub fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
     let mut recipe = P::read(arguments)?;
     plan::count_gpus(recipe.devices_mut());
     if let Some(format) = arguments.plan {
@@ -118,7 +119,7 @@ impl<A: Algorithm> Run<A> {
         let Inputs {
             algorithm, feed, spec, tokenizer, held, rewards, memory, forecast, arithmetic, total, plan, ..
         } = inputs;
-        let (device, saved) = (wire::device_name(held.pass.device), resumed.saved.as_ref());
+        let (device, saved) = (devices::device_name(held.pass.device), resumed.saved.as_ref());
         let elsewhere = saved.and_then(|(_, state)| state.note_on(&device, held.deterministic));
         elsewhere.iter().for_each(|note| terminal.note(note));
         let teller = terminal.clone();
@@ -317,25 +318,7 @@ impl<A: Algorithm> Run<A> {
     async fn save(&mut self) -> Result<PathBuf, Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
-        for (role, name) in A::LEARNERS {
-            let file = unfinished.file(&format!("{name}.safetensors"));
-            self.learning.roles.group(*role).save(absolute(&file)).await?;
-        }
-        let learning = &self.learning;
-        let state = RunState {
-            program: A::NAME.into(),
-            step: self.step,
-            policy_version: learning.policy_version,
-            data: learning.feed.position(),
-            algorithm: learning.algorithm.state(),
-            num_threads: tch::get_num_threads(),
-            weight_layout: (!learning.feed.is_short()).then_some(self.held.weight_layout),
-            device: Some(wire::device_name(self.held.pass.device)),
-            deterministic: Some(self.held.deterministic),
-            render_time: self.tokenizer.render_time(),
-            metric: self.metric.clone(),
-        };
-        let path = unfinished.finish(&state)?;
+        let path = self.learning.save(unfinished, self.step, (self.held, &self.tokenizer), self.metric.clone()).await?;
         self.saved = Some((self.step, path.clone()));
         self.checkpoints.prune(self.step)?;
         Ok(path)

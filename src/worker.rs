@@ -23,6 +23,7 @@ use echelon_placement::{Worker, start_worker};
 
 use crate::assignment::{Assignment, Built, INTERRUPT};
 use crate::host::DeviceRoles;
+use crate::host_plan::HostPlan;
 use crate::node;
 use crate::program::{self, BUILD, Failure};
 use crate::seat::{Meeting, Seat, Watched};
@@ -225,7 +226,7 @@ async fn build(
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
     let tokenizer = Tokenizer::load(&assignment.spec.tokenizer_folder());
-    let (plan, warning) = assignment.spec.host_plan(Some(place)).map_err(refused)?;
+    let (plan, warning) = HostPlan::of(&assignment.spec, Some(place)).map_err(refused)?;
     warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
