@@ -9,10 +9,10 @@ use echelon_placement::control::Credentials;
 use echelon_placement::launch::Place;
 use tch::{Device, Kind};
 
-use crate::models::Held;
 use crate::node;
 use crate::program::Failure;
 use crate::recipe::{self, Compute, Devices, Dtype};
+use echelon_roles::models::Held;
 
 /// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests. A worker
 /// among several of its host has its `place`, which names its device. Weights lie plainly: the driver decides otherwise, and

@@ -8,10 +8,10 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::models::check_folder;
 use crate::plan::Shapes;
 use crate::program::{Failure, absolute};
 use crate::recipe::{ModelSource, ResolvedRecipe, ScoreSource};
+use echelon_roles::models::check_folder;
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
 #[derive(Clone, Debug)]

@@ -11,10 +11,8 @@ use echelon_core::progress::Interrupt;
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed};
-use crate::crew::{Crew, End};
 use crate::devices;
 use crate::forecast::Forecast;
-use crate::models::Held;
 use crate::monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
 use crate::plan;
 use crate::program::{
@@ -25,6 +23,8 @@ use crate::recipe::RESOLVED_FILE;
 use crate::resume::resume;
 use crate::watch::Watch;
 use crate::wire;
+use crate::workers::{End, Workers};
+use echelon_roles::models::Held;
 
 mod evaluate;
 pub mod examples;
@@ -58,10 +58,10 @@ pub fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         let mut run = Run::prepare(&recipe, folder, arguments.resume).await?;
         let outcome = match run.steps().await {
-            Err(failure) => Err(run.with_next_step(run.crew.explain(failure).await)),
+            Err(failure) => Err(run.with_next_step(run.workers.explain(failure).await)),
             done => done,
         };
-        run.crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
+        run.workers.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for
@@ -72,7 +72,7 @@ pub fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
 struct Run<A> {
     folder: PathBuf,
     learning: Learning<A>,
-    crew: Crew,
+    workers: Workers,
     checkpoints: Checkpoints,
     log: RunLog,
     tokenizer: Arc<Tokenizer>,
@@ -125,7 +125,7 @@ impl<A: Algorithm> Run<A> {
         let teller = terminal.clone();
         let say = Arc::new(move |line: &str| teller.note(line));
         let progress = feed.shown(watch.clone());
-        let (roles, crew) =
+        let (roles, workers) =
             wire::connect((spec, tokenizer.clone()), recipe.devices(), rewards, (interrupt.clone(), progress), say)
                 .await?;
         let mut run = Learning { algorithm, roles, feed, policy_version: 0 };
@@ -144,7 +144,7 @@ impl<A: Algorithm> Run<A> {
         };
         let log = match opened.await {
             Ok(log) => log,
-            Err(failure) => return Err(crew.give_up(failure).await),
+            Err(failure) => return Err(workers.give_up(failure).await),
         };
         if let Some((path, _)) = &resumed.saved {
             terminal.note(&format!("resumed after step {step} from {}", path.display()));
@@ -153,7 +153,7 @@ impl<A: Algorithm> Run<A> {
         Ok(Run {
             folder,
             learning: run,
-            crew,
+            workers,
             checkpoints,
             log,
             tokenizer,
@@ -250,7 +250,7 @@ impl<A: Algorithm> Run<A> {
             return Ok(());
         };
         if self.matmul_rate.is_none() {
-            self.matmul_rate = Some(self.crew.matmul_rate().await?);
+            self.matmul_rate = Some(self.workers.matmul_rate().await?);
         }
         let calls = self.learning.roles.calls.take();
         let rate = self.matmul_rate.filter(|rate| *rate > 0.0);
@@ -259,7 +259,7 @@ impl<A: Algorithm> Run<A> {
     }
 
     async fn record_memory(&mut self, metrics: &mut Metrics) -> Result<(), Error> {
-        let reports = self.crew.memory().await?;
+        let reports = self.workers.memory().await?;
         for warning in self.memory.iter_mut().flat_map(|ledger| ledger.record(metrics, &reports)) {
             self.terminal.note(&warning);
         }

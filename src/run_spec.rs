@@ -7,7 +7,7 @@ use echelon_core::role::Role;
 use echelon_core::weight_layout::WeightLayout;
 use serde::{Deserialize, Serialize};
 
-use crate::layout::Layout;
+use echelon_placement::layout::Layout;
 
 /// A run, as every process of it knows it.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -14,10 +14,10 @@ use echelon_generation::{EngineConfig, check_budget};
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::model_folders::{ModelFolders, fingerprint, shape};
-use crate::models::Held;
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
 use crate::recipe::{self, Compute, KlEstimator, Optimizer, ResolvedRecipe, Schedule};
+use echelon_roles::models::Held;
 
 /// Refuses what the models and the device cannot do, before anything starts.
 ///

@@ -11,17 +11,17 @@ use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::planner::Plan;
 
 use crate::assignment::Assignment;
-use crate::crew::{Crew, Joining};
 use crate::devices::num_workers;
-use crate::host_plan::HostPlan;
-use crate::layout::Layout;
 use crate::model_folders::{ModelFolders, shapes};
-use crate::models::{Held, score_statistics};
 use crate::plan;
 use crate::program::Failure;
+use crate::rank_plan::rank_plan;
 use crate::recipe::{Devices, ResolvedRecipe};
 use crate::reward::{NamedTask, Source, WeightedSources, distinct_names, task_source};
 use crate::run_spec::RunSpec;
+use crate::workers::{Joining, Workers};
+use echelon_placement::layout::Layout;
+use echelon_roles::models::{Held, score_statistics};
 
 /// What scores responses, started but for models.
 #[derive(Clone)]
@@ -76,18 +76,18 @@ pub async fn connect(
     rewards: Option<Rewards>,
     (interrupt, progress): (Interrupt, Arc<dyn Progress>),
     say: Arc<dyn Fn(&str) + Send + Sync>,
-) -> Result<(Roles, Crew), Failure> {
+) -> Result<(Roles, Workers), Failure> {
     let (layout, with_models) = (spec.layout.clone(), spec.roles());
-    let crew = start_crew(spec, tokenizer, devices, (interrupt.clone(), progress), say).await?;
+    let workers = start_crew(spec, tokenizer, devices, (interrupt.clone(), progress), say).await?;
     let calls = Calls::default();
-    let group = |role| crew.group(&layout, role, &calls);
+    let group = |role| workers.group(&layout, role, &calls);
     let mut groups: BTreeMap<Role, WorkerGroup> = with_models.iter().map(|&role| (role, group(role))).collect();
     if let Some(generator) = groups.remove(&Role::Generator) {
         let apart = layout.group(Role::Generator).workers != layout.group(Role::Actor).workers;
         groups.insert(Role::Generator, if apart { generator.apart_from_actor() } else { generator });
     }
     let reward = rewards.map(|rewards| Box::new(rewards.wired(|| group(Role::Reward), interrupt)) as Box<dyn Reward>);
-    Ok((Roles { groups, reward, calls }, crew))
+    Ok((Roles { groups, reward, calls }, workers))
 }
 
 /// Starts a run's workers: a thread of this process, or processes.
@@ -100,16 +100,16 @@ async fn start_crew(
     devices: &Devices,
     (interrupt, progress): (Interrupt, Arc<dyn Progress>),
     say: Arc<dyn Fn(&str) + Send + Sync>,
-) -> Result<Crew, Failure> {
+) -> Result<Workers, Failure> {
     if spec.layout.num_workers == 1 && devices.listen.is_none() {
-        let (plan, _told) = HostPlan::of(&spec, None)?;
-        return Crew::here(plan, spec.layout, tokenizer, interrupt, progress).await.map_err(Failure::input);
+        let (plan, _told) = rank_plan(&spec, None)?;
+        return Workers::here(plan, spec.layout, tokenizer, interrupt, progress).await.map_err(Failure::input);
     }
     let assignment = Assignment { spec, worker: 0, on_its_host: 1, meeting_port: None, store: None };
     let patience = Duration::from_secs_f64(devices.join_timeout_s);
     let credentials = devices.credentials.as_ref().map(|file| file.0.clone());
     let joining = Joining { listen: devices.listen, credentials, patience, say };
-    Crew::of_processes(assignment, &joining, (interrupt, progress)).await
+    Workers::of_processes(assignment, &joining, (interrupt, progress)).await
 }
 
 /// Where a run's roles go: on one worker, or as the planner says, with its plan.

@@ -13,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("tasks", &["core", "schema"]),
     ("algorithms", &["core", "schema"]),
     ("placement", &["core", "schema"]),
+    ("roles", &["algorithms", "core", "generation", "models", "placement", "schema"]),
     ("generation", &["core", "models", "schema"]),
 ];
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use common::{SMALL, Workplace};
 use echelon::devices;
-use echelon::layout::Layout;
 use echelon::model_folders;
 use echelon::recipe::Recipe;
 use echelon::settings;
@@ -16,6 +15,7 @@ use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::layout::Layout;
 
 mod common;
 
@@ -35,7 +35,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
     let mut ppo = settings::ppo(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
-    let (roles, crew) =
+    let (roles, workers) =
         wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await.unwrap();
     let texts = ["the food at the", "a film about", "my room was", "we waited and"];
     let sampling = settings::sampling(&recipe, 1.0);
@@ -56,7 +56,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
         reports.push(ppo.learn(&roles, rows, now).await.unwrap().report);
         roles.actor().publish_weights(roles.generator(), step).await.unwrap();
     }
-    crew.finish(echelon::crew::End::Done).await;
+    workers.finish(echelon::workers::End::Done).await;
     reports
 }
 

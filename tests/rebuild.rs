@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use common::{SMALL, Workplace};
 use echelon::checkpoint::{Checkpoints, Resumed};
-use echelon::crew::{Crew, End};
 use echelon::recipe::{Recipe, ResolvedRecipe};
 use echelon::run::inputs::{Inputs, Program};
 use echelon::run::learning::Learning;
 use echelon::wire;
+use echelon::workers::{End, Workers};
 use echelon_algorithms::ppo::Ppo;
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::verb::Roles;
@@ -25,13 +25,13 @@ const DROPPED_AFTER: u64 = 3;
 const STEPS: u64 = 5;
 
 /// Where the workers join, if they are processes of their own.
-struct Workers {
+struct Joined {
     recipe: ResolvedRecipe,
     count: usize,
     credentials: std::path::PathBuf,
 }
 
-impl Workers {
+impl Joined {
     fn start(&self) -> Vec<Child> {
         let Some(address) = self.recipe.devices().listen else { return Vec::new() };
         let worker = |rank: usize| {
@@ -48,7 +48,7 @@ impl Workers {
     }
 
     /// New workers, whatever was before.
-    async fn connect(&self, inputs: &Inputs<Ppo>) -> (Roles, Crew, Vec<Child>) {
+    async fn connect(&self, inputs: &Inputs<Ppo>) -> (Roles, Workers, Vec<Child>) {
         let children = self.start();
         let (spec, parts) = (inputs.spec.clone(), (Interrupt::default(), Arc::new(Unwatched) as _));
         let connected = wire::connect(
@@ -58,24 +58,24 @@ impl Workers {
             parts,
             Arc::new(|_| ()),
         );
-        let (roles, crew) = connected.await.unwrap();
-        (roles, crew, children)
+        let (roles, workers) = connected.await.unwrap();
+        (roles, workers, children)
     }
 }
 
-async fn gone(crew: Crew, end: End, children: Vec<Child>) {
-    crew.finish(end).await;
+async fn gone(workers: Workers, end: End, children: Vec<Child>) {
+    workers.finish(end).await;
     for mut child in children {
         child.wait().unwrap();
     }
 }
 
 /// Runs in `folder`; where `drops`, every worker is dropped after [`DROPPED_AFTER`] steps, and after one more that is lost.
-async fn run(workers: &Workers, folder: &Path, drops: bool) {
-    let inputs = workers.recipe.inputs(&Resumed::default(), folder).unwrap();
-    let checkpoints = Checkpoints::new(folder, workers.recipe.checkpoint());
-    let Inputs { algorithm, feed, held, tokenizer, .. } = workers.recipe.inputs(&Resumed::default(), folder).unwrap();
-    let (roles, mut crew, mut children) = workers.connect(&inputs).await;
+async fn run(joined: &Joined, folder: &Path, drops: bool) {
+    let inputs = joined.recipe.inputs(&Resumed::default(), folder).unwrap();
+    let checkpoints = Checkpoints::new(folder, joined.recipe.checkpoint());
+    let Inputs { algorithm, feed, held, tokenizer, .. } = joined.recipe.inputs(&Resumed::default(), folder).unwrap();
+    let (roles, mut workers, mut children) = joined.connect(&inputs).await;
     let mut learning = Learning { algorithm, roles, feed, policy_version: 0 };
     let interrupt = Interrupt::default();
     for step in 1..=STEPS {
@@ -84,25 +84,25 @@ async fn run(workers: &Workers, folder: &Path, drops: bool) {
             learning.save(checkpoints.begin(step).unwrap(), step, (held, &tokenizer), None).await.unwrap();
             if drops {
                 learning.step(step + 1, &interrupt).await.unwrap();
-                gone(crew, End::Failed, children).await;
-                (learning.roles, crew, children) = workers.connect(&inputs).await;
+                gone(workers, End::Failed, children).await;
+                (learning.roles, workers, children) = joined.connect(&inputs).await;
                 let (path, state) = checkpoints.newest().unwrap().saved.unwrap();
                 learning.restore(&path, &state).await.unwrap();
             }
         }
     }
     learning.save(checkpoints.begin(STEPS).unwrap(), STEPS, (held, &tokenizer), None).await.unwrap();
-    gone(crew, End::Done, children).await;
+    gone(workers, End::Done, children).await;
 }
 
 fn compare(sets: &[String], count: usize, workplace: &Workplace) {
     tch::set_num_threads(1); // beside other tests, threads of tiny operations only wait for each other
     let recipe = workplace.write("recipe.toml", SMALL);
     let recipe = Recipe::load(&recipe, sets).unwrap().resolve();
-    let workers = Workers { recipe, count, credentials: workplace.path("credentials") };
+    let joined = Joined { recipe, count, credentials: workplace.path("credentials") };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for (name, drops) in [("undisturbed", false), ("dropped", true)] {
-        runtime.block_on(run(&workers, &workplace.path(name), drops));
+        runtime.block_on(run(&joined, &workplace.path(name), drops));
     }
     for file in ["actor.safetensors", "critic.safetensors"] {
         let of = |run: &str| fs::read(workplace.path(&format!("{run}/checkpoints/step-{STEPS}/{file}"))).unwrap();

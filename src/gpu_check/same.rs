@@ -15,15 +15,15 @@ use echelon_models::tokenizer::Tokenizer;
 
 use super::place::{Place, recipes};
 use super::verdict::Findings;
-use crate::crew::End;
 use crate::devices;
-use crate::layout::Layout;
 use crate::model_folders;
 use crate::program::Failure;
 use crate::recipe::Recipe;
 use crate::run::metrics::metrics_of;
 use crate::settings;
 use crate::wire::{self, Rewards};
+use crate::workers::End;
+use echelon_placement::layout::Layout;
 
 const BOUND: f64 = 1e-3;
 
@@ -104,7 +104,7 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
     let mut ppo = settings::ppo(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, &run_folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
-    let (roles, crew) =
+    let (roles, workers) =
         wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await?;
     let sampling = settings::sampling(&recipe, recipe.rollout.temperature);
     let mut numbers = Vec::new();
@@ -119,7 +119,7 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         let metrics = metrics_of(&report, None).scalars;
         numbers.extend(metrics.into_iter().map(|(name, value)| (format!("{name} of step {step}"), value)));
     }
-    crew.finish(End::Done).await;
+    workers.finish(End::Done).await;
     Ok(numbers)
 }
 

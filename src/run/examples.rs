@@ -16,14 +16,14 @@ use super::inputs::{Inputs, Program};
 use super::memory::MemoryLedger;
 use crate::checkpoint::Resumed;
 use crate::devices;
-use crate::layout::Layout;
 use crate::model_folders;
-use crate::models::Held;
 use crate::plan::{self, TrainingJob};
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::recipe::{self, Checkpoint, Devices, Model, Root, SupervisedTrain, json_of};
 use crate::run_spec::RunSpec;
 use crate::settings;
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 mod pairs;
 mod texts;

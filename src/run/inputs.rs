@@ -11,11 +11,11 @@ use super::memory::MemoryLedger;
 use super::metrics::Work;
 use crate::checkpoint::Resumed;
 use crate::forecast::Forecast;
-use crate::models::Held;
 use crate::program::{Arguments, Failure, PlanFormat};
 use crate::recipe::{Checkpoint, Devices, Root};
 use crate::run_spec::RunSpec;
 use crate::wire::Rewards;
+use echelon_roles::models::Held;
 
 /// A recipe of one of the programs, with nothing left to decide.
 pub trait Program: Sized {

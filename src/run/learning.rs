@@ -13,8 +13,8 @@ use echelon_models::tokenizer::Tokenizer;
 use super::feed::Feed;
 use crate::checkpoint::{Measured, RunState, Unfinished};
 use crate::devices;
-use crate::models::Held;
 use crate::program::{Failure, absolute};
+use echelon_roles::models::Held;
 
 pub struct Learning<A> {
     pub algorithm: A,

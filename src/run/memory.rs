@@ -11,14 +11,14 @@ use echelon_placement::planner::Training;
 use echelon_placement::tier::ROLES;
 use tch::Device;
 
-use crate::layout::{Layout, RoleGroup};
 use crate::model_folders::{ModelFolders, shapes};
-use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::plan;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
 use crate::run::out_of_memory;
+use echelon_placement::layout::{Layout, RoleGroup};
+use echelon_roles::models::Held;
 
 /// How far the ledger may be off before a person is told.
 const TOLERANCE: f64 = 0.10;

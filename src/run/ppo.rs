@@ -14,10 +14,8 @@ use super::metrics;
 use crate::checkpoint::Resumed;
 use crate::devices;
 use crate::forecast::Forecast;
-use crate::layout::Layout;
 use crate::machine;
 use crate::model_folders::{self, ModelFolders};
-use crate::models::Held;
 use crate::plan;
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
@@ -26,6 +24,8 @@ use crate::replay;
 use crate::run_spec::RunSpec;
 use crate::settings;
 use crate::wire::{self, Rewards};
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 impl Program for ResolvedRecipe {
     type Algorithm = Ppo;
@@ -155,7 +155,7 @@ impl ResolvedRecipe {
         ];
         if layout.num_workers > 1 {
             rows.insert(2, ("workers", layout.to_string()));
-            let shares = layout.shares(&self.batch);
+            let shares = self.batch.shares(layout);
             if !shares.is_empty() {
                 rows.insert(5, ("shares", shares.join("\n"))); // none, where every role has one worker
             }
