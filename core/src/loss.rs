@@ -156,3 +156,53 @@ pub fn check_columns(loss: &dyn Loss, rows: &Rows) -> Result<()> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Column, PerToken};
+
+    const NEEDED: Column<PerToken> = Column::new("needed");
+
+    struct Needy;
+
+    impl Loss for Needy {
+        fn name(&self) -> &'static str {
+            "needy"
+        }
+        fn gives(&self) -> Gives {
+            Gives::Logprobs
+        }
+        fn columns(&self) -> &'static [&'static str] {
+            &["needed"]
+        }
+        fn terms(&self, _: Output, _: &Rows, numbers: &Numbers, _: &mut Report) -> Result<Vec<Term>> {
+            let sum = Tensor::from(numbers.get("coef")?);
+            Ok(vec![Term { sum, per: Per::Row }])
+        }
+    }
+
+    fn rows() -> Rows {
+        Rows::of_tokens(&[(vec![1, 2, 3], vec![false, true, true]), (vec![4, 5], vec![false, true])])
+    }
+
+    #[test]
+    fn what_a_loss_reads_and_nobody_made_is_named() {
+        let refused = check_columns(&Needy, &rows()).unwrap_err().to_string();
+        assert_eq!(refused, "the loss `needy` reads a column `needed`, which nobody made");
+        let made = rows().with(NEEDED, Tensor::zeros([2, 3], tch::kind::FLOAT_CPU)).unwrap();
+        assert!(check_columns(&Needy, &made).is_ok());
+        let output = Output::Scalars(&made.own);
+        let unnamed = Needy.terms(output, &made, &Numbers::default(), &mut Report::default()).unwrap_err().to_string();
+        assert_eq!(unnamed, "a loss reads the number `coef`, which nobody gives");
+    }
+
+    #[test]
+    fn terms_are_divided_each_by_its_count() {
+        let totals = Totals::of(&rows(), 2);
+        assert_eq!(totals, Totals { tokens: 3.0, rows: 2.0, units: 1.0 });
+        let term = |sum: f64, per| Term { sum: Tensor::from(sum), per };
+        let terms = vec![term(6.0, Per::Token), term(10.0, Per::Row), term(3.0, Per::Token), term(0.5, Per::Unit)];
+        assert_eq!(totals.mean(terms).double_value(&[]), 9.0 / 3.0 + 5.0 + 0.5);
+    }
+}
