@@ -182,7 +182,7 @@ impl Ppo {
         let rewards = rows[REWARDS].sum_dim_intlist(1, false, Kind::Double);
         let difference =
             (rows[OLD_LOGPROBS].to_kind(Kind::Double) - rows[ROLLOUT_LOGPROBS].to_kind(Kind::Double)).abs();
-        let mut report = sources;
+        let mut report = Report::default();
         report.histograms.add("train/rewards", scores);
         report.histograms.add("train/response_lengths", &lengths);
         let numbers = [
@@ -201,6 +201,8 @@ impl Ppo {
             ("perf/rollout_logprob_diff_mean", masked_mean(&difference, own)),
         ];
         numbers.into_iter().for_each(|(name, number)| report.stats.last(name, number));
+        report.stats.unite(sources.stats);
+        report.histograms.unite(sources.histograms);
         report
     }
 }
