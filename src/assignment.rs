@@ -31,7 +31,7 @@ use crate::models::{Held, frozen_policy, frozen_scorer, trainable_policy, traina
 use crate::program::Failure;
 use crate::recipe::{Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::seat::Seat;
-use crate::wire::{self, ModelFolders, actor_config, critic_config, engine_config, optimizer};
+use crate::wire::{self, ModelFolders, actor_config, critic_config, engine_config};
 
 /// What a worker in another process is told: it reads the run's own recipe.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -157,8 +157,8 @@ impl HostPlan {
             temperature: recipe.rollout.temperature,
             actor: actor_config(recipe),
             critic: critic_config(recipe),
-            actor_optimizer: optimizer(&recipe.actor.optimizer, &recipe.train.compute),
-            critic_optimizer: optimizer(&recipe.critic_optimizer, &recipe.train.compute),
+            actor_optimizer: recipe.actor.optimizer.config(&recipe.train.compute),
+            critic_optimizer: recipe.critic_optimizer.config(&recipe.train.compute),
             engine: engine_config(recipe, held),
             folders,
             run_folder,

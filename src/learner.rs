@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use echelon_algorithms::reward_model::pair_batches;
 use echelon_algorithms::{reward_model, sft};
 use echelon_core::Result;
+use echelon_core::compute::Compute;
 use echelon_core::memory::{PassLoad, Phase};
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
@@ -17,7 +18,7 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::models::{Held, Policy, Scorer, export, trainable_policy, trainable_scorer};
-use crate::recipe::{Compute, Init, Model, RewardRecipe, SftRecipe};
+use crate::recipe::{Init, Model, RewardRecipe, SftRecipe};
 use crate::seat::Seat;
 use crate::wire;
 
@@ -58,7 +59,7 @@ impl LearnerPlan {
 
     fn new(role: Role, (model, compute, seed): (&Model, &Compute, u64), folder: &Path, held: Held) -> LearnerPlan {
         let random = model.init == Init::Random;
-        let optimizer = wire::optimizer(&model.optimizer, compute);
+        let optimizer = model.optimizer.config(compute);
         LearnerPlan { role, held, folder: folder.to_owned(), seed, random, optimizer }
     }
 

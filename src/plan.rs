@@ -3,24 +3,23 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use echelon_core::compute::{Compute, ComputeDtype};
+use echelon_core::device::DeviceChoice;
 use echelon_core::role::Role;
 use echelon_core::shape::ModelShape;
 use echelon_core::store::total;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
+use echelon_placement::devices::Devices;
 use echelon_placement::launch::spawn::available_threads;
-use echelon_placement::ledger::{ComputeDtype, Workload};
+use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, Training, TrainingPlan, plan, plan_training};
 use echelon_placement::rates::Rates;
-use echelon_placement::tier::Tier;
 
 use crate::monitor::PLAN_FILE;
 use crate::node;
 use crate::program::{Failure, PlanFormat, write_whole};
-use crate::recipe::{
-    self, Auto, Compute, Device, Devices, Dtype, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel,
-    SupervisedTrain,
-};
+use crate::recipe::{Auto, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel, SupervisedTrain};
 use serde::Serialize;
 
 /// The GPUs that a recipe without a kind is planned for.
@@ -168,7 +167,7 @@ pub fn keep(folder: &Path, plan: Option<&str>) -> Result<(), Failure> {
 /// Counts this machine's GPUs where the recipe leaves it to us: several are then planned for, and the resolved recipe says
 /// how many. One needs no plan.
 pub fn count_gpus(devices: &mut Devices) {
-    if devices.device != Device::Cpu
+    if devices.device != DeviceChoice::Cpu
         && devices.count().is_none()
         && devices.gpu.is_none()
         && let Some(found) = node::gpus().map(|here| here.num_devices()).filter(|&found| found > 1)
@@ -179,7 +178,7 @@ pub fn count_gpus(devices: &mut Devices) {
 
 fn on_cpu(devices: &Devices) -> bool {
     let names_gpus = devices.count().is_some() || devices.gpu.is_some();
-    devices.device == Device::Cpu || (devices.device == Device::Auto && !names_gpus)
+    devices.device == DeviceChoice::Cpu || (devices.device == DeviceChoice::Auto && !names_gpus)
 }
 
 fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
@@ -275,13 +274,8 @@ pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
 }
 
 fn compute_dtype(compute: &Compute, devices: &Devices) -> ComputeDtype {
-    match compute.dtype {
-        Dtype::Float32 => ComputeDtype::Float32,
-        Dtype::Bfloat16 => ComputeDtype::Bfloat16,
-        Dtype::Float64 => ComputeDtype::Float64,
-        Dtype::Auto if on_cpu(devices) => ComputeDtype::Float32,
-        Dtype::Auto => ComputeDtype::Bfloat16,
-    }
+    let usual = if on_cpu(devices) { ComputeDtype::Float32 } else { ComputeDtype::Bfloat16 };
+    compute.dtype.fixed().unwrap_or(usual)
 }
 
 /// A model's shape from its own `config.json`, or where that is not at hand from the one named for planning.
@@ -311,15 +305,10 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
     let by_hand = by_hand.map(|(role, place)| ByHand {
         role,
         devices: place.devices.clone(),
-        colocate_with: place.colocate_with.map(core_role),
+        colocate_with: place.colocate_with,
     });
     Constraints {
-        tier: match placement.devices.tier {
-            recipe::Tier::Auto => None,
-            recipe::Tier::Small => Some(Tier::Small),
-            recipe::Tier::Medium => Some(Tier::Medium),
-            recipe::Tier::Large => Some(Tier::Large),
-        },
+        tier: placement.devices.tier.fixed(),
         zero_stage: recipe.train.compute.zero_stage.fixed().map(|stage| stage as u8),
         adam_offload: recipe.train.compute.adam_offload.then_some(true),
         tensor_parallel: Some(recipe.generation.tensor_parallel_size).filter(|&size| size > 1),
@@ -327,16 +316,6 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
         use_all_devices: placement.devices.workers.fixed().is_some(),
         pools: !placement.devices.node_pool.is_empty(),
         ..Constraints::default()
-    }
-}
-
-fn core_role(role: recipe::Role) -> Role {
-    match role {
-        recipe::Role::Actor => Role::Actor,
-        recipe::Role::Critic => Role::Critic,
-        recipe::Role::Reference => Role::Reference,
-        recipe::Role::Reward => Role::Reward,
-        recipe::Role::Generator => Role::Generator,
     }
 }
 

@@ -11,6 +11,7 @@ use echelon_core::role::{LearnerGroup, LearnerRank, Role};
 use echelon_core::rollout::Tokens;
 use echelon_core::verb::{Learn, LearnReport};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::devices::Devices;
 use echelon_placement::planner::TrainingPlan;
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
@@ -27,9 +28,7 @@ use crate::plan::{self, TrainingJob, count_gpus};
 use crate::program::{
     Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, make_run_folder, run_folder, watch_signals, write_whole,
 };
-use crate::recipe::{
-    self, Checkpoint, Devices, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of,
-};
+use crate::recipe::{self, Checkpoint, Model, RESOLVED_FILE, RewardRecipe, Root, SftRecipe, SupervisedTrain, json_of};
 use crate::resume::resume;
 use crate::run::memory::MemoryLedger;
 use crate::watch::Watch;
@@ -260,7 +259,7 @@ impl<'a, L: Lesson> Prepared<'a, L> {
             crew,
             memory: memory.map(|training| MemoryLedger::of_training(&training, self.held, &self.layout)),
             lr: model.optimizer.lr,
-            schedule: wire::schedule(&model.optimizer, total),
+            schedule: LrSchedule::of(&model.optimizer, total),
             stream,
             held_out,
             checkpoints: Checkpoints::new(&self.folder, checkpoint),

@@ -5,22 +5,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use echelon_algorithms::losses::PolicyClip;
-use echelon_algorithms::ppo::{KlPlacement, PpoConfig};
+use echelon_algorithms::ppo::PpoConfig;
 use echelon_algorithms::reward_shaping::ScoreShaping;
-use echelon_algorithms::schedule::{Decay, LrSchedule};
+use echelon_algorithms::schedule::LrSchedule;
 use echelon_algorithms::update::{ActorConfig, CriticConfig};
-use echelon_algorithms::{kl, ppo};
-use echelon_core::device::{self, DeviceChoice};
+use echelon_core::compute::{Compute, ComputeDtype};
+use echelon_core::device;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::{ActorRank, CriticRank, Endpoint, GeneratorRank, Role, Roles};
 use echelon_core::rollout::SamplingConfig;
 use echelon_core::verb::{Logprobs, Scores};
 use echelon_core::weight_layout::WeightLayout;
-use echelon_core::zero::{OptimizerConfig, PassConfig};
+use echelon_core::zero::PassConfig;
 use echelon_generation::{EngineConfig, check_budget};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::devices::Devices;
 use echelon_placement::launch::Place;
 use echelon_placement::planner::Plan;
 use serde::{Deserialize, Serialize};
@@ -34,9 +35,7 @@ use crate::node;
 use crate::plan;
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
-use crate::recipe::{
-    self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
-};
+use crate::recipe::{ModelSource, ResolvedRecipe, ScoreSource};
 use crate::replay::replaying;
 use crate::reward::{Source, WeightedSources, distinct_names, task_source};
 use crate::run::memory::shapes;
@@ -124,29 +123,20 @@ pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
 /// among several of its host has its `place`, which names its device. Weights lie plainly: the driver decides otherwise, and
 /// tells its workers.
 pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Result<(Held, Option<String>), Failure> {
-    let choice = match devices.device {
-        recipe::Device::Auto => DeviceChoice::Auto,
-        recipe::Device::Cpu => DeviceChoice::Cpu,
-        recipe::Device::Cuda => DeviceChoice::Cuda,
-    };
-    let mut chosen = device::choose(choice).map_err(Failure::input)?;
+    let mut chosen = device::choose(devices.device).map_err(Failure::input)?;
     if let (Device::Cuda(_), Some(place)) = (chosen.device, place) {
         let visible = tch::Cuda::device_count() as u32;
         chosen.device = Device::Cuda(place.device_index(visible).map_err(Failure::input)? as usize);
     }
-    let kind = match compute.dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-        Dtype::Float64 => Kind::Double,
-        Dtype::Auto if chosen.device == Device::Cpu => Kind::Float,
-        Dtype::Auto => Kind::BFloat16,
-    };
+    let on_cpu = chosen.device == Device::Cpu;
+    let dtype = if on_cpu { ComputeDtype::Float32 } else { ComputeDtype::Bfloat16 };
+    let kind = compute.dtype.fixed().unwrap_or(dtype).kind();
     let pass = PassConfig {
         device: chosen.device,
         tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
         activation_checkpointing: compute.activation_checkpointing,
     };
-    let deterministic = chosen.device == Device::Cpu || compute.deterministic.fixed().unwrap_or(false);
+    let deterministic = on_cpu || compute.deterministic.fixed().unwrap_or(false);
     Ok((Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic }, chosen.warning))
 }
 
@@ -399,11 +389,8 @@ fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo
         mini_batch_size: recipe.ppo.mini_batch_size,
         gamma: recipe.ppo.gamma,
         gae_lambda: recipe.ppo.gae_lambda,
-        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
-        kl_placement: match recipe.ppo.kl_placement {
-            recipe::KlPlacement::Reward => KlPlacement::Reward,
-            recipe::KlPlacement::Loss => ppo::KlPlacement::Loss,
-        },
+        kl_estimator: recipe.ppo.kl_estimator,
+        kl_placement: recipe.ppo.kl_placement,
         score_shaping: ScoreShaping {
             normalization,
             missing_eos_penalty: recipe.reward.missing_eos_penalty,
@@ -427,14 +414,6 @@ pub fn sampling(recipe: &ResolvedRecipe, temperature: f64) -> SamplingConfig {
     }
 }
 
-fn kl_estimator(estimator: KlEstimator) -> kl::KlEstimator {
-    match estimator {
-        KlEstimator::K1 => kl::KlEstimator::K1,
-        KlEstimator::K2 => kl::KlEstimator::K2,
-        KlEstimator::K3 => kl::KlEstimator::K3,
-    }
-}
-
 pub fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
     ActorConfig {
         clip: PolicyClip {
@@ -443,9 +422,9 @@ pub fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
             dual: recipe.ppo.dual_clip,
         },
         entropy_coef: recipe.ppo.entropy_coef,
-        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
+        kl_estimator: recipe.ppo.kl_estimator,
         lr: recipe.actor.optimizer.lr,
-        schedule: schedule(&recipe.actor.optimizer, recipe.batch.actor_optimizer_steps),
+        schedule: LrSchedule::of(&recipe.actor.optimizer, recipe.batch.actor_optimizer_steps),
     }
 }
 
@@ -453,27 +432,7 @@ pub fn critic_config(recipe: &ResolvedRecipe) -> CriticConfig {
     CriticConfig {
         value_clip: recipe.ppo.value_clip,
         lr: recipe.critic_optimizer.lr,
-        schedule: schedule(&recipe.critic_optimizer, recipe.batch.critic_optimizer_steps),
-    }
-}
-
-/// The learning rate's course over `total` optimizer steps.
-pub fn schedule(optimizer: &Optimizer, total: usize) -> LrSchedule {
-    let decay = match optimizer.schedule {
-        Schedule::Constant => Decay::Constant,
-        Schedule::Linear => Decay::Linear,
-        Schedule::Cosine => Decay::CosineWithMinLr,
-    };
-    LrSchedule::new(decay, total, optimizer.warmup_ratio, optimizer.min_lr_ratio)
-}
-
-/// AdamW's settings.
-pub fn optimizer(optimizer: &Optimizer, compute: &Compute) -> OptimizerConfig {
-    OptimizerConfig {
-        betas: (optimizer.betas[0], optimizer.betas[1]),
-        eps: optimizer.eps,
-        weight_decay: optimizer.weight_decay,
-        max_grad_norm: compute.max_grad_norm.unwrap_or(0.0),
+        schedule: LrSchedule::of(&recipe.critic_optimizer, recipe.batch.critic_optimizer_steps),
     }
 }
 

@@ -8,6 +8,8 @@
 //!
 //! `cargo run --bin ppo -- recipes/quickstart.toml` runs it. Shapes: B responses per step, T tokens per row.
 
+mod table;
+
 use std::time::Instant;
 
 use echelon_core::experience::Experience;
@@ -26,16 +28,7 @@ use crate::masked::{masked_mean, masked_row_mean};
 use crate::reward_shaping::{ScoreShaping, token_rewards};
 use crate::whiten::whiten;
 
-/// Where the KL to the reference counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KlPlacement {
-    /// Subtracted from each token's reward.
-    #[default]
-    Reward,
-    /// A term of the loss, with its gradient.
-    Loss,
-}
+pub use table::{KlPlacement, Ppo};
 
 /// What the driver's half of a step decides by.
 #[derive(Clone, Debug)]

@@ -37,6 +37,9 @@ pub mod random;
 pub mod determinism;
 pub mod device;
 
+pub mod compute;
+pub mod optimizer;
+
 pub mod collective;
 mod error;
 pub mod shim;

@@ -9,6 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
+use echelon_schema::{Choice, scalar_value};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -30,15 +31,22 @@ pub enum Role {
     Generator,
 }
 
+/// In the order in which the recipe's reference lists them; that of the enum is the planner's.
+impl Choice for Role {
+    const ALL: &'static [(Self, &'static str, &'static str)] = &[
+        (Role::Actor, "actor", "The policy being trained."),
+        (Role::Critic, "critic", "The value model."),
+        (Role::Reward, "reward", "The reward model."),
+        (Role::Reference, "reference", "The frozen policy."),
+        (Role::Generator, "generator", "The sampling engine."),
+    ];
+}
+
+scalar_value!(Role);
+
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Role::Actor => "actor",
-            Role::Critic => "critic",
-            Role::Reference => "reference",
-            Role::Reward => "reward",
-            Role::Generator => "generator",
-        })
+        f.write_str(self.word())
     }
 }
 

@@ -4,6 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::ppo::Ppo;
+use echelon_core::optimizer::Optimizer;
+use echelon_placement::devices::Placement;
 use echelon_schema::{ModelSource, to_toml};
 
 use super::arithmetic::BatchArithmetic;

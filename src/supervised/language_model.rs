@@ -16,7 +16,8 @@ use crate::learner::LearnerPlan;
 use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Devices, Root, SftRecipe};
+use crate::recipe::{Root, SftRecipe};
+use echelon_placement::devices::Devices;
 
 impl Lesson for SftRecipe {
     const ROLE: Role = Role::Actor;

@@ -16,7 +16,8 @@ use crate::learner::LearnerPlan;
 use crate::models::Held;
 use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Devices, RewardRecipe, Root};
+use crate::recipe::{RewardRecipe, Root};
+use echelon_placement::devices::Devices;
 
 /// Rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
 impl Lesson for RewardRecipe {

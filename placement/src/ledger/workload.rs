@@ -1,38 +1,11 @@
 //! What a step works on: the models' shapes and the batch.
 
+pub use echelon_core::compute::ComputeDtype;
 use echelon_core::role::Role;
 use echelon_core::shape::{ModelShape, TensorParallelAxis, UnitShape};
 use serde::{Deserialize, Serialize};
 
 use crate::tier::ROLES;
-
-/// The type that models compute in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ComputeDtype {
-    /// The parameter is the master: there is no second copy.
-    Float32,
-    /// With an f32 master copy, f32 moments, and gradients accumulated in f32 (see [`super::ModelStates::new`]).
-    Bfloat16,
-    /// As `Float32`, in 8 bytes.
-    Float64,
-}
-
-impl ComputeDtype {
-    /// Bytes of a weight or an activation.
-    pub fn bytes(self) -> u64 {
-        match self {
-            ComputeDtype::Bfloat16 => 2,
-            ComputeDtype::Float32 => 4,
-            ComputeDtype::Float64 => 8,
-        }
-    }
-
-    /// Bytes of an accumulated gradient, of a moment, and of a logit.
-    pub fn wide_bytes(self) -> u64 {
-        self.bytes().max(4)
-    }
-}
 
 /// One PPO step: which models there are, and how much goes through them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
