@@ -20,6 +20,7 @@ pub mod message;
 pub mod shared_message;
 
 pub mod shape;
+pub mod workload;
 
 pub mod pack;
 

@@ -4,10 +4,10 @@
 //! w of the accumulators'. Widths are per token. They follow the code of a pass line by line: what autograd saves for a
 //! layer's backward, and which names are still alive when a layer without a graph is at its widest.
 
-use echelon_core::memory::PassLoad;
-use echelon_core::role::Role;
+use echelon_core::memory::{PassLoad, Work};
+use echelon_core::workload::{ComputeDtype, Gives, Training};
 
-use super::{CHUNK_LOGITS, ComputeDtype, Item, Phase, Phases, RoleJob, largest, transient};
+use super::{CHUNK_LOGITS, Item, RoleJob, Works, largest, transient};
 
 /// Bytes of a sharded pass at one instant.
 #[derive(Clone, Copy, Default)]
@@ -25,7 +25,7 @@ const IN_FLIGHT: &str =
 impl RoleJob<'_> {
     /// A forward pass without a graph: a layer at its widest, or the head.
     pub(super) fn scoring(&self, load: &PassLoad, each: &mut impl FnMut(Item)) {
-        let on = Phases::of(Phase::Score);
+        let on = Works::of(Work::Score);
         let (model, dtype) = (self.model, self.workload.dtype);
         let (b, w) = (dtype.bytes(), dtype.wide_bytes());
         let gathered =
@@ -52,8 +52,8 @@ impl RoleJob<'_> {
         largest(&[&layer, &first, &head]).iter().for_each(|item| each(*item));
     }
 
-    pub(super) fn training(&self, load: &PassLoad, each: &mut impl FnMut(Item)) {
-        let on = Phases::of(if self.role == Role::Actor { Phase::TrainActor } else { Phase::TrainCritic });
+    pub(super) fn training(&self, how: &Training, load: &PassLoad, each: &mut impl FnMut(Item)) {
+        let on = Works::of(Work::Learn);
         let (model, dtype) = (self.model, self.workload.dtype);
         let (b, w) = (dtype.bytes(), dtype.wide_bytes());
         let narrow = b != w;
@@ -62,7 +62,7 @@ impl RoleJob<'_> {
         let (kept, kept_formula, recomputed) = self.kept_activations(tokens);
         let activations = transient("activations", kept, kept_formula, on);
         let logits = self.chunk_logits(load);
-        let learned = if self.workload.entropy_in_loss { 4 } else { 3 };
+        let learned = if how.entropy_in_loss { 4 } else { 3 };
 
         // The head: all layers are done, none is undone.
         let of_head = transient(
@@ -83,7 +83,7 @@ impl RoleJob<'_> {
         ];
         // In bf16 the head's own gradient is made in bf16, then widened.
         let has_logits = u64::from(self.has_logits());
-        let slopes = if self.workload.entropy_in_loss { w + b } else { 3 * w + b };
+        let slopes = if how.entropy_in_loss { w + b } else { 3 * w + b };
         let head_gradient = [
             activations,
             of_head,
@@ -226,8 +226,8 @@ impl RoleJob<'_> {
         "compute bytes x tokens at once x (2 query widths + 2 key widths + the wider of 6 hidden + 3 intermediate and, where not fused, 4 hidden + 4 intermediate; or attention's 2 hidden + 5 query widths + 2 key widths)"
     }
 
-    fn has_logits(&self) -> bool {
-        matches!(self.role, Role::Actor | Role::Reference)
+    pub fn has_logits(&self) -> bool {
+        self.workload.model(self.role).is_some_and(|model| model.gives == Gives::Logprobs)
     }
 
     /// Logits of one chunk of rows; none for a head that gives one number.
