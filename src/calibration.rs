@@ -10,11 +10,12 @@
 use std::path::Path;
 use std::time::Instant;
 
+use echelon_core::data::Rows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::{Interrupt, Unwatched};
-use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::store::total;
-use echelon_core::zero::{OptimizerConfig, PolicyOutput, Sharding};
+use echelon_core::zero::{OptimizerConfig, Sharding};
 use echelon_core::{Error, Result};
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -203,12 +204,12 @@ impl Probe {
         })
     }
 
-    fn rows(&self) -> Tokens {
+    fn rows(&self) -> Rows {
         let work = &self.workload;
         let (prompt, length) = (work.max_prompt_tokens, work.max_tokens());
         let ids = (0..length as i64).map(|t| t * 31 % self.config.vocab_size).collect::<Vec<_>>();
         let row = (ids, (0..length).map(|t| t >= prompt).collect::<Vec<_>>());
-        Tokens::from_rows(&vec![row; work.prompts])
+        Rows::of_tokens(&vec![row; work.prompts])
     }
 
     /// Also while the run's own step may not be stopped.
@@ -216,9 +217,9 @@ impl Probe {
         if self.interrupt.is_raised() { Err(Error::Interrupted) } else { Ok(()) }
     }
 
-    fn learn(&self, policy: &mut Policy, rows: &Tokens) -> Result<()> {
+    fn learn(&self, policy: &mut Policy, rows: &Rows) -> Result<()> {
         self.is_wanted()?;
-        let loss = |output: &LogprobOutput| Ok(-output.logprobs().sum(Kind::Float) / rows.num_rows() as f64);
+        let loss = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Float) / rows.num_rows() as f64);
         policy.forward_backward(rows, loss).map(drop)
     }
 
@@ -325,14 +326,4 @@ fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let begun = Instant::now();
     work()?;
     Ok(begun.elapsed().as_secs_f64())
-}
-
-/// A parameter of the probe: numbers of a usual size, made quickly.
-pub(crate) fn probe_parameter(name: &str, shape: &[i64]) -> Tensor {
-    let count: i64 = shape.iter().product();
-    let options = (Kind::Float, tch::Device::Cpu);
-    if name.ends_with("norm.weight") {
-        return Tensor::ones(shape, options);
-    }
-    Tensor::linspace(-0.03, 0.03, count, options).view(shape)
 }

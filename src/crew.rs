@@ -11,10 +11,10 @@ use echelon_core::Error;
 use echelon_core::memory::MemoryReport;
 use echelon_core::process_group::MeetingPoint;
 use echelon_core::progress::{Interrupt, Progress};
-use echelon_core::role::{Endpoint, Role, WorkerGroup};
+use echelon_core::role::Role;
 use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreConfig, StoreServer, available};
-use echelon_core::verb::{MatmulRate, Memory};
+use echelon_core::verb::{Calls, Endpoint, MatmulRate, Memory, Rank, Request, Serve, Verb, WorkerGroup};
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::control::{
@@ -30,13 +30,13 @@ use futures_util::future::{join_all, try_join_all};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
-use crate::assignment::{Assignment, Built, HostPlan};
+use crate::assignment::{Assignment, Built, INTERRUPT};
 use crate::host::DeviceRoles;
+use crate::host_plan::HostPlan;
 use crate::layout::Layout;
 use crate::node;
-use crate::program::{BEFORE_THE_FIRST_STEP, Failure};
+use crate::program::{BEFORE_THE_FIRST_STEP, BUILD, Failure};
 use crate::seat::{Seat, Watched};
-use crate::worker::{BUILD, INTERRUPT};
 
 /// How long workers have to end after the run; and after a failure, when one may never hear of it.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -202,7 +202,7 @@ impl Crew {
         let meeting = MeetingPoint::serve(&host, 0)?;
         let secret = joining.listen.map(|_| Arc::new(SecretFile::new(joining.credentials.clone())));
         let muted = Arc::new(AtomicBool::new(false));
-        let gathering = gather(assignment.layout.clone(), joining.clone(), (secret.clone(), muted.clone()));
+        let gathering = gather(assignment.spec.layout.clone(), joining.clone(), (secret.clone(), muted.clone()));
         let mut gathering = runtime.handle().spawn(gathering);
         let (server, local, workers) = tokio::select! {
             gathered = &mut gathering => gathered.map_err(Failure::other)??,
@@ -247,19 +247,28 @@ impl Crew {
     }
 
     /// A role's handle: the endpoints of its workers in the order of its ranks.
-    pub fn group<E: ?Sized>(
-        &self,
-        layout: &Layout,
-        role: Role,
-        here: fn(Worker<DeviceRoles>) -> Arc<E>,
-        there: fn(RemoteRank) -> Arc<E>,
-    ) -> WorkerGroup<E> {
+    pub fn group(&self, layout: &Layout, role: Role, calls: &Calls) -> WorkerGroup {
         let group = layout.group(role);
-        let endpoint = |&number: &usize| match self {
-            Crew::Here { worker, .. } => here(worker.clone()),
-            Crew::Processes(crew) => there(crew.ranks[number].clone()),
+        let endpoint = |&number: &usize| -> Arc<dyn Rank> {
+            match self {
+                Crew::Here { worker, .. } => Arc::new(worker.clone()),
+                Crew::Processes(crew) => Arc::new(crew.ranks[number].clone()),
+            }
         };
-        WorkerGroup::new(role, group.workers.iter().map(endpoint).collect()).tensor_parallel(group.tensor_parallel)
+        let ranks = group.workers.iter().map(endpoint).collect();
+        WorkerGroup::new(role, ranks, calls.clone()).tensor_parallel(group.tensor_parallel)
+    }
+
+    /// Asks every worker, whatever its roles.
+    async fn ask_all<V: Verb>(&self, verb: V) -> echelon_core::Result<Vec<V::Reply>>
+    where
+        DeviceRoles: Serve<V>,
+    {
+        let request = || Request::of_worker(verb.clone());
+        match self {
+            Crew::Here { worker, .. } => Ok(vec![worker.call(request()).await?]),
+            Crew::Processes(crew) => try_join_all(crew.ranks.iter().map(|rank| rank.call(request()))).await,
+        }
     }
 
     /// What every worker was metered at since it was last asked.
@@ -267,10 +276,7 @@ impl Crew {
     /// # Errors
     /// A worker that is gone.
     pub async fn memory(&self) -> echelon_core::Result<Vec<MemoryReport>> {
-        match self {
-            Crew::Here { worker, .. } => Ok(vec![worker.call(Memory).await?]),
-            Crew::Processes(crew) => try_join_all(crew.ranks.iter().map(|rank| rank.call(Memory))).await,
-        }
+        self.ask_all(Memory).await
     }
 
     /// Floating-point operations per second that the devices reach together in large matrix products.
@@ -278,13 +284,7 @@ impl Crew {
     /// # Errors
     /// A worker that is gone.
     pub async fn matmul_rate(&self) -> echelon_core::Result<f64> {
-        match self {
-            Crew::Here { worker, .. } => worker.call(MatmulRate).await,
-            Crew::Processes(crew) => {
-                let rates = try_join_all(crew.ranks.iter().map(|rank| rank.call(MatmulRate))).await?;
-                Ok(rates.into_iter().sum())
-            }
-        }
+        Ok(self.ask_all(MatmulRate).await?.into_iter().sum())
     }
 
     /// The failure, or the loss of a worker that caused it: its peers' calls fail too, and often sooner.
@@ -327,7 +327,7 @@ impl Processes {
             async move { rank.ask::<Assignment, Built>(&assignment, DEADLINE).await }
         });
         let built = try_join_all(builds).await?;
-        self.enter_nodes(&assignment.layout, &built)?;
+        self.enter_nodes(&assignment.spec.layout, &built)?;
         let Some(address) = address else { return Ok(()) };
         let store = Store::connect(&address, "driver").map_err(|error| Error::other("the driver", error))?;
         for ((rank, built), number) in self.ranks.iter_mut().zip(built).zip(0..) {

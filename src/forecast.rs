@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use echelon_algorithms::ppo::StepReport;
 use echelon_core::Error;
+use echelon_core::data::Rows;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::store::total;
@@ -75,8 +75,8 @@ impl Forecast {
 
     /// Sets `perf/planned_<phase>_s` and `perf/planned_step_s`: the planner's seconds for the lengths that the step had. The
     /// first call measures this machine's rates; where that fails nothing is set.
-    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, interrupt: &Interrupt) {
-        let Some(planned) = self.seconds(report, interrupt) else { return };
+    pub fn record(&mut self, metrics: &mut Metrics, rows: &Rows, interrupt: &Interrupt) {
+        let Some(planned) = self.seconds(rows, interrupt) else { return };
         metrics
             .set("perf/planned_generation_s", planned.generate)
             .set("perf/planned_make_experience_s", planned.score)
@@ -84,13 +84,12 @@ impl Forecast {
             .set("perf/planned_step_s", planned.step);
     }
 
-    fn seconds(&mut self, report: &StepReport, interrupt: &Interrupt) -> Option<StepSeconds> {
+    fn seconds(&mut self, rows: &Rows, interrupt: &Interrupt) -> Option<StepSeconds> {
         self.cluster.as_ref()?;
-        let rollout = report.rollout.as_ref()?;
-        let rows = rollout.num_rows() as f64;
-        let tokens = rollout.lengths.iter().sum::<i64>() as f64 / rows;
-        let response = report.response_lengths.iter().sum::<f64>() / rows;
-        let longest = report.response_lengths.iter().copied().fold(1.0, f64::max);
+        let count = rows.num_rows() as f64;
+        let tokens = rows.num_tokens() as f64 / count;
+        let response = rows.num_own_tokens() / count;
+        let longest = rows.own_lengths().max().double_value(&[]).max(1.0);
         let workload = Workload {
             mean_prompt_tokens: tokens - response,
             mean_response_tokens: response,

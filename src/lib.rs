@@ -1,5 +1,5 @@
-//! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`],
-//! [`supervised`]) and what a person sees of it ([`monitor`]).
+//! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`])
+//! and what a person sees of it ([`monitor`]).
 
 pub mod recipe;
 
@@ -7,7 +7,7 @@ pub mod wire;
 
 pub mod run;
 
-pub mod supervised;
+pub mod run_spec;
 
 pub mod calibration;
 pub mod forecast;
@@ -20,17 +20,19 @@ pub mod programs;
 
 pub mod assignment;
 pub mod crew;
+pub mod deferred;
 pub mod generator;
 pub mod seat;
+pub mod trained;
 pub mod worker;
 
 pub mod checkpoint;
 pub mod gpu_check;
 pub mod host;
+pub mod host_plan;
 pub mod import;
 pub mod inference;
 pub mod json_lines;
-pub mod learner;
 pub mod models;
 pub mod monitor;
 pub mod node;
@@ -39,4 +41,5 @@ pub mod prompts;
 pub mod replay;
 pub mod resume;
 pub mod reward;
+pub mod rules;
 pub mod watch;

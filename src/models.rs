@@ -20,8 +20,6 @@ use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::calibration::probe_parameter;
-
 /// How a model is held: dtype, device and passes, how weights lie while a CPU decodes, and whether the same work always
 /// gives the same bits.
 #[derive(Clone, Copy, Debug)]
@@ -145,6 +143,16 @@ pub fn trainable_scorer(
     let model = decoder_of(&config, &params)?;
     let head = ScalarHead::trained(params["score.weight"].shallow_clone(), reads);
     Ok(Trainable::new(state, model, head, held.pass))
+}
+
+/// A parameter of the probe: numbers of a usual size, made quickly.
+fn probe_parameter(name: &str, shape: &[i64]) -> Tensor {
+    let count: i64 = shape.iter().product();
+    let options = (Kind::Float, tch::Device::Cpu);
+    if name.ends_with("norm.weight") {
+        return Tensor::ones(shape, options);
+    }
+    Tensor::linspace(-0.03, 0.03, count, options).view(shape)
 }
 
 type Params = std::collections::HashMap<String, ParamWithGrad>;

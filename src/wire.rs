@@ -1,20 +1,20 @@
 //! Puts a run together: the one place that names models, algorithm and placement at once.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use echelon_algorithms::kl::{self, KlController};
 use echelon_algorithms::losses::PolicyClip;
-use echelon_algorithms::ppo::{KlPlacement, PpoConfig};
+use echelon_algorithms::ppo::{KlPlacement, PolicyLoss, Ppo, ValueLoss};
 use echelon_algorithms::reward_shaping::ScoreShaping;
 use echelon_algorithms::schedule::{Decay, LrSchedule};
-use echelon_algorithms::update::{ActorConfig, CriticConfig};
-use echelon_algorithms::{kl, ppo};
 use echelon_core::device::{self, DeviceChoice};
 use echelon_core::progress::{Interrupt, Progress};
-use echelon_core::role::{ActorRank, CriticRank, Endpoint, GeneratorRank, Role, Roles};
+use echelon_core::role::Role;
 use echelon_core::rollout::SamplingConfig;
-use echelon_core::verb::{Logprobs, Scores};
+use echelon_core::verb::{Calls, Reward, Roles, WorkerGroup};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig};
 use echelon_generation::{EngineConfig, check_budget};
@@ -26,28 +26,20 @@ use echelon_placement::planner::Plan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::assignment::{Assignment, HostPlan, Job};
+use crate::assignment::Assignment;
 use crate::crew::{Crew, Joining, check_credentials};
 use crate::layout::Layout;
 use crate::models::{Held, check_folder, score_statistics};
 use crate::node;
 use crate::plan;
-use crate::program::Failure;
+use crate::program::{Failure, absolute};
 use crate::prompts::PromptFormat;
 use crate::recipe::{
     self, Compute, Devices, Dtype, KlEstimator, ModelSource, Optimizer, ResolvedRecipe, Schedule, ScoreSource,
 };
-use crate::replay::replaying;
-use crate::reward::{Source, WeightedSources, distinct_names, task_source};
+use crate::reward::{NamedTask, Source, WeightedSources, distinct_names, task_source};
 use crate::run::memory::shapes;
-use crate::worker::absolute;
-
-/// A run's parts, ready to step.
-pub struct Wired {
-    pub roles: Roles,
-    pub ppo: PpoConfig,
-    pub crew: Crew,
-}
+use crate::run_spec::RunSpec;
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -59,13 +51,14 @@ pub struct ModelFolders {
 }
 
 impl ModelFolders {
-    fn absolute(&self) -> ModelFolders {
-        ModelFolders {
-            actor: absolute(&self.actor),
-            critic: absolute(&self.critic),
-            reference: self.reference.as_deref().map(absolute),
-            reward: self.reward.as_deref().map(absolute),
-        }
+    /// Where other processes find them.
+    pub fn by_role(&self) -> BTreeMap<Role, PathBuf> {
+        let frozen = [(Role::Reference, &self.reference), (Role::Reward, &self.reward)];
+        let frozen = frozen.into_iter().filter_map(|(role, folder)| Some((role, absolute(folder.as_ref()?))));
+        [(Role::Actor, absolute(&self.actor)), (Role::Critic, absolute(&self.critic))]
+            .into_iter()
+            .chain(frozen)
+            .collect()
     }
 }
 
@@ -241,96 +234,92 @@ pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> Prom
     }
 }
 
-/// Starts the run's workers, and makes the handles of their roles.
-///
-/// # Errors
-/// A model that cannot be loaded, a reward source that cannot be started, a worker that does not come.
-pub async fn wire(
-    recipe: &ResolvedRecipe,
-    inputs: RunInputs,
-    (interrupt, progress): (Interrupt, Arc<dyn Progress>),
-    say: Arc<dyn Fn(&str) + Send + Sync>,
-) -> Result<Wired, Failure> {
-    let RunInputs { folders, held, tokenizer, layout, run_folder } = inputs;
-    let statistics = match folders.reward.as_deref().filter(|_| recipe.reward.normalize) {
-        Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
-        None => None,
-    };
-    // A lone model's scores are reported as they are and normalised for learning; in a sum they must be normalised first.
-    let is_lone = matches!(&recipe.reward.sources[..], [only] if only.weight == 1.0);
-    let (alone, in_sum) = if is_lone { (statistics, None) } else { (None, statistics) };
-    let tasks =
-        recipe.reward.sources.iter().map(|source| task_source(&source.source)).collect::<Result<Vec<_>, _>>()?;
-    let names: Vec<String> =
-        tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
-    let has_reference = folders.reference.is_some();
-    let job = Job::Ppo { recipe: recipe.to_toml(), folders: folders.absolute(), weight_layout: held.weight_layout };
-    let plan = HostPlan::of(recipe, folders, held, run_folder.clone());
-    let work = Work { job, plan, layout: layout.clone(), tokenizer, run_folder };
-    let crew = start_crew(work, &recipe.placement.devices, (interrupt.clone(), progress), say).await?;
-    let sources = tasks.into_iter().map(|task| match task {
-        Some((_, task)) => Source::Task(task),
-        None => {
-            let group = crew.group::<dyn Endpoint<Scores>>(&layout, Role::Reward, |w| Arc::new(w), |w| Arc::new(w));
-            Source::Model { group, normalization: in_sum }
-        }
-    });
-    let weights = recipe.reward.sources.iter().map(|source| source.weight);
-    let sources = distinct_names(&names).into_iter().zip(weights).zip(sources);
-    let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
-    let reference = has_reference
-        .then(|| crew.group::<dyn Endpoint<Logprobs>>(&layout, Role::Reference, |w| Arc::new(w), |w| Arc::new(w)));
-    let actor = crew.group::<dyn ActorRank>(&layout, Role::Actor, |w| Arc::new(w), |w| Arc::new(w));
-    let critic = crew.group::<dyn CriticRank>(&layout, Role::Critic, |w| Arc::new(w), |w| Arc::new(w));
-    let generator = crew.group::<dyn GeneratorRank>(&layout, Role::Generator, |w| Arc::new(w), |w| Arc::new(w));
-    let apart = layout.group(Role::Generator).workers != layout.group(Role::Actor).workers;
-    let generator = if apart { generator.apart_from_actor() } else { generator };
-    let generator = match &recipe.rollout.replay {
-        Some(folder) => replaying(folder, generator, apart),
-        None => generator,
-    };
-    let reward = Box::new(WeightedSources { sources, interrupt: interrupt.clone() });
-    let roles = Roles { actor, critic, reference, reward, generator };
-    Ok(Wired { roles, ppo: ppo_config(recipe, alone), crew })
+/// What scores responses, started but for models.
+pub struct Rewards {
+    tasks: Vec<Option<NamedTask>>,
+    weights: Vec<f64>,
+    /// Mean and standard deviation by which a lone model's scores are normalised for learning; they are reported as they are.
+    pub alone: Option<(f64, f64)>,
+    /// By which those of a model in a sum are: before they are added.
+    in_sum: Option<(f64, f64)>,
 }
 
-/// What the workers of a run do, here or in processes of their own.
-pub struct Work {
-    pub job: Job,
-    pub plan: HostPlan,
-    pub layout: Layout,
-    pub tokenizer: Arc<Tokenizer>,
-    pub run_folder: PathBuf,
+impl Rewards {
+    /// # Errors
+    /// A source that cannot be started; a model without statistics where they are asked for.
+    pub fn start(recipe: &ResolvedRecipe, folders: &ModelFolders) -> Result<Rewards, Failure> {
+        let statistics = match folders.reward.as_deref().filter(|_| recipe.reward.normalize) {
+            Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
+            None => None,
+        };
+        let sources = &recipe.reward.sources;
+        let is_lone = matches!(&sources[..], [only] if only.weight == 1.0);
+        let (alone, in_sum) = if is_lone { (statistics, None) } else { (None, statistics) };
+        Ok(Rewards {
+            tasks: sources.iter().map(|source| task_source(&source.source)).collect::<Result<_, _>>()?,
+            weights: sources.iter().map(|source| source.weight).collect(),
+            alone,
+            in_sum,
+        })
+    }
+
+    fn wired(self, model: impl Fn() -> WorkerGroup, interrupt: Interrupt) -> WeightedSources {
+        let names: Vec<String> =
+            self.tasks.iter().map(|task| task.as_ref().map_or("model".to_owned(), |(name, _)| name.clone())).collect();
+        let sources = self.tasks.into_iter().map(|task| match task {
+            Some((_, task)) => Source::Task(task),
+            None => Source::Model { group: model(), normalization: self.in_sum },
+        });
+        let sources = distinct_names(&names).into_iter().zip(self.weights).zip(sources);
+        let sources = sources.map(|((name, weight), source)| (name, weight, source)).collect();
+        WeightedSources { sources, interrupt }
+    }
+}
+
+/// Starts a run's workers, and makes the handles of their roles.
+///
+/// # Errors
+/// A model that cannot be loaded, a worker that does not come.
+pub async fn connect(
+    (spec, tokenizer): (RunSpec, Arc<Tokenizer>),
+    devices: &Devices,
+    rewards: Option<Rewards>,
+    (interrupt, progress): (Interrupt, Arc<dyn Progress>),
+    say: Arc<dyn Fn(&str) + Send + Sync>,
+) -> Result<(Roles, Crew), Failure> {
+    let (layout, with_models) = (spec.layout.clone(), spec.roles());
+    let crew = start_crew(spec, tokenizer, devices, (interrupt.clone(), progress), say).await?;
+    let calls = Calls::default();
+    let group = |role| crew.group(&layout, role, &calls);
+    let mut groups: BTreeMap<Role, WorkerGroup> = with_models.iter().map(|&role| (role, group(role))).collect();
+    if let Some(generator) = groups.remove(&Role::Generator) {
+        let apart = layout.group(Role::Generator).workers != layout.group(Role::Actor).workers;
+        groups.insert(Role::Generator, if apart { generator.apart_from_actor() } else { generator });
+    }
+    let reward = rewards.map(|rewards| Box::new(rewards.wired(|| group(Role::Reward), interrupt)) as Box<dyn Reward>);
+    Ok((Roles { groups, reward, calls }, crew))
 }
 
 /// Starts a run's workers: a thread of this process, or processes.
 ///
 /// # Errors
 /// A model that cannot be loaded, a worker that does not come.
-pub async fn start_crew(
-    Work { job, plan, layout, tokenizer, run_folder }: Work,
+async fn start_crew(
+    spec: RunSpec,
+    tokenizer: Arc<Tokenizer>,
     devices: &Devices,
     (interrupt, progress): (Interrupt, Arc<dyn Progress>),
     say: Arc<dyn Fn(&str) + Send + Sync>,
 ) -> Result<Crew, Failure> {
-    if layout.num_workers == 1 && devices.listen.is_none() {
-        return Crew::here(plan, layout, tokenizer, interrupt, progress).await.map_err(Failure::input);
+    if spec.layout.num_workers == 1 && devices.listen.is_none() {
+        let (plan, _told) = spec.host_plan(None)?;
+        return Crew::here(plan, spec.layout, tokenizer, interrupt, progress).await.map_err(Failure::input);
     }
-    let run_folder = absolute(&run_folder);
-    let assignment = Assignment { job, layout, worker: 0, on_its_host: 1, meeting_port: None, store: None, run_folder };
+    let assignment = Assignment { spec, worker: 0, on_its_host: 1, meeting_port: None, store: None };
     let patience = Duration::from_secs_f64(devices.join_timeout_s);
     let credentials = devices.credentials.as_ref().map(|file| file.0.clone());
     let joining = Joining { listen: devices.listen, credentials, patience, say };
     Crew::of_processes(assignment, &joining, (interrupt, progress)).await
-}
-
-/// What a run reads and decides before its workers start.
-pub struct RunInputs {
-    pub folders: ModelFolders,
-    pub held: Held,
-    pub tokenizer: Arc<Tokenizer>,
-    pub layout: Layout,
-    pub run_folder: PathBuf,
 }
 
 /// Where a run's roles go: on one worker, or as the planner says, with its plan.
@@ -392,9 +381,8 @@ pub fn num_workers(devices: &Devices, held: Held) -> Result<usize, Failure> {
     Ok(workers)
 }
 
-fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> PpoConfig {
-    PpoConfig {
-        sampling: sampling(recipe, recipe.rollout.temperature),
+pub fn ppo(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo {
+    Ppo {
         epochs: recipe.ppo.epochs,
         mini_batch_size: recipe.ppo.mini_batch_size,
         gamma: recipe.ppo.gamma,
@@ -402,7 +390,11 @@ fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo
         kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
         kl_placement: match recipe.ppo.kl_placement {
             recipe::KlPlacement::Reward => KlPlacement::Reward,
-            recipe::KlPlacement::Loss => ppo::KlPlacement::Loss,
+            recipe::KlPlacement::Loss => KlPlacement::Loss,
+        },
+        kl: match recipe.ppo.kl_target {
+            Some(target) => KlController::adaptive(recipe.ppo.kl_coef, target, recipe.ppo.kl_horizon),
+            None => KlController::fixed(recipe.ppo.kl_coef),
         },
         score_shaping: ScoreShaping {
             normalization,
@@ -410,6 +402,8 @@ fn ppo_config(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo
             clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
         },
         critic_warmup_steps: recipe.ppo.critic_warmup_steps as u64,
+        policy_loss: policy_loss(recipe),
+        value_loss: value_loss(recipe),
         seed: recipe.seed,
     }
 }
@@ -435,8 +429,8 @@ fn kl_estimator(estimator: KlEstimator) -> kl::KlEstimator {
     }
 }
 
-pub fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
-    ActorConfig {
+pub fn policy_loss(recipe: &ResolvedRecipe) -> PolicyLoss {
+    PolicyLoss {
         clip: PolicyClip {
             low: recipe.ppo.policy_clip,
             high: recipe.ppo.policy_clip_high.unwrap_or(recipe.ppo.policy_clip),
@@ -444,17 +438,11 @@ pub fn actor_config(recipe: &ResolvedRecipe) -> ActorConfig {
         },
         entropy_coef: recipe.ppo.entropy_coef,
         kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
-        lr: recipe.actor.optimizer.lr,
-        schedule: schedule(&recipe.actor.optimizer, recipe.batch.actor_optimizer_steps),
     }
 }
 
-pub fn critic_config(recipe: &ResolvedRecipe) -> CriticConfig {
-    CriticConfig {
-        value_clip: recipe.ppo.value_clip,
-        lr: recipe.critic_optimizer.lr,
-        schedule: schedule(&recipe.critic_optimizer, recipe.batch.critic_optimizer_steps),
-    }
+pub fn value_loss(recipe: &ResolvedRecipe) -> ValueLoss {
+    ValueLoss { value_clip: recipe.ppo.value_clip }
 }
 
 /// The learning rate's course over `total` optimizer steps.

@@ -8,8 +8,9 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tch::Device;
 
+use crate::data::{Rows, micro_batches};
+use crate::plain_messages;
 use crate::role::Role;
-use crate::rollout::{Tokens, micro_batches};
 use crate::shim;
 
 /// What a verb does to a model: what its memory and its seconds depend on.
@@ -98,6 +99,9 @@ impl<'de> Deserialize<'de> for Phase {
     }
 }
 
+/// Logits in one chunk of a log-prob head: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
+pub const CHUNK_LOGITS: u32 = 1 << 24;
+
 /// The largest micro-batch of a verb.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassLoad {
@@ -109,25 +113,23 @@ pub struct PassLoad {
 }
 
 impl PassLoad {
-    /// Of rows that go through a model in micro-batches of at most `budget` tokens.
-    pub fn of(rows: &Tokens, budget: i64) -> PassLoad {
-        let mask = Vec::<u8>::try_from(rows.mask.to_device(Device::Cpu).to_kind(tch::Kind::Uint8).flatten(0, -1))
+    /// Of rows that go through a model in micro-batches of at most `budget` tokens, which never part a `unit` of rows; a head
+    /// that reads `per_row` predicts once for each.
+    pub fn of(rows: &Rows, unit: usize, budget: i64, per_row: bool) -> PassLoad {
+        let own = Vec::<u8>::try_from(rows.own.to_device(Device::Cpu).to_kind(tch::Kind::Uint8).flatten(0, -1))
             .expect("a mask of bools");
-        let width = rows.token_ids.size()[1] as usize;
-        PassLoad::of_batches(rows, &micro_batches(&rows.lengths, budget), |row| {
-            let (first, length) = (row * width, rows.lengths[row] as usize);
-            let after_the_first = mask.get(first + 1..first + length).unwrap_or_default();
-            after_the_first.iter().map(|&wanted| u64::from(wanted)).sum()
-        })
-    }
-
-    /// Of these micro-batches, where a row has so many predictions.
-    pub fn of_batches(rows: &Tokens, batches: &[Vec<i64>], predicted: impl Fn(usize) -> u64) -> PassLoad {
+        let width = rows.size()[1] as usize;
+        let predicted = |&row: &i64| {
+            let (first, length) = (row as usize * width, rows.lengths[row as usize] as usize);
+            let after_the_first = own.get(first + 1..first + length).unwrap_or_default();
+            if per_row { 1 } else { after_the_first.iter().map(|&wanted| u64::from(wanted)).sum() }
+        };
+        let batches = micro_batches(&rows.lengths, unit, budget);
         let mut load = PassLoad { passes: batches.len() as u64, ..PassLoad::default() };
-        for batch in batches {
+        for batch in &batches {
             let tokens: i64 = batch.iter().map(|&row| rows.lengths[row as usize]).sum();
             load.tokens = load.tokens.max(tokens as u64);
-            load.predicted = load.predicted.max(batch.iter().map(|&row| predicted(row as usize)).sum());
+            load.predicted = load.predicted.max(batch.iter().map(predicted).sum());
         }
         load
     }
@@ -215,6 +217,10 @@ pub struct MemoryReport {
     pub runtime: u64,
 }
 
+plain_messages! {
+    MemoryReport = "memory_report";
+}
+
 /// Meters the verbs of one device, on its thread.
 #[derive(Debug)]
 pub struct Meter {
@@ -298,10 +304,10 @@ mod tests {
     fn a_load_is_the_largest_micro_batch() {
         let row =
             |length: i64, wanted: i64| ((0..length).collect(), (0..length).map(|t| t >= length - wanted).collect());
-        let rows = Tokens::from_rows(&[row(6, 2), row(3, 3), row(8, 1), row(2, 1)]);
-        let load = PassLoad::of(&rows, 9);
+        let rows = Rows::of_tokens(&[row(6, 2), row(3, 3), row(8, 1), row(2, 1)]);
+        let load = PassLoad::of(&rows, 1, 9, false);
         // Rows 0 and 1, then 2, then 3; a first token is never predicted.
         assert_eq!(load, PassLoad { tokens: 9, predicted: 4, passes: 3 });
-        assert_eq!(PassLoad::of(&rows, 100), PassLoad { tokens: 19, predicted: 6, passes: 1 });
+        assert_eq!(PassLoad::of(&rows, 1, 100, false), PassLoad { tokens: 19, predicted: 6, passes: 1 });
     }
 }

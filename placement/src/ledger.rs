@@ -32,6 +32,7 @@ use std::borrow::Cow;
 
 use echelon_core::memory::{DecodeLoad, PassLoad, Phase, Work};
 use echelon_core::role::Role;
+use echelon_core::weight_layout::STEPS_THAT_PAY;
 use echelon_core::workload::{ComputeDtype, Sampling, Training, Workload};
 use serde::{Deserialize, Serialize};
 
@@ -39,12 +40,6 @@ pub use runtime::{RUNTIME, runtime_bytes};
 pub use sizes::ModelSizes;
 
 use crate::tier::{ROLES, role_name};
-
-/// Logits made at once by a log-prob head, whatever vocabulary and sequence length.
-const CHUNK_LOGITS: u64 = 1 << 24;
-
-/// Decoding steps from which on a second layout of the weights pays.
-const STEPS_THAT_PAY: usize = 12;
 
 /// Bytes of one of the two buffers through which weights go to a generator elsewhere.
 const SYNC_BUCKET_BYTES: u64 = crate::weight_sync::BUCKET_BYTES as u64;

@@ -1,45 +1,11 @@
 //! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
 
 use echelon_placement::cluster::DeviceKind;
+use echelon_schema::{Auto, Choice, ModelSource, RecipeError, Rules, nearest};
 
-use super::error::{Problem, RecipeError};
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
 use super::tables::*;
-use super::value::{Auto, ModelSource};
 use super::{Origins, Root};
-
-/// Collects broken rules at the places of the keys they are about.
-pub struct Rules<'a> {
-    origins: &'a Origins,
-    problems: Vec<Problem>,
-}
-
-impl<'a> Rules<'a> {
-    /// No rule broken yet.
-    pub fn new(origins: &'a Origins) -> Self {
-        Self { origins, problems: Vec::new() }
-    }
-
-    /// The broken rules.
-    pub fn finish(self) -> Vec<Problem> {
-        self.problems
-    }
-
-    /// Reports `message` at the first of `keys` that the recipe has.
-    fn broken(&mut self, keys: &[&str], message: String, help: String) {
-        let written = keys.iter().find(|key| self.origins.places.contains_key(**key)).unwrap_or(&keys[0]);
-        self.problems.push(Problem::new(self.origins.place(written), message).help(help));
-    }
-
-    /// Whether a `--set` wrote `key`.
-    fn is_set(&self, key: &str) -> bool {
-        self.origins.places.get(key).is_some_and(|origin| origin.document > 0)
-    }
-
-    fn has(&self, key: &str) -> bool {
-        self.origins.places.contains_key(key)
-    }
-}
 
 impl Root for Recipe {
     const PROGRAM: &'static str = "ppo";
@@ -275,7 +241,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
         Some(RuleName::Length) if length_range(source).is_none() => "`target_tokens`, or `min_tokens` or `max_tokens`",
         _ => return check_length(table, source, rules),
     };
-    let word = source.rule.map(|rule| super::schema::Choice::word(&rule)).unwrap_or_default();
+    let word = source.rule.map(|rule| rule.word()).unwrap_or_default();
     rules.broken(&[&key("rule")], format!("`{}` = \"{word}\" needs {lacks}", key("rule")), String::new());
 }
 
@@ -571,7 +537,7 @@ fn check_eval(recipe: &Recipe, rules: &mut Rules) {
 /// A metric that is never measured would keep no checkpoint.
 fn check_best_metric(checkpoint: &Checkpoint, measured: &[&'static str], rules: &mut Rules) {
     let Some(name) = checkpoint.best_metric.as_deref().filter(|name| !measured.contains(name)) else { return };
-    let meant = super::names::nearest(name, measured.iter().copied());
+    let meant = nearest(name, measured.iter().copied());
     let help = match meant {
         Some(meant) => format!("did you mean \"{meant}\"?"),
         None => format!("an evaluation measures {}", measured.join(", ")),

@@ -1,7 +1,12 @@
 //! What other frameworks call our keys.
 
+use echelon_schema::Foreign;
+
+/// All that this page knows.
+pub const FOREIGN: Foreign = Foreign { keys: KEYS, words: WORDS };
+
 /// (framework, its key, ours, what differs). OpenRLHF's older flags stand beside its dotted ones.
-pub const FOREIGN: &[(&str, &str, &str, &str)] = &[
+const KEYS: &[(&str, &str, &str, &str)] = &[
     ("OpenRLHF", "pretrain", "actor.model", ""),
     ("OpenRLHF", "actor.model_name_or_path", "actor.model", ""),
     ("OpenRLHF", "critic_pretrain", "critic.model", ""),
@@ -194,7 +199,7 @@ pub const FOREIGN: &[(&str, &str, &str, &str)] = &[
 ];
 
 /// (word of another framework, ours): values rather than keys.
-pub const FOREIGN_WORDS: &[(&str, &str)] = &[
+const WORDS: &[(&str, &str)] = &[
     ("bf16", "bfloat16"),
     ("fp32", "float32"),
     ("f32", "float32"),

@@ -5,45 +5,34 @@
 //! `recipe.resolved.toml` and loads again to the same value. `sft` and `reward` have recipes of their own.
 //!
 //! * RE-1: an unknown key, a wrong type, a number out of range or tables that contradict each other never start a run.
-//! * RE-2: keys, defaults, ranges and docs have one source, the [`table!`](schema::table) declarations.
+//! * RE-2: keys, defaults, ranges and docs have one source, the [`table!`](echelon_schema::table) declarations.
 //! * RE-3: relative paths mean the recipe's folder, those of `--set` the working directory; in the value all are absolute.
 
 mod arithmetic;
 mod changes;
 mod check;
-mod error;
 mod foreign;
-mod names;
-mod reader;
+mod parse;
 mod reference;
 mod resolve;
-pub(crate) mod schema;
-pub(crate) mod source;
 mod supervised;
 mod tables;
-pub(crate) mod value;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use echelon_schema::{Auto, Choice, ModelSource, RecipeError, to_toml};
+use echelon_schema::{Document, Documents, Item, Node, Origins, Problem, Reader, Rules, Table};
+
 pub use arithmetic::BatchArithmetic;
 pub(crate) use changes::{RESOLVED_FILE, changes_since, free_keys};
-pub use error::{Diagnostic, RecipeError};
+use parse::{SET_PREFIX, parse};
 pub use reference::reference_page;
 pub use resolve::{
     PromptSource, ResolvedData, ResolvedRecipe, ResolvedReward, Rule, ScoreSource, StartModel, WeightedSource,
 };
-pub use schema::{Choice, json_of, to_toml};
 pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
 pub use tables::*;
-pub use value::{Auto, ModelSource};
-
-use check::Rules;
-use error::Problem;
-use reader::Reader;
-use schema::{Key, Table, Writer};
-use source::{Document, Documents, Item, Node, Origin, SET_PREFIX};
 
 /// Gives each kind of recipe the same methods; as a trait they would need an import at every call.
 macro_rules! recipe_methods {
@@ -89,70 +78,6 @@ macro_rules! recipe_methods {
 
 recipe_methods!(Recipe, SftRecipe, RewardRecipe);
 
-/// Where each key of a loaded recipe was written. Not part of the recipe's value: two recipes that differ only
-/// here are equal.
-#[derive(Debug, Clone, Default)]
-pub struct Origins {
-    documents: Arc<Documents>,
-    places: BTreeMap<String, Origin>,
-}
-
-impl Origins {
-    fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
-        if self.documents.0.is_empty() {
-            let location = format!("`{key}`");
-            let help = vec![help.to_owned()];
-            return RecipeError::Invalid(vec![Diagnostic {
-                location,
-                message: message.into(),
-                snippet: String::new(),
-                help,
-            }]);
-        }
-        let problem = Problem::new(self.place(key), message).help(help);
-        RecipeError::from_problems(vec![problem], &self.documents)
-    }
-
-    /// The recipe's folder; empty for a recipe that was not loaded.
-    fn folder(&self) -> std::path::PathBuf {
-        self.documents.0.first().map_or_else(Default::default, |document| document.base.clone())
-    }
-
-    /// The place of `key`, else of the nearest table around it, else the start of the file.
-    fn place(&self, key: &str) -> Origin {
-        let mut name = key;
-        loop {
-            if let Some(origin) = self.places.get(name) {
-                return origin.clone();
-            }
-            match name.rsplit_once('.') {
-                Some((parent, _)) => name = parent,
-                None => return Origin { document: 0, span: 0..0 },
-            }
-        }
-    }
-}
-
-impl PartialEq for Origins {
-    fn eq(&self, _: &Self) -> bool {
-        true
-    }
-}
-
-impl Table for Origins {
-    const DOC: &'static str = "";
-
-    fn take(&mut self, _: &str, _: &Node, _: &mut Reader) -> bool {
-        false
-    }
-
-    fn describe(&self) -> Vec<Key> {
-        Vec::new()
-    }
-
-    fn write(&self, _: usize, _: &mut Writer) {}
-}
-
 /// A whole recipe of one of the programs.
 pub(crate) trait Root: Table {
     /// The program that runs it.
@@ -169,6 +94,15 @@ pub(crate) trait Root: Table {
     fn resolved_text(&self) -> String {
         to_toml(self)
     }
+}
+
+/// A resolved recipe as JSON, for programs.
+///
+/// # Panics
+/// `text` is none of [`to_toml`]'s.
+pub fn json_of(text: &str) -> serde_json::Value {
+    let table: toml::Table = text.parse().expect("a resolved recipe is TOML");
+    serde_json::to_value(&table).expect("a table of plain values serialises")
 }
 
 /// Reads a recipe of any program, with the `--set` arguments laid over it; for `--plan`, files that it names need not exist.
@@ -191,10 +125,10 @@ fn from_documents<T: Root>(documents: Documents, check_files: bool) -> Result<T,
         false => Err(RecipeError::from_problems(problems, &documents)),
     };
     let (node, mut problems) =
-        documents.parse().map_err(|problems| RecipeError::from_problems(problems, &documents))?;
+        parse(&documents).map_err(|problems| RecipeError::from_problems(problems, &documents))?;
     refuse(other_program::<T>(&node).into_iter().collect())?;
     let mut recipe = T::default();
-    let mut reader = Reader::new(&documents, check_files, &recipe.describe());
+    let mut reader = Reader::new(&documents, check_files, &foreign::FOREIGN, &recipe.describe());
     reader.root(&mut recipe, &node);
     problems.extend(reader.problems);
     let origins = Origins { documents: documents.clone(), places: reader.origins };

@@ -1,6 +1,7 @@
 //! Writes the recipe reference: every key of the three kinds of recipe, from the field docs.
 
-use super::schema::{Key, Table};
+use echelon_schema::{Table, program};
+
 use super::supervised::{RewardRecipe, SftRecipe};
 use super::tables::Recipe;
 
@@ -23,47 +24,3 @@ Relative paths start at the recipe's folder. `--set table.key=value` lays a valu
 else as a string, and its paths start at the working directory; `--set reward.mix.0.weight=0.5` reaches into a list.
 A number whose default may be absent accepts `\"off\"`. Defaults are OpenRLHF's where it has the key.
 ";
-
-fn program(page: &mut String, name: &str, doc: &str, keys: &[Key]) {
-    page.push_str(&format!("\n## Recipes of `{name}`\n\n{}\n", prose(doc)));
-    page.push_str(&key_table("", keys));
-    tables(page, "", keys);
-}
-
-/// One section per table, depth first.
-fn tables(page: &mut String, prefix: &str, keys: &[Key]) {
-    for key in keys {
-        let Some(inner) = &key.table else { continue };
-        let path = if prefix.is_empty() { key.name.to_owned() } else { format!("{prefix}.{}", key.name) };
-        let header = if key.repeated { format!("[[{path}]]") } else { format!("[{path}]") };
-        page.push_str(&format!("\n### `{header}`\n\n{}\n", prose(&key.doc)));
-        page.push_str(&key_table(&path, inner));
-        tables(page, &path, inner);
-    }
-}
-
-fn key_table(path: &str, keys: &[Key]) -> String {
-    let rows: Vec<String> = keys.iter().filter(|key| key.table.is_none()).map(|key| row(path, key)).collect();
-    if rows.is_empty() {
-        return String::new();
-    }
-    format!("\n| key | type | default | meaning |\n|---|---|---|---|\n{}\n", rows.join("\n"))
-}
-
-fn row(path: &str, key: &Key) -> String {
-    let default = match (&key.default, key.required) {
-        (_, true) => "required".to_owned(),
-        (None, false) => "unset".to_owned(),
-        // The name's default is the file's name, which its doc says; an empty string would mislead.
-        (Some(_), false) if path.is_empty() && key.name == "name" => "file name".to_owned(),
-        (Some(value), false) => format!("`{value}`"),
-    };
-    let range = if key.range.is_empty() { String::new() } else { format!(", {}", key.range) };
-    let cells = [format!("`{}`", key.name), key.kind.clone() + &range, default, prose(&key.doc)];
-    format!("| {} |", cells.map(|cell| cell.replace('|', "\\|")).join(" | "))
-}
-
-/// A doc comment as one paragraph; `<` would start HTML outside code.
-fn prose(doc: &str) -> String {
-    doc.split_whitespace().collect::<Vec<_>>().join(" ")
-}

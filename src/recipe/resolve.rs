@@ -4,11 +4,12 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_schema::{ModelSource, to_toml};
+
 use super::arithmetic::BatchArithmetic;
 use super::check::length_range;
-use super::schema::{json_of, to_toml};
+use super::json_of;
 use super::tables::*;
-use super::value::ModelSource;
 
 /// A PPO recipe with nothing left to decide.
 #[derive(Debug, Clone, PartialEq)]

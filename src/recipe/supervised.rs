@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_schema::{MOST, ModelSource, above, at_least, between, choice, from_below, table};
+
 use super::Origins;
-use super::schema::{MOST, at_least, between, choice, from_below, table};
 use super::tables::{Checkpoint, Compute, Devices, Optimizer};
-use super::value::ModelSource;
 
 table! {
     /// A supervised fine-tuning run: a causal language model learns completions.
@@ -131,7 +131,7 @@ table! {
         /// File or folder of jsonl, json or parquet.
         pub train: PathBuf;
         /// Share of this source among all, relative to the other weights.
-        pub weight: f64 = 1.0, in super::schema::above(0.0);
+        pub weight: f64 = 1.0, in above(0.0);
     }
 }
 

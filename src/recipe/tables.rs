@@ -6,9 +6,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use echelon_schema::{Auto, MOST, ModelSource, NewPath, above, above_to, at_least, between, choice, from_below, table};
+
 use super::Origins;
-use super::schema::{MOST, above, above_to, at_least, between, choice, from_below, table};
-use super::value::{Auto, ModelSource, NewPath};
 
 table! {
     /// A PPO run.

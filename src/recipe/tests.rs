@@ -3,9 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_schema::{Key, collect_names};
+
 use super::foreign::FOREIGN;
-use super::reader::collect_names;
-use super::schema::Table;
 use super::*;
 
 fn root() -> PathBuf {
@@ -90,7 +90,7 @@ fn foreign_names_lead_to_keys_that_exist() {
     collect_names("", &Recipe::default().describe(), &mut known);
     collect_names("", &SftRecipe::default().describe(), &mut known);
     collect_names("", &RewardRecipe::default().describe(), &mut known);
-    for (framework, name, ours, _) in FOREIGN {
+    for (framework, name, ours, _) in FOREIGN.keys {
         assert!(known.iter().any(|key| key == ours), "{framework}'s `{name}` leads to `{ours}`, which is no key");
     }
 }

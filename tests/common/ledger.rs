@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use echelon::models::{Held, export, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
+use echelon_algorithms::columns::{ADVANTAGES, OLD_LOGPROBS, RETURNS, VALUES};
 use echelon_algorithms::kl::KlEstimator;
 use echelon_algorithms::losses::PolicyClip;
-use echelon_algorithms::schedule::{Decay, LrSchedule};
-use echelon_algorithms::update::{ActorConfig, CriticConfig, update_actor, update_critic};
-use echelon_core::experience::Experience;
+use echelon_algorithms::ppo::{PolicyLoss, ValueLoss};
+use echelon_core::data::Rows;
+use echelon_core::loss::{Numbers, Totals};
 use echelon_core::memory::{Load, MemoryUse, Meter, PassLoad, Phase, StateBytes};
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
-use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::shim;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, ZeroStage, forward_rows};
@@ -87,7 +88,7 @@ fn held(setting: &Setting) -> Held {
     Held { kind: setting.kind, pass, weight_layout: setting.weight_layout, deterministic: true }
 }
 
-fn experience(setting: &Setting, vocab: i64) -> Experience {
+fn experience(setting: &Setting, vocab: i64) -> Rows {
     let length = setting.prompt_tokens + setting.response_tokens;
     let row = |row: usize| {
         // Lengths differ a little, as responses do.
@@ -95,11 +96,16 @@ fn experience(setting: &Setting, vocab: i64) -> Experience {
         let ids = (0..length).map(|t| ((t * 31 + row * 7) as i64) % vocab).collect();
         (ids, (0..length).map(|t| t >= setting.prompt_tokens).collect())
     };
-    let tokens = Tokens::from_rows(&(0..setting.rows).map(row).collect::<Vec<_>>());
+    let tokens = Rows::of_tokens(&(0..setting.rows).map(row).collect::<Vec<_>>());
     let kind = if setting.kind == Kind::Double { Kind::Double } else { Kind::Float };
     let numbers = |value: f64| Tensor::full(tokens.token_ids.size(), value, (kind, Device::Cpu));
     let [old_logprobs, values, advantages, returns] = [-6.0, 0.1, 0.5, 0.3].map(numbers);
-    Experience { tokens, old_logprobs, ref_logprobs: None, values, advantages, returns }
+    tokens
+        .with(OLD_LOGPROBS, old_logprobs)
+        .and_then(|rows| rows.with(VALUES, values))
+        .and_then(|rows| rows.with(ADVANTAGES, advantages))
+        .and_then(|rows| rows.with(RETURNS, returns))
+        .unwrap()
 }
 
 /// The actor's and the critic's passes on one rank of `sharding`; `random` weights, or those of the folders.
@@ -113,34 +119,31 @@ pub fn meter_learners(
     let mut meter = Meter::new(Device::Cpu);
     let vocab = DecoderConfig::read(policy).unwrap().vocab_size;
     let rows = experience(setting, vocab);
-    let num_tokens = rows.num_response_tokens();
-    let load = Load::Pass(PassLoad::of(&rows.tokens, held.pass.tokens_per_micro_batch));
+    let totals = Totals::of(&rows, 1);
+    let load = Load::Pass(PassLoad::of(&rows, 1, held.pass.tokens_per_micro_batch, false));
     let training = (OPTIMIZER, sharding);
-    let schedule = LrSchedule::new(Decay::Constant, 10, 0.0, 1.0);
 
     let mut actor = trainable_policy(Role::Actor, policy, random, held, training, 1.0).unwrap();
-    let config = ActorConfig {
+    let loss = PolicyLoss {
         clip: PolicyClip { low: 0.2, high: 0.2, dual: None },
         entropy_coef: if setting.entropy { 0.01 } else { 0.0 },
         kl_estimator: KlEstimator::K1,
-        lr: 1e-6,
-        schedule,
     };
     let metering = meter.begin(Role::Actor, Phase::Score);
-    actor.forward_rows(&rows.tokens, &Interrupt::default(), |_, _| ()).unwrap();
+    actor.forward_rows(&rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, actor.state.bytes_by_part(), load);
     let metering = meter.begin(Role::Actor, Phase::TrainActor);
-    update_actor(&mut actor, &rows, num_tokens, 0.0, &config).unwrap();
+    actor.learn(&loss, &rows, (&totals, &Numbers::of(&[("kl_coef", 0.0)])), 1e-6).unwrap();
     meter.end(metering, actor.state.bytes_by_part(), load);
 
     let reads = ScalarRows::Predecessors;
     let mut critic = trainable_scorer(Role::Critic, scorer, random, 1, held, training, reads).unwrap();
-    let config = CriticConfig { value_clip: Some(0.2), lr: 1e-6, schedule };
+    let loss = ValueLoss { value_clip: Some(0.2) };
     let metering = meter.begin(Role::Critic, Phase::Score);
-    critic.forward_rows(&rows.tokens, &Interrupt::default(), |_, _| ()).unwrap();
+    critic.forward_rows(&rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, critic.state.bytes_by_part(), load);
     let metering = meter.begin(Role::Critic, Phase::TrainCritic);
-    update_critic(&mut critic, &rows, num_tokens, &config).unwrap();
+    critic.learn(&loss, &rows, (&totals, &Numbers::default()), 1e-6).unwrap();
     meter.end(metering, critic.state.bytes_by_part(), load);
 
     if sharding.group.size() == 1 {
@@ -183,8 +186,8 @@ pub fn meter_learners(
 pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<MemoryUse> {
     let held = held(setting);
     let mut meter = Meter::new(Device::Cpu);
-    let rows = experience(setting, DecoderConfig::read(policy).unwrap().vocab_size).tokens;
-    let load = Load::Pass(PassLoad::of(&rows, held.pass.tokens_per_micro_batch));
+    let rows = experience(setting, DecoderConfig::read(policy).unwrap().vocab_size);
+    let load = Load::Pass(PassLoad::of(&rows, 1, held.pass.tokens_per_micro_batch, false));
     let bytes = || (shim::live_bytes(Device::Cpu) + shim::mapped_bytes()) as u64;
 
     let before = bytes();

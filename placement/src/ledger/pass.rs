@@ -4,10 +4,10 @@
 //! w of the accumulators'. Widths are per token. They follow the code of a pass line by line: what autograd saves for a
 //! layer's backward, and which names are still alive when a layer without a graph is at its widest.
 
-use echelon_core::memory::{PassLoad, Work};
+use echelon_core::memory::{CHUNK_LOGITS, PassLoad, Work};
 use echelon_core::workload::{ComputeDtype, Gives, Training};
 
-use super::{CHUNK_LOGITS, Item, RoleJob, Works, largest, transient};
+use super::{Item, RoleJob, Works, largest, transient};
 
 /// Bytes of a sharded pass at one instant.
 #[derive(Clone, Copy, Default)]
@@ -235,7 +235,7 @@ impl RoleJob<'_> {
         if !self.has_logits() {
             return 0;
         }
-        let rows = (CHUNK_LOGITS / self.model.vocab).max(1);
+        let rows = (u64::from(CHUNK_LOGITS) / self.model.vocab).max(1);
         load.predicted.min(rows) * self.model.vocab
     }
 

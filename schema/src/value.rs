@@ -4,9 +4,9 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use super::reader::Reader;
-use super::schema::{Field, Key, Value, Writer, shown_default};
-use super::source::{Item, Node};
+use toml_writer::ToTomlValue;
+
+use crate::{Field, Item, Key, Node, Reader, Value, Writer};
 
 /// A model as the recipe names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -193,7 +193,7 @@ impl Scalar for String {
     }
 
     fn show(&self) -> String {
-        toml::Value::String(self.clone()).to_string()
+        self.to_toml_value()
     }
 }
 
@@ -372,7 +372,7 @@ pub fn describe_scalar<S: Scalar>(value: Option<&S>, kind: String, field: &Field
         doc: field.doc.to_owned() + &S::explain(),
         kind,
         range: field.range.words(),
-        default: shown_default(field, value.map(Scalar::show)),
+        default: value.filter(|_| !field.required).map(Scalar::show),
         required: field.required,
         table: None,
         repeated: false,
@@ -404,77 +404,36 @@ impl<S: Scalar> Value for Option<S> {
 }
 
 /// Lets scalars stand to the right of a key.
+#[doc(hidden)]
+#[macro_export]
 macro_rules! scalar_value {
     (@impl [$($generics:tt)*] $Type:ty) => {
-        impl $($generics)* $crate::recipe::schema::Value for $Type {
+        impl $($generics)* $crate::Value for $Type {
             fn read(
                 &mut self,
-                field: &$crate::recipe::schema::Field,
-                node: &$crate::recipe::source::Node,
-                reader: &mut $crate::recipe::reader::Reader,
+                field: &$crate::Field,
+                node: &$crate::Node,
+                reader: &mut $crate::Reader,
             ) {
-                if let Some(value) = $crate::recipe::value::Scalar::parse(field, node, reader) {
+                if let Some(value) = $crate::Scalar::parse(field, node, reader) {
                     *self = value;
                 }
             }
 
-            fn describe(&self, field: &$crate::recipe::schema::Field) -> $crate::recipe::schema::Key {
-                let kind = <$Type as $crate::recipe::value::Scalar>::kind();
-                $crate::recipe::value::describe_scalar(Some(self), kind, field)
+            fn describe(&self, field: &$crate::Field) -> $crate::Key {
+                let kind = <$Type as $crate::Scalar>::kind();
+                $crate::describe_scalar(Some(self), kind, field)
             }
 
-            fn write(&self, name: &str, _: &Self, section: usize, writer: &mut $crate::recipe::schema::Writer) {
-                writer.line(section, name, &$crate::recipe::value::Scalar::show(self));
+            fn write(&self, name: &str, _: &Self, section: usize, writer: &mut $crate::Writer) {
+                writer.line(section, name, &$crate::Scalar::show(self));
             }
         }
     };
     ($($Type:ty),* $(,)?) => {
-        $( $crate::recipe::value::scalar_value!(@impl [] $Type); )*
+        $( $crate::scalar_value!(@impl [] $Type); )*
     };
 }
-
-/// Lets a [`Choice`](super::schema::Choice) stand to the right of a key.
-macro_rules! choice_value {
-    ($Choice:ty) => {
-        impl $crate::recipe::value::Scalar for $Choice {
-            fn kind() -> String {
-                <$Choice as $crate::recipe::schema::Choice>::words()
-            }
-
-            fn explain() -> String {
-                <$Choice as $crate::recipe::schema::Choice>::explain()
-            }
-
-            fn parse(
-                field: &$crate::recipe::schema::Field,
-                node: &$crate::recipe::source::Node,
-                reader: &mut $crate::recipe::reader::Reader,
-            ) -> Option<Self> {
-                let words = <$Choice as $crate::recipe::schema::Choice>::words();
-                let $crate::recipe::source::Item::String(word) = &node.item else {
-                    reader.wrong_type(field.name, node, &words);
-                    return None;
-                };
-                match $crate::recipe::schema::Choice::from_word(word) {
-                    Ok(choice) => Some(choice),
-                    Err(hint) => {
-                        let message = format!("`{}` must be {words}, found \"{word}\"", reader.dotted(field.name));
-                        reader.report(node, message, &hint);
-                        None
-                    }
-                }
-            }
-
-            fn show(&self) -> String {
-                format!("\"{}\"", $crate::recipe::schema::Choice::word(self))
-            }
-        }
-
-        $crate::recipe::value::scalar_value!($Choice);
-    };
-}
-
-pub(crate) use {choice_value, scalar_value};
 
 scalar_value!(bool, f64, u64, usize, [f64; 2], String, PathBuf, ModelSource, Vec<String>, Vec<usize>);
 scalar_value!(@impl [<S: Scalar>] Auto<S>);

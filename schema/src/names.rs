@@ -2,44 +2,64 @@
 //!
 //! Foreign names are only ever suggested, never accepted: a recipe reads the same for everybody.
 
-use super::foreign::{FOREIGN, FOREIGN_WORDS};
-
-/// Hints for the unknown key `name` (with the dotted keys `inside`, when it is a table) in the table `path`.
-///
-/// `own` are the table's keys, `known` every dotted key of the recipe.
-pub fn hints(path: &[String], name: &str, inside: &[String], own: &[&str], known: &[String]) -> Vec<String> {
-    let table = path.join(".");
-    let foreign = foreign_hints(&table, name, known);
-    let here = if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") };
-    let translated = inside.iter().flat_map(|key| foreign_hints(&here, key, known));
-    if let Some(close) = near(name, own.iter().copied(), 2) {
-        let same = foreign.into_iter().filter(|hint| hint.contains(&format!("`{close}`")));
-        return [format!("did you mean `{close}`?")].into_iter().chain(same).chain(translated).collect();
-    }
-    let foreign: Vec<String> = foreign.into_iter().chain(translated).collect();
-    let is_qualified = FOREIGN.iter().any(|entry| entry.1 == here);
-    let home = known.iter().find(|key| last(key) == name && !parent(key).is_empty() && parent(key) != table);
-    if let Some(home) = home.filter(|_| !is_qualified) {
-        return vec![format!("`{name}` is a key of {}", place(parent(home)))];
-    }
-    if !foreign.is_empty() {
-        return foreign;
-    }
-    if let Some(close) = nearest(name, own.iter().copied()) {
-        return vec![format!("did you mean `{close}`?")];
-    }
-    match known.iter().find(|key| near(name, [last(key)], 2).is_some()) {
-        Some(key) => vec![format!("did you mean `{}` of {}?", last(key), place(parent(key)))],
-        None => {
-            vec![format!("known here: {}", own.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", "))]
-        }
-    }
+/// What other frameworks call our keys and words.
+pub struct Foreign {
+    /// (framework, its key, ours, what differs).
+    pub keys: &'static [(&'static str, &'static str, &'static str, &'static str)],
+    /// (word of another framework, ours): values rather than keys.
+    pub words: &'static [(&'static str, &'static str)],
 }
 
-/// What a word of another framework is called here, if it is one of `words`.
-pub fn foreign_word<'a>(word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let ours = FOREIGN_WORDS.iter().find(|(foreign, _)| *foreign == word)?.1;
-    words.into_iter().find(|known| *known == ours)
+impl Foreign {
+    /// Hints for the unknown key `name` (with the dotted keys `inside`, when it is a table) in the table `path`.
+    ///
+    /// `own` are the table's keys, `known` every dotted key of the recipe.
+    pub fn hints(&self, path: &[String], name: &str, inside: &[String], own: &[&str], known: &[String]) -> Vec<String> {
+        let table = path.join(".");
+        let foreign = self.foreign_hints(&table, name, known);
+        let here = if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") };
+        let translated = inside.iter().flat_map(|key| self.foreign_hints(&here, key, known));
+        if let Some(close) = near(name, own.iter().copied(), 2) {
+            let same = foreign.into_iter().filter(|hint| hint.contains(&format!("`{close}`")));
+            return [format!("did you mean `{close}`?")].into_iter().chain(same).chain(translated).collect();
+        }
+        let foreign: Vec<String> = foreign.into_iter().chain(translated).collect();
+        let is_qualified = self.keys.iter().any(|entry| entry.1 == here);
+        let home = known.iter().find(|key| last(key) == name && !parent(key).is_empty() && parent(key) != table);
+        if let Some(home) = home.filter(|_| !is_qualified) {
+            return vec![format!("`{name}` is a key of {}", place(parent(home)))];
+        }
+        if !foreign.is_empty() {
+            return foreign;
+        }
+        if let Some(close) = nearest(name, own.iter().copied()) {
+            return vec![format!("did you mean `{close}`?")];
+        }
+        match known.iter().find(|key| near(name, [last(key)], 2).is_some()) {
+            Some(key) => vec![format!("did you mean `{}` of {}?", last(key), place(parent(key)))],
+            None => {
+                vec![format!("known here: {}", own.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", "))]
+            }
+        }
+    }
+
+    /// What a word of another framework is called here, if it is one of `words`.
+    pub fn word<'a>(&self, word: &str, words: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+        let ours = self.words.iter().find(|(foreign, _)| *foreign == word)?.1;
+        words.into_iter().find(|known| *known == ours)
+    }
+
+    /// One hint per key of ours that `name` may mean: entries that name the table as well win over the others.
+    fn foreign_hints(&self, table: &str, name: &str, known: &[String]) -> Vec<String> {
+        let qualified = if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") };
+        let exact: Vec<_> = self.keys.iter().filter(|entry| entry.1 == qualified).collect();
+        let loose = || self.keys.iter().filter(|entry| last(entry.1) == last(name)).collect();
+        let mut found: Vec<&(&str, &str, &str, &str)> = if exact.is_empty() { loose() } else { exact };
+        found.retain(|entry| known.iter().any(|key| key == entry.2));
+        let mut targets: Vec<&str> = found.iter().map(|entry| entry.2).collect();
+        targets.dedup();
+        targets.into_iter().map(|ours| foreign_hint(ours, &found)).collect()
+    }
 }
 
 /// The candidate nearest to `word`, if one is near enough to be meant.
@@ -78,18 +98,6 @@ fn edit_distance(left: &str, right: &str) -> usize {
         rows.push(row);
     }
     rows[left.len()][right.len()]
-}
-
-/// One hint per key of ours that `name` may mean: entries that name the table as well win over the others.
-fn foreign_hints(table: &str, name: &str, known: &[String]) -> Vec<String> {
-    let qualified = if table.is_empty() { name.to_owned() } else { format!("{table}.{name}") };
-    let exact: Vec<_> = FOREIGN.iter().filter(|entry| entry.1 == qualified).collect();
-    let loose = || FOREIGN.iter().filter(|entry| last(entry.1) == last(name)).collect();
-    let mut found: Vec<&(&str, &str, &str, &str)> = if exact.is_empty() { loose() } else { exact };
-    found.retain(|entry| known.iter().any(|key| key == entry.2));
-    let mut targets: Vec<&str> = found.iter().map(|entry| entry.2).collect();
-    targets.dedup();
-    targets.into_iter().map(|ours| foreign_hint(ours, &found)).collect()
 }
 
 fn foreign_hint(ours: &str, found: &[&(&str, &str, &str, &str)]) -> String {

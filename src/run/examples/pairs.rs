@@ -1,28 +1,20 @@
 //! `reward`: a model with a score head learns which of two responses is the better.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
-use echelon_core::verb::LearnReport;
+use echelon_algorithms::reward_model::RewardModel;
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
 use echelon_tasks::data::{Pair, PairKeys, PromptText, Verdict, load_pairs};
-use tch::{Kind, Tensor};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
-use crate::assignment::Job;
-use crate::learner::LearnerPlan;
-use crate::models::Held;
-use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Devices, RewardRecipe, Root};
+use crate::recipe::{Devices, RewardRecipe};
 
 /// Rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
 impl Lesson for RewardRecipe {
-    const ROLE: Role = Role::Reward;
+    type Algorithm = RewardModel;
     const ROWS_PER_EXAMPLE: usize = 2;
-    const SHOWN: &'static [&'static str] = &["train/loss", "train/accuracy", "eval/accuracy", "eval/loss"];
 
     fn parts(&self) -> Parts<'_> {
         let RewardRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
@@ -36,50 +28,6 @@ impl Lesson for RewardRecipe {
     fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure> {
         load_data(self, tokenizer)
     }
-
-    fn learner(&self, folder: &Path, held: Held) -> LearnerPlan {
-        LearnerPlan::of_reward(self, folder, held)
-    }
-
-    fn job(&self, folder: PathBuf) -> Job {
-        Job::Reward { recipe: self.resolved_text(), folder }
-    }
-
-    fn num_learned(rows: &Tokens) -> f64 {
-        (rows.num_rows() / 2) as f64
-    }
-
-    fn learned(report: &LearnReport) -> Metrics {
-        let mut metrics = Metrics::new();
-        metrics
-            .set("train/loss", report.loss)
-            .set("train/accuracy", report.accuracy)
-            .set("train/grad_norm", report.grad_norm)
-            .set("train/lr", report.lr);
-        metrics
-    }
-
-    fn evaluated(_rows: &Tokens, scores: &Tensor) -> Metrics {
-        let pairs = scores.view([-1, 2]);
-        let margin = pairs.select(1, 0) - pairs.select(1, 1);
-        let (mean, std) = statistics(scores);
-        let mut metrics = Metrics::new();
-        metrics
-            .set("eval/accuracy", margin.gt(0.0).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]))
-            .set("eval/loss", -margin.log_sigmoid().mean(Kind::Double).double_value(&[]))
-            .set("eval/score_mean", mean)
-            .set("eval/score_std", std);
-        metrics
-    }
-
-    fn score_statistics(scores: &Tensor) -> Option<(f64, f64)> {
-        Some(statistics(scores))
-    }
-}
-
-/// Mean and standard deviation of scores.
-fn statistics(scores: &Tensor) -> (f64, f64) {
-    (scores.mean(Kind::Double).double_value(&[]), scores.std(false).double_value(&[]))
 }
 
 /// Pairs as tokens; those with a side over `max_tokens` are dropped and counted.

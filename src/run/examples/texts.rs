@@ -1,27 +1,19 @@
 //! `sft`: a causal language model learns completions, assistant turns, or plain text.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
-use echelon_core::verb::LearnReport;
+use echelon_algorithms::sft::Sft;
 use echelon_models::chat_template::Message;
-use echelon_models::tokenizer::Tokenizer;
+use echelon_models::tokenizer::{Tokenizer, TokenizerError};
 use echelon_tasks::data::{PromptText, TrainingExample, TrainingKeys, Verdict, load_training};
-use tch::{Kind, Tensor};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
-use crate::assignment::Job;
-use crate::learner::LearnerPlan;
-use crate::models::Held;
-use crate::monitor::Metrics;
 use crate::program::Failure;
-use crate::recipe::{Devices, Root, SftRecipe};
+use crate::recipe::{Devices, SftRecipe};
 
 impl Lesson for SftRecipe {
-    const ROLE: Role = Role::Actor;
+    type Algorithm = Sft;
     const ROWS_PER_EXAMPLE: usize = 1;
-    const SHOWN: &'static [&'static str] = &["train/loss", "eval/loss", "train/grad_norm"];
 
     fn parts(&self) -> Parts<'_> {
         let SftRecipe { model, train, checkpoint, placement: devices, seed, .. } = self;
@@ -34,31 +26,6 @@ impl Lesson for SftRecipe {
 
     fn load_data(&self, tokenizer: &Tokenizer) -> Result<Data, Failure> {
         load_data(self, tokenizer)
-    }
-
-    fn learner(&self, folder: &Path, held: Held) -> LearnerPlan {
-        LearnerPlan::of_sft(self, folder, held)
-    }
-
-    fn job(&self, folder: PathBuf) -> Job {
-        Job::Sft { recipe: self.resolved_text(), folder }
-    }
-
-    fn num_learned(rows: &Tokens) -> f64 {
-        rows.mask.sum(Kind::Double).double_value(&[]).max(1.0)
-    }
-
-    fn learned(report: &LearnReport) -> Metrics {
-        let mut metrics = Metrics::new();
-        metrics.set("train/loss", report.loss).set("train/grad_norm", report.grad_norm).set("train/lr", report.lr);
-        metrics
-    }
-
-    fn evaluated(rows: &Tokens, numbers: &Tensor) -> Metrics {
-        let loss = -numbers.sum(Kind::Double).double_value(&[]) / rows.mask.sum(Kind::Double).double_value(&[]);
-        let mut metrics = Metrics::new();
-        metrics.set("eval/loss", loss).set("eval/perplexity", loss.exp());
-        metrics
     }
 }
 
@@ -84,8 +51,6 @@ fn load_data(recipe: &SftRecipe, tokenizer: &Tokenizer) -> Result<Data, Failure>
     };
     Data::read(data.files(), data.held_out(), recipe.seed, load)
 }
-
-type TokenizerError = echelon_models::tokenizer::TokenizerError;
 
 fn encode(
     tokenizer: &Tokenizer,

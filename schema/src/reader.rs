@@ -2,10 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::error::Problem;
-use super::names;
-use super::schema::{Field, Key, Table};
-use super::source::{Documents, Entry, Item, Node, Origin};
+use crate::{Documents, Entry, Field, Foreign, Item, Key, Node, Origin, Problem, Table, names};
 
 /// State of one reading: where we are, what went wrong, where each key stood.
 pub struct Reader<'a> {
@@ -13,6 +10,8 @@ pub struct Reader<'a> {
     pub documents: &'a Documents,
     /// Whether files named in the recipe must exist.
     pub check_files: bool,
+    /// Names of other frameworks, to suggest ours.
+    pub foreign: &'a Foreign,
     /// Found so far.
     pub problems: Vec<Problem>,
     /// Place of every key read, by its dotted name.
@@ -23,10 +22,11 @@ pub struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     /// A reader for a recipe whose keys `root` describes.
-    pub fn new(documents: &'a Documents, check_files: bool, root: &[Key]) -> Self {
+    pub fn new(documents: &'a Documents, check_files: bool, foreign: &'a Foreign, root: &[Key]) -> Self {
         let mut known = Vec::new();
         collect_names("", root, &mut known);
-        Self { documents, check_files, problems: Vec::new(), origins: BTreeMap::new(), path: Vec::new(), known }
+        let (problems, origins, path) = (Vec::new(), BTreeMap::new(), Vec::new());
+        Self { documents, check_files, foreign, problems, origins, path, known }
     }
 
     /// Reads the whole recipe.
@@ -115,7 +115,7 @@ impl<'a> Reader<'a> {
         };
         let problem = Problem::new(entry.key_origin.clone(), message);
         let own: Vec<&str> = keys.iter().map(|key| key.name).collect();
-        names::hints(&self.path, name, &inside, &own, &self.known).into_iter().fold(problem, Problem::help)
+        self.foreign.hints(&self.path, name, &inside, &own, &self.known).into_iter().fold(problem, Problem::help)
     }
 
     /// `[ppo]`, or words for the top of the file.

@@ -4,105 +4,43 @@
 //! of each key and value, and whether the file or an argument wrote it.
 
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
 
+use echelon_schema::{Documents, Entry, Item, Node, Origin, Problem};
 use toml::de::{DeTable, DeValue};
 
-use super::error::Problem;
-
-/// The parsed recipe before it is given types.
-pub struct Node {
-    /// What stands there.
-    pub item: Item,
-    /// Where it stands.
-    pub origin: Origin,
-}
-
-/// A TOML value with positions inside.
-pub enum Item {
-    String(String),
-    Integer(i64),
-    Float(f64),
-    Boolean(bool),
-    Datetime(String),
-    Array(Vec<Node>),
-    Table(Vec<Entry>),
-}
-
-/// One `key = value` of a table.
-pub struct Entry {
-    pub key: String,
-    pub key_origin: Origin,
-    pub node: Node,
-}
-
-/// A byte range in one of the [`Documents`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Origin {
-    /// Index into [`Documents`].
-    pub document: usize,
-    /// Bytes in that document's text.
-    pub span: Range<usize>,
-}
-
-/// The recipe file (always the first) and the `--set` arguments.
-#[derive(Debug, Default)]
-pub struct Documents(pub Vec<Document>);
-
-/// One text that keys were read from.
-#[derive(Debug)]
-pub struct Document {
-    /// As the user named it: the path, or the whole `--set` argument.
-    pub label: String,
-    /// Its text.
-    pub text: String,
-    /// The folder that relative paths inside it start from.
-    pub base: PathBuf,
-    /// False for a `--set` argument, which has no line numbers.
-    pub is_file: bool,
-}
-
-impl Documents {
-    /// Parses the file and lays every `--set` over it, in order: a later one wins.
-    ///
-    /// # Errors
-    /// Syntax errors of the file: the rest of its tree would be a guess. Those of `--set` come beside the tree.
-    pub fn parse(&self) -> Result<(Node, Vec<Problem>), Vec<Problem>> {
-        let (mut root, mut problems) = parse_file(&self.0[0].text);
-        if !problems.is_empty() {
-            return Err(problems);
-        }
-        for index in 1..self.0.len() {
-            if let Err(problem) = self.apply_set(index, &mut root) {
-                problems.push(problem);
-            }
-        }
-        Ok((root, problems))
+/// Parses the file and lays every `--set` over it, in order: a later one wins.
+///
+/// # Errors
+/// Syntax errors of the file: the rest of its tree would be a guess. Those of `--set` come beside the tree.
+pub fn parse(documents: &Documents) -> Result<(Node, Vec<Problem>), Vec<Problem>> {
+    let (mut root, mut problems) = parse_file(&documents.0[0].text);
+    if !problems.is_empty() {
+        return Err(problems);
     }
-
-    /// The absolute path that `written`, found at `origin`, means.
-    pub fn resolve_path(&self, origin: &Origin, written: &str) -> PathBuf {
-        clean(&self.0[origin.document].base.join(written))
-    }
-
-    fn apply_set(&self, document: usize, root: &mut Node) -> Result<(), Problem> {
-        let text = &self.0[document].text;
-        let whole = Origin { document, span: SET_PREFIX.len()..text.len() };
-        let Some(equals) = text.find('=') else {
-            return Err(Problem::new(whole, "expected `table.key=value`").help("for example `--set train.steps=10`"));
-        };
-        let mut start = SET_PREFIX.len();
-        let mut path = Vec::new();
-        for part in text[start..equals].split('.') {
-            path.push((part.trim().to_owned(), Origin { document, span: start..start + part.len() }));
-            start += part.len() + 1;
+    for index in 1..documents.0.len() {
+        if let Err(problem) = apply_set(&documents.0[index].text, index, &mut root) {
+            problems.push(problem);
         }
-        if path.iter().any(|(key, _)| key.is_empty()) {
-            return Err(Problem::new(whole, "empty key before `=`").help("for example `--set train.steps=10`"));
-        }
-        let value = parse_value(document, &text[equals + 1..], equals + 1);
-        insert(root, &path, value)
     }
+    Ok((root, problems))
+}
+
+fn apply_set(text: &str, document: usize, root: &mut Node) -> Result<(), Problem> {
+    let whole = Origin { document, span: SET_PREFIX.len()..text.len() };
+    let Some(equals) = text.find('=') else {
+        return Err(Problem::new(whole, "expected `table.key=value`").help("for example `--set train.steps=10`"));
+    };
+    let mut start = SET_PREFIX.len();
+    let mut path = Vec::new();
+    for part in text[start..equals].split('.') {
+        path.push((part.trim().to_owned(), Origin { document, span: start..start + part.len() }));
+        start += part.len() + 1;
+    }
+    if path.iter().any(|(key, _)| key.is_empty()) {
+        return Err(Problem::new(whole, "empty key before `=`").help("for example `--set train.steps=10`"));
+    }
+    let value = parse_value(document, &text[equals + 1..], equals + 1);
+    insert(root, &path, value)
 }
 
 /// Written before a `--set` argument where it is shown, and stored in front of its text.
@@ -204,34 +142,4 @@ fn item(value: DeValue<'_>, document: usize, offset: usize) -> Item {
 
 fn shift(span: Range<usize>, offset: usize) -> Range<usize> {
     span.start + offset..span.end + offset
-}
-
-impl Item {
-    /// Names the value for "found …" in a message.
-    pub fn found(&self) -> String {
-        match self {
-            Item::String(text) => format!("the string \"{text}\""),
-            Item::Integer(value) => format!("the integer {value}"),
-            Item::Float(value) => format!("the number {value:?}"),
-            Item::Boolean(value) => format!("`{value}`"),
-            Item::Datetime(value) => format!("the date {value}"),
-            Item::Array(elements) => format!("a list of {}", elements.len()),
-            Item::Table(_) => "a table".to_owned(),
-        }
-    }
-}
-
-/// Removes `.` and `x/..` by spelling alone: a symbolic link at the end keeps its name, and so its extension.
-fn clean(path: &Path) -> PathBuf {
-    let mut cleaned = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::CurDir => {}
-            Component::ParentDir => {
-                cleaned.pop();
-            }
-            other => cleaned.push(other),
-        }
-    }
-    cleaned
 }

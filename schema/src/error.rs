@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::source::{Documents, Origin};
+use crate::{Documents, Origin};
 
 /// Why a recipe was refused. Its text is complete: print it and exit with code 2.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +82,7 @@ impl Problem {
 
 impl RecipeError {
     /// Sorts problems by their place and renders them.
-    pub(super) fn from_problems(mut problems: Vec<Problem>, documents: &Documents) -> Self {
+    pub fn from_problems(mut problems: Vec<Problem>, documents: &Documents) -> Self {
         problems.sort_by_key(|problem| (problem.origin.document, problem.origin.span.start));
         Self::Invalid(problems.into_iter().map(|problem| problem.render(documents)).collect())
     }
