@@ -39,7 +39,7 @@ pub struct RunState {
     pub num_threads: i32,
     /// How weights lay while a CPU decoded: products round by it. Of a PPO run.
     pub weight_layout: Option<WeightLayout>,
-    /// What the run computed on, as [`crate::wire::device_name`] has it.
+    /// What the run computed on, as [`crate::devices::device_name`] has it.
     pub device: Option<String>,
     /// Whether the same work gave the same bits there.
     pub deterministic: Option<bool>,

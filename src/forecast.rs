@@ -16,14 +16,13 @@ use echelon_placement::rates::Rates;
 use tch::Device;
 
 use crate::calibration::{self, Here};
-use crate::layout::Layout;
-use crate::models::Held;
+use crate::model_folders::{ModelFolders, shapes};
 use crate::monitor::Metrics;
 use crate::plan::workload_of;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
-use crate::run::memory::shapes;
-use crate::wire::ModelFolders;
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 /// The planner with this machine's rates, which are measured when the first step is over.
 pub struct Forecast {

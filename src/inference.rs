@@ -20,9 +20,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::json_lines::{self, LineWriter, kind_of};
 use crate::machine;
-use crate::models::{Held, check_folder, frozen_policy, frozen_scorer};
 use crate::options::{Options, Usage};
 use crate::program::{Failure, watch_signals};
+use echelon_roles::models::{Held, check_folder, frozen_policy, frozen_scorer};
 
 /// Rows of one forward pass of `score`.
 const TOKENS_PER_MICRO_BATCH: i64 = 4096;

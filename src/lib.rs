@@ -7,33 +7,28 @@ pub mod wire;
 
 pub mod run;
 
+pub mod rank_plan;
 pub mod run_spec;
 
 pub mod calibration;
 pub mod forecast;
-pub mod layout;
 pub mod machine;
-pub mod matmul_rate;
 pub mod plan;
 pub mod program;
 pub mod programs;
 
 pub mod assignment;
-pub mod crew;
-pub mod deferred;
-pub mod generator;
-pub mod seat;
-pub mod trained;
+pub mod devices;
+pub mod settings;
 pub mod worker;
+pub mod workers;
 
 pub mod checkpoint;
 pub mod gpu_check;
-pub mod host;
-pub mod host_plan;
 pub mod import;
 pub mod inference;
 pub mod json_lines;
-pub mod models;
+pub mod model_folders;
 pub mod monitor;
 pub mod node;
 pub mod options;

@@ -345,8 +345,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::layout::Layout;
     use crate::recipe::Recipe;
+    use echelon_placement::layout::Layout;
 
     #[test]
     fn workers_have_the_devices_that_the_recipe_names() {

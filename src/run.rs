@@ -10,10 +10,9 @@ use echelon_core::data::{Report, Rows};
 use echelon_core::progress::Interrupt;
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::checkpoint::{Checkpoints, Measured, Resumed, RunState};
-use crate::crew::{Crew, End};
+use crate::checkpoint::{Checkpoints, Measured, Resumed};
+use crate::devices;
 use crate::forecast::Forecast;
-use crate::models::Held;
 use crate::monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
 use crate::plan;
 use crate::program::{
@@ -24,12 +23,14 @@ use crate::recipe::RESOLVED_FILE;
 use crate::resume::resume;
 use crate::watch::Watch;
 use crate::wire;
+use crate::workers::{End, Workers};
+use echelon_roles::models::Held;
 
 mod evaluate;
-mod examples;
-mod feed;
-mod inputs;
-mod learning;
+pub mod examples;
+pub mod feed;
+pub mod inputs;
+pub mod learning;
 pub mod memory;
 pub(crate) mod metrics;
 mod out_of_memory;
@@ -45,7 +46,7 @@ use metrics::{Work, metrics_of};
 ///
 /// # Errors
 /// See [`Failure`].
-pub(crate) fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
+pub fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
     let mut recipe = P::read(arguments)?;
     plan::count_gpus(recipe.devices_mut());
     if let Some(format) = arguments.plan {
@@ -57,10 +58,10 @@ pub(crate) fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         let mut run = Run::prepare(&recipe, folder, arguments.resume).await?;
         let outcome = match run.steps().await {
-            Err(failure) => Err(run.with_next_step(run.crew.explain(failure).await)),
+            Err(failure) => Err(run.with_next_step(run.workers.explain(failure).await)),
             done => done,
         };
-        run.crew.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
+        run.workers.finish(outcome.as_ref().err().map_or(End::Done, End::of)).await;
         outcome
     });
     runtime.shutdown_background(); // a reward program that is still thinking is not waited for
@@ -71,7 +72,7 @@ pub(crate) fn main<P: Program>(arguments: &Arguments) -> Result<(), Failure> {
 struct Run<A> {
     folder: PathBuf,
     learning: Learning<A>,
-    crew: Crew,
+    workers: Workers,
     checkpoints: Checkpoints,
     log: RunLog,
     tokenizer: Arc<Tokenizer>,
@@ -118,13 +119,13 @@ impl<A: Algorithm> Run<A> {
         let Inputs {
             algorithm, feed, spec, tokenizer, held, rewards, memory, forecast, arithmetic, total, plan, ..
         } = inputs;
-        let (device, saved) = (wire::device_name(held.pass.device), resumed.saved.as_ref());
+        let (device, saved) = (devices::device_name(held.pass.device), resumed.saved.as_ref());
         let elsewhere = saved.and_then(|(_, state)| state.note_on(&device, held.deterministic));
         elsewhere.iter().for_each(|note| terminal.note(note));
         let teller = terminal.clone();
         let say = Arc::new(move |line: &str| teller.note(line));
         let progress = feed.shown(watch.clone());
-        let (roles, crew) =
+        let (roles, workers) =
             wire::connect((spec, tokenizer.clone()), recipe.devices(), rewards, (interrupt.clone(), progress), say)
                 .await?;
         let mut run = Learning { algorithm, roles, feed, policy_version: 0 };
@@ -143,7 +144,7 @@ impl<A: Algorithm> Run<A> {
         };
         let log = match opened.await {
             Ok(log) => log,
-            Err(failure) => return Err(crew.give_up(failure).await),
+            Err(failure) => return Err(workers.give_up(failure).await),
         };
         if let Some((path, _)) = &resumed.saved {
             terminal.note(&format!("resumed after step {step} from {}", path.display()));
@@ -152,7 +153,7 @@ impl<A: Algorithm> Run<A> {
         Ok(Run {
             folder,
             learning: run,
-            crew,
+            workers,
             checkpoints,
             log,
             tokenizer,
@@ -249,7 +250,7 @@ impl<A: Algorithm> Run<A> {
             return Ok(());
         };
         if self.matmul_rate.is_none() {
-            self.matmul_rate = Some(self.crew.matmul_rate().await?);
+            self.matmul_rate = Some(self.workers.matmul_rate().await?);
         }
         let calls = self.learning.roles.calls.take();
         let rate = self.matmul_rate.filter(|rate| *rate > 0.0);
@@ -258,7 +259,7 @@ impl<A: Algorithm> Run<A> {
     }
 
     async fn record_memory(&mut self, metrics: &mut Metrics) -> Result<(), Error> {
-        let reports = self.crew.memory().await?;
+        let reports = self.workers.memory().await?;
         for warning in self.memory.iter_mut().flat_map(|ledger| ledger.record(metrics, &reports)) {
             self.terminal.note(&warning);
         }
@@ -317,25 +318,7 @@ impl<A: Algorithm> Run<A> {
     async fn save(&mut self) -> Result<PathBuf, Failure> {
         self.log.sync()?;
         let unfinished = self.checkpoints.begin(self.step)?;
-        for (role, name) in A::LEARNERS {
-            let file = unfinished.file(&format!("{name}.safetensors"));
-            self.learning.roles.group(*role).save(absolute(&file)).await?;
-        }
-        let learning = &self.learning;
-        let state = RunState {
-            program: A::NAME.into(),
-            step: self.step,
-            policy_version: learning.policy_version,
-            data: learning.feed.position(),
-            algorithm: learning.algorithm.state(),
-            num_threads: tch::get_num_threads(),
-            weight_layout: (!learning.feed.is_short()).then_some(self.held.weight_layout),
-            device: Some(wire::device_name(self.held.pass.device)),
-            deterministic: Some(self.held.deterministic),
-            render_time: self.tokenizer.render_time(),
-            metric: self.metric.clone(),
-        };
-        let path = unfinished.finish(&state)?;
+        let path = self.learning.save(unfinished, self.step, (self.held, &self.tokenizer), self.metric.clone()).await?;
         self.saved = Some((self.step, path.clone()));
         self.checkpoints.prune(self.step)?;
         Ok(path)

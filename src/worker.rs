@@ -22,10 +22,11 @@ use echelon_placement::task::TaskServer;
 use echelon_placement::{Worker, start_worker};
 
 use crate::assignment::{Assignment, Built, INTERRUPT};
-use crate::host::DeviceRoles;
 use crate::node;
 use crate::program::{self, BUILD, Failure};
-use crate::seat::{Meeting, Seat, Watched};
+use crate::rank_plan::rank_plan;
+use echelon_roles::device_roles::DeviceRoles;
+use echelon_roles::membership::{Meeting, Membership, Watched};
 
 const USAGE: &str = "usage: worker --join HOST:PORT [--credentials FILE] [--join-timeout-s S]\n\
      its rank comes from the launcher's environment (RANK, or what torchrun, Slurm, MPI and Kubernetes set); the \
@@ -225,7 +226,7 @@ async fn build(
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
     let tokenizer = Tokenizer::load(&assignment.spec.tokenizer_folder());
-    let (plan, warning) = assignment.spec.host_plan(Some(place)).map_err(refused)?;
+    let (plan, warning) = rank_plan(&assignment.spec, Some(place)).map_err(refused)?;
     warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
@@ -241,7 +242,7 @@ async fn build(
         if std::env::var_os("OMP_NUM_THREADS").is_none() {
             tch::set_num_threads(threads_per_worker(available_threads(), sharing) as i32);
         }
-        let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
+        let seat = Membership::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };
     let built =

@@ -1,11 +1,11 @@
 //! A program of its own, because it reads the process-wide counters of the CPU allocator.
 
-use echelon::models::{Held, trainable_policy};
 use echelon_core::data::Rows;
 use echelon_core::role::Role;
 use echelon_core::shim;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding};
+use echelon_roles::models::{Held, trainable_policy};
 use serde_json::json;
 use tch::{Device, Kind};
 

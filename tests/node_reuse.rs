@@ -4,8 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{SMALL, Workplace};
-use echelon::layout::Layout;
+use echelon::devices;
+use echelon::model_folders;
 use echelon::recipe::Recipe;
+use echelon::settings;
 use echelon::wire::{self, Rewards};
 use echelon_algorithms::{Algorithm, Moment};
 use echelon_core::data::Report;
@@ -13,6 +15,7 @@ use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::layout::Layout;
 
 mod common;
 
@@ -21,21 +24,21 @@ const STEPS: u64 = 3;
 /// What the steps of a run with everything on one worker report.
 async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
     let recipe = Recipe::load(recipe, &[]).unwrap().resolve();
-    let folders = wire::model_folders(&recipe).unwrap();
-    let (held, _) = wire::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
+    let folders = model_folders::model_folders(&recipe).unwrap();
+    let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
     let mut layout = Layout::together(1, 0, false);
     for group in layout.groups.iter_mut().filter(|group| group.role != Role::Generator) {
         group.moves_to_host = moves_to_host;
     }
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).unwrap());
     let rewards = Rewards::start(&recipe, &folders).unwrap();
-    let mut ppo = wire::ppo(&recipe, rewards.alone);
+    let mut ppo = settings::ppo(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
-    let (roles, crew) =
+    let (roles, workers) =
         wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await.unwrap();
     let texts = ["the food at the", "a film about", "my room was", "we waited and"];
-    let sampling = wire::sampling(&recipe, 1.0);
+    let sampling = settings::sampling(&recipe, 1.0);
     let mut reports = Vec::new();
     for step in 1..=STEPS {
         let row = |(index, text): (usize, &str)| Prompt {
@@ -53,7 +56,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
         reports.push(ppo.learn(&roles, rows, now).await.unwrap().report);
         roles.actor().publish_weights(roles.generator(), step).await.unwrap();
     }
-    crew.finish(echelon::crew::End::Done).await;
+    workers.finish(echelon::workers::End::Done).await;
     reports
 }
 

@@ -9,7 +9,6 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{SMALL, Workplace, assert_same, metrics, quickstart, said, series};
-use echelon::models::{Held, Policy, trainable_policy, trainable_scorer};
 use echelon_algorithms::columns::{ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, RETURNS, VALUES};
 use echelon_algorithms::kl::KlEstimator;
 use echelon_algorithms::losses::PolicyClip;
@@ -22,6 +21,7 @@ use echelon_core::role::Role;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, TensorFile, TrainingState, forward};
 use echelon_models::head::ScalarRows;
+use echelon_roles::models::{Held, Policy, trainable_policy, trainable_scorer};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 

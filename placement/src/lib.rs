@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod control;
 pub mod device_thread;
 pub mod launch;
+pub mod layout;
 pub mod ledger;
 pub mod planner;
 pub mod rates;

@@ -20,8 +20,8 @@ use tch::{Device, Kind, Tensor};
 use super::models::{HALF_BILLION, OPTIMIZER, Shape, TINY, frozen};
 use super::place::{Place, recipes};
 use super::verdict::Findings;
-use crate::models::{Held, frozen_policy, trainable_policy};
 use crate::program::Failure;
+use echelon_roles::models::{Held, frozen_policy, trainable_policy};
 
 const FLOAT32_BOUND: f64 = 1e-4;
 

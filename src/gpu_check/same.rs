@@ -15,12 +15,15 @@ use echelon_models::tokenizer::Tokenizer;
 
 use super::place::{Place, recipes};
 use super::verdict::Findings;
-use crate::crew::End;
-use crate::layout::Layout;
+use crate::devices;
+use crate::model_folders;
 use crate::program::Failure;
 use crate::recipe::Recipe;
 use crate::run::metrics::metrics_of;
+use crate::settings;
 use crate::wire::{self, Rewards};
+use crate::workers::End;
+use echelon_placement::layout::Layout;
 
 const BOUND: f64 = 1e-3;
 
@@ -93,17 +96,17 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         format!("ppo.kl_coef={KL_COEF}"),
     ];
     let recipe = Recipe::load(&recipes("quickstart.toml")?, &sets)?.resolve();
-    let folders = wire::model_folders(&recipe)?;
-    let (held, _) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
+    let folders = model_folders::model_folders(&recipe)?;
+    let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None)?;
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).map_err(Failure::other)?);
     let run_folder = place.scratch("same")?;
     let rewards = Rewards::start(&recipe, &folders)?;
-    let mut ppo = wire::ppo(&recipe, rewards.alone);
+    let mut ppo = settings::ppo(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, &run_folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
-    let (roles, crew) =
+    let (roles, workers) =
         wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await?;
-    let sampling = wire::sampling(&recipe, recipe.rollout.temperature);
+    let sampling = settings::sampling(&recipe, recipe.rollout.temperature);
     let mut numbers = Vec::new();
     for step in 1..=place.size(3, 2) {
         let prompts = prompts(&tokenizer, step, rows)?;
@@ -116,7 +119,7 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         let metrics = metrics_of(&report, None).scalars;
         numbers.extend(metrics.into_iter().map(|(name, value)| (format!("{name} of step {step}"), value)));
     }
-    crew.finish(End::Done).await;
+    workers.finish(End::Done).await;
     Ok(numbers)
 }
 

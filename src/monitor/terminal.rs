@@ -188,10 +188,14 @@ impl StepLine {
         let get = |name: &str| metrics.get(name).filter(|value| value.is_finite());
         let shown = |name: &str, digits| get(name).map(|value| fixed(value, digits));
         let fields = leads.iter().filter_map(|lead| {
-            let second = lead.second.and_then(|(sign, metric, digits)| Some((sign, shown(metric, digits)?)));
-            let value = match (shown(lead.metric, lead.digits), second) {
-                (Some(first), Some((sign, second))) => format!("{first}{sign}{second}"),
-                (first, second) => first.or(second.map(|(_, second)| second))?,
+            let first = shown(lead.metric, lead.digits);
+            let value = match (first, lead.second) {
+                (Some(first), Some((sign, metric, digits))) => match shown(metric, digits) {
+                    Some(second) => format!("{first}{sign}{second}"),
+                    None => first,
+                },
+                (None, Some((_, metric, _))) => shown(metric, lead.digits)?,
+                (first, None) => first?,
             };
             Some((lead.label.to_owned(), value))
         });

@@ -79,7 +79,7 @@ macro_rules! recipe_methods {
 recipe_methods!(Recipe, SftRecipe, RewardRecipe);
 
 /// A whole recipe of one of the programs.
-pub(crate) trait Root: Table {
+pub trait Root: Table {
     /// The program that runs it.
     const PROGRAM: &'static str;
     /// The table that no recipe of this program is without.

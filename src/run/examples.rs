@@ -15,13 +15,15 @@ use super::feed::{ExampleFeed, Feed};
 use super::inputs::{Inputs, Program};
 use super::memory::MemoryLedger;
 use crate::checkpoint::Resumed;
-use crate::layout::Layout;
-use crate::models::Held;
+use crate::devices;
+use crate::model_folders;
 use crate::plan::{self, TrainingJob};
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::recipe::{self, Checkpoint, Devices, Model, Root, SupervisedTrain, json_of};
 use crate::run_spec::RunSpec;
-use crate::wire;
+use crate::settings;
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 mod pairs;
 mod texts;
@@ -41,7 +43,7 @@ impl Example {
 }
 
 /// A recipe of a model that learns from examples: what `sft` and `reward` do each in its way.
-pub(crate) trait Lesson: Root {
+pub trait Lesson: Root {
     type Algorithm: Algorithm + Default;
     /// Neighbouring rows that belong together: 2 of a pair.
     const ROWS_PER_EXAMPLE: usize;
@@ -52,7 +54,7 @@ pub(crate) trait Lesson: Root {
 }
 
 /// The tables that both kinds of recipe have.
-pub(crate) struct Parts<'a> {
+pub struct Parts<'a> {
     model: &'a Model,
     train: &'a SupervisedTrain,
     checkpoint: &'a Checkpoint,
@@ -61,7 +63,7 @@ pub(crate) struct Parts<'a> {
 }
 
 /// Rows to learn from and rows held out.
-pub(crate) struct Data {
+pub struct Data {
     sources: Vec<MixSource<Example>>,
     held_out: Vec<Example>,
     reports: Vec<(String, LoadReport)>,
@@ -134,10 +136,10 @@ impl<L: Lesson> Program for L {
 
     fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<Self::Algorithm>, Failure> {
         let Parts { model, train, devices, seed, .. } = self.parts();
-        let folder = wire::model_folder(&model.model)?;
-        wire::check_context(&folder, train.max_tokens, &format!("train.max_tokens = {}", train.max_tokens))?;
-        let (held, warning) = wire::held(&train.compute, devices, None)?;
-        let (layout, plan) = layout(self, &folder, wire::num_workers(devices, held)?)?;
+        let folder = model_folders::model_folder(&model.model)?;
+        settings::check_context(&folder, train.max_tokens, &format!("train.max_tokens = {}", train.max_tokens))?;
+        let (held, warning) = devices::held(&train.compute, devices, None)?;
+        let (layout, plan) = layout(self, &folder, devices::num_workers(devices, held)?)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folder)?);
         let data = self.load_data(&tokenizer)?;
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
@@ -207,11 +209,11 @@ fn header<L: Lesson>(
     run_folder: &Path,
 ) -> Result<Vec<(&'static str, String)>, Failure> {
     let Parts { model, train, .. } = recipe.parts();
-    let params = wire::shape(folder)?.shape().num_params();
+    let params = model_folders::shape(folder)?.shape().num_params();
     let batch = train.batch_size;
     let mut rows = vec![
         ("model", format!("{} ({:.1}M parameters)", model.model, params as f64 / 1e6)),
-        ("device", wire::device_line(held)),
+        ("device", devices::device_line(held)),
     ];
     if layout.num_workers > 1 {
         let stage = layout.group(role::<L>()).zero_stage;

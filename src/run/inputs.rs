@@ -11,14 +11,14 @@ use super::memory::MemoryLedger;
 use super::metrics::Work;
 use crate::checkpoint::Resumed;
 use crate::forecast::Forecast;
-use crate::models::Held;
 use crate::program::{Arguments, Failure, PlanFormat};
 use crate::recipe::{Checkpoint, Devices, Root};
 use crate::run_spec::RunSpec;
 use crate::wire::Rewards;
+use echelon_roles::models::Held;
 
 /// A recipe of one of the programs, with nothing left to decide.
-pub(crate) trait Program: Sized {
+pub trait Program: Sized {
     type Algorithm: Algorithm;
     /// As a person writes it.
     type Written: Root;
@@ -45,7 +45,7 @@ pub(crate) trait Program: Sized {
 }
 
 /// What a run reads and decides before its workers start.
-pub(crate) struct Inputs<A> {
+pub struct Inputs<A> {
     pub algorithm: A,
     pub feed: Feed,
     pub spec: RunSpec,

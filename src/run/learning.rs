@@ -1,6 +1,6 @@
 //! What a step works with: the algorithm, its roles, and where its rows come from.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use echelon_algorithms::{Algorithm, Moment, Outcome};
 use echelon_core::Result;
@@ -8,10 +8,13 @@ use echelon_core::data::Report;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::{Generated, Roles};
+use echelon_models::tokenizer::Tokenizer;
 
 use super::feed::Feed;
-use crate::checkpoint::RunState;
+use crate::checkpoint::{Measured, RunState, Unfinished};
+use crate::devices;
 use crate::program::{Failure, absolute};
+use echelon_roles::models::Held;
 
 pub struct Learning<A> {
     pub algorithm: A,
@@ -57,6 +60,33 @@ impl<A: Algorithm> Learning<A> {
         let _whole = interrupt.defer();
         let stats = self.evaluate().await?.report.stats;
         Ok(stats.get("eval/score_mean").zip(stats.get("eval/score_std")))
+    }
+
+    /// Writes all that the next step depends on.
+    pub async fn save(
+        &self,
+        unfinished: Unfinished,
+        step: u64,
+        (held, tokenizer): (Held, &Tokenizer),
+        metric: Option<Measured>,
+    ) -> std::result::Result<PathBuf, Failure> {
+        for (role, name) in A::LEARNERS {
+            let file = unfinished.file(&format!("{name}.safetensors"));
+            self.roles.group(*role).save(absolute(&file)).await?;
+        }
+        unfinished.finish(&RunState {
+            program: A::NAME.into(),
+            step,
+            policy_version: self.policy_version,
+            data: self.feed.position(),
+            algorithm: self.algorithm.state(),
+            num_threads: tch::get_num_threads(),
+            weight_layout: (!self.feed.is_short()).then_some(held.weight_layout),
+            device: Some(devices::device_name(held.pass.device)),
+            deterministic: Some(held.deterministic),
+            render_time: tokenizer.render_time(),
+            metric,
+        })
     }
 
     /// Gives the roles, the algorithm and the data what they had at a checkpoint; the run folder stays as it is.

@@ -5,21 +5,20 @@ use std::collections::HashSet;
 use echelon_core::Error;
 use echelon_core::memory::{MemoryReport, MemoryUse, Phase};
 use echelon_core::role::Role;
-use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::ledger::compare::Comparison;
 use echelon_placement::ledger::{ModelSizes, RoleJob, Workload};
 use echelon_placement::planner::Training;
 use echelon_placement::tier::ROLES;
 use tch::Device;
 
-use crate::layout::{Layout, RoleGroup};
-use crate::models::Held;
+use crate::model_folders::{ModelFolders, shapes};
 use crate::monitor::Metrics;
-use crate::plan::{self, Shapes};
+use crate::plan;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
 use crate::run::out_of_memory;
-use crate::wire::ModelFolders;
+use echelon_placement::layout::{Layout, RoleGroup};
+use echelon_roles::models::Held;
 
 /// How far the ledger may be off before a person is told.
 const TOLERANCE: f64 = 0.10;
@@ -37,20 +36,6 @@ pub struct MemoryLedger {
     /// Whose name a model that is trained alone has, which the ledger knows by another role's formulas.
     alone: Option<Role>,
     told: HashSet<(Role, Phase)>,
-}
-
-/// The shapes of a run's models.
-pub fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
-    let shape = |folder: &std::path::PathBuf, head: HeadKind| {
-        let config = DecoderConfig::read(folder).map_err(Failure::input)?;
-        Ok::<_, Failure>(DecoderConfig { head, ..config }.shape())
-    };
-    Ok(Shapes {
-        actor: shape(&folders.actor, HeadKind::Logits)?,
-        critic: shape(&folders.critic, HeadKind::Score)?,
-        reference: folders.reference.as_ref().map(|folder| shape(folder, HeadKind::Logits)).transpose()?,
-        reward: folders.reward.as_ref().map(|folder| shape(folder, HeadKind::Score)).transpose()?,
-    })
 }
 
 impl MemoryLedger {

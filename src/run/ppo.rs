@@ -12,17 +12,20 @@ use super::inputs::{Inputs, Program};
 use super::memory::MemoryLedger;
 use super::metrics;
 use crate::checkpoint::Resumed;
+use crate::devices;
 use crate::forecast::Forecast;
-use crate::layout::Layout;
 use crate::machine;
-use crate::models::Held;
+use crate::model_folders::{self, ModelFolders};
 use crate::plan;
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
 use crate::recipe::{Checkpoint, Devices, Recipe, ResolvedRecipe};
 use crate::replay;
 use crate::run_spec::RunSpec;
-use crate::wire::{self, ModelFolders, Rewards};
+use crate::settings;
+use crate::wire::{self, Rewards};
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 impl Program for ResolvedRecipe {
     type Algorithm = Ppo;
@@ -63,14 +66,14 @@ impl Program for ResolvedRecipe {
     }
 
     fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<Ppo>, Failure> {
-        let folders = wire::model_folders(self)?;
-        let (held, warning) = wire::held(&self.train.compute, &self.placement.devices, None)?;
-        wire::check_limits(self, &folders, held)?;
+        let folders = model_folders::model_folders(self)?;
+        let (held, warning) = devices::held(&self.train.compute, &self.placement.devices, None)?;
+        settings::check_limits(self, &folders, held)?;
         let (layout, plan) = wire::layout(self, &folders, held)?;
         let tokenizer = Arc::new(resumed.tokenizer(&folders.actor)?);
         let mut feed = self.feed(&tokenizer)?;
         let before = resumed.saved.as_ref().and_then(|(_, state)| state.weight_layout);
-        let shape = wire::shape(&folders.actor)?;
+        let shape = model_folders::shape(&folders.actor)?;
         let (weight_layout, note) = machine::weight_layout(&shape.shape(), held, before)?;
         let held = Held { weight_layout, ..held };
         check_replay(&mut feed, resumed, self.train.steps as u64)?;
@@ -83,7 +86,7 @@ impl Program for ResolvedRecipe {
         let rewards = Rewards::start(self, &folders)?;
         let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         Ok(Inputs {
-            algorithm: wire::ppo(self, rewards.alone),
+            algorithm: settings::ppo(self, rewards.alone),
             arithmetic: Some(metrics::Work::new(&shape, feed.samples_per_prompt)),
             feed: Feed::Prompts(Box::new(feed)),
             spec: self.spec(&folders, held, layout, run_folder),
@@ -119,7 +122,7 @@ impl ResolvedRecipe {
     }
 
     fn feed(&self, tokenizer: &Arc<echelon_models::tokenizer::Tokenizer>) -> Result<PromptFeed, Failure> {
-        let format = wire::prompt_format(self, tokenizer.clone());
+        let format = settings::prompt_format(self, tokenizer.clone());
         let prompts = TrainingPrompts::load(&self.data, format.clone(), self.seed)?;
         let held_out = evaluation_prompts(self, &format)?;
         Ok(PromptFeed {
@@ -127,10 +130,10 @@ impl ResolvedRecipe {
             batch_size: self.rollout.batch_size,
             samples_per_prompt: self.rollout.samples_per_prompt,
             seed: self.seed,
-            sampling: wire::sampling(self, self.rollout.temperature),
+            sampling: settings::sampling(self, self.rollout.temperature),
             record: self.rollout.record.as_ref().map(|folder| folder.0.clone()),
             replay: self.rollout.replay.clone(),
-            held_out: held_out.map(|prompts| (prompts, wire::sampling(self, self.eval.temperature))),
+            held_out: held_out.map(|prompts| (prompts, settings::sampling(self, self.eval.temperature))),
             evaluate_every: self.eval.every_steps.map(|every| every as u64),
         })
     }
@@ -145,14 +148,14 @@ impl ResolvedRecipe {
     ) -> Vec<(&'static str, String)> {
         let mut rows = vec![
             ("actor", format!("{} ({:.1}M parameters)", self.actor.model, num_params as f64 / 1e6)),
-            ("device", wire::device_line(held)),
+            ("device", devices::device_line(held)),
             ("prompts", format!("{} to learn from", feed.prompts.num_rows())),
             ("batch", self.batch.to_string()),
             ("run folder", folder.display().to_string()),
         ];
         if layout.num_workers > 1 {
             rows.insert(2, ("workers", layout.to_string()));
-            let shares = layout.shares(&self.batch);
+            let shares = self.batch.shares(layout);
             if !shares.is_empty() {
                 rows.insert(5, ("shares", shares.join("\n"))); // none, where every role has one worker
             }

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use echelon::models::{Held, export, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use echelon_algorithms::columns::{ADVANTAGES, OLD_LOGPROBS, RETURNS, VALUES};
 use echelon_algorithms::kl::KlEstimator;
 use echelon_algorithms::losses::PolicyClip;
@@ -21,6 +20,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::head::ScalarRows;
 use echelon_placement::ledger::compare::Comparison;
 use echelon_placement::ledger::{ComputeDtype, ModelSizes, RoleJob, Workload};
+use echelon_roles::models::{Held, export, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use tch::{Device, Kind, Tensor};
 
 /// A model and a batch.

@@ -31,12 +31,12 @@ use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 
 use crate::assignment::{Assignment, Built, INTERRUPT};
-use crate::host::DeviceRoles;
-use crate::host_plan::HostPlan;
-use crate::layout::Layout;
 use crate::node;
 use crate::program::{BEFORE_THE_FIRST_STEP, BUILD, Failure};
-use crate::seat::{Seat, Watched};
+use echelon_placement::layout::Layout;
+use echelon_roles::device_roles::DeviceRoles;
+use echelon_roles::membership::{Membership, Watched};
+use echelon_roles::plan::RankPlan;
 
 /// How long workers have to end after the run; and after a failure, when one may never hear of it.
 const FAREWELL: Duration = Duration::from_secs(10);
@@ -48,7 +48,7 @@ const AFTERMATH: Duration = Duration::from_secs(2);
 const STORE_SHARE: u64 = 4;
 
 /// Who works for this run.
-pub enum Crew {
+pub enum Workers {
     /// One device thread.
     Here { worker: Worker<DeviceRoles>, ended: JoinHandle<()>, _held: Reservation },
     /// A process per device.
@@ -125,22 +125,6 @@ impl Drop for SecretFile {
     }
 }
 
-/// Refuses a place for credentials where something else is, or where nothing can be.
-///
-/// # Errors
-/// [`Failure::Input`], with the key.
-pub fn check_credentials(file: &Path) -> Result<(), Failure> {
-    let refuse = |why: &str| Err(Failure::Input(format!("placement.credentials: {}: {why}", file.display())));
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if folder.is_some_and(|folder| !folder.is_dir()) {
-        return refuse("its folder is not there");
-    }
-    match file.exists() && Credentials::read(file).is_err() {
-        true => refuse("there is something else; name a file that is not there"),
-        false => Ok(()),
-    }
-}
-
 /// How a run ends, for its workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
@@ -167,25 +151,25 @@ pub struct Joining {
     pub say: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
-impl Crew {
-    /// The one-device crew: a thread of this process.
+impl Workers {
+    /// The one-device workers: a thread of this process.
     ///
     /// # Errors
     /// The actor cannot be loaded.
     pub async fn here(
-        plan: HostPlan,
+        plan: RankPlan,
         layout: Layout,
         tokenizer: Arc<Tokenizer>,
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
-    ) -> echelon_core::Result<Crew> {
+    ) -> echelon_core::Result<Workers> {
         let held = node::reserve(&layout.roles_of(0), None, plan.on_gpu())?;
         let build = move || {
-            let seat = Seat::take(0, layout, None, &Watched::default())?;
+            let seat = Membership::take(0, layout, None, &Watched::default())?;
             plan.build(seat, tokenizer, interrupt, progress)
         };
         let (worker, ended) = start_worker("device 0", build).await?;
-        Ok(Crew::Here { worker, ended, _held: held })
+        Ok(Workers::Here { worker, ended, _held: held })
     }
 
     /// Worker processes, each with its assignment; `assignment` gives that of worker 0.
@@ -196,7 +180,7 @@ impl Crew {
         assignment: Assignment,
         joining: &Joining,
         (interrupt, progress): (Interrupt, Arc<dyn Progress>),
-    ) -> Result<Crew, Failure> {
+    ) -> Result<Workers, Failure> {
         let runtime = ControlRuntime::start()?;
         let host = joining.listen.map_or("127.0.0.1".to_string(), |address| address.ip().to_string());
         let meeting = MeetingPoint::serve(&host, 0)?;
@@ -220,7 +204,7 @@ impl Crew {
         let listening = tokio::spawn(tell_of_silence(workers, joining.say.clone()));
         let store = StoreServer::start(StoreConfig::new(available().0 / STORE_SHARE));
         let store = store.inspect_err(|error| (joining.say)(&format!("batches go over the network: {error}"))).ok();
-        let mut crew = Processes {
+        let mut workers = Processes {
             ranks,
             server,
             local,
@@ -234,14 +218,14 @@ impl Crew {
             muted,
             held: Vec::new(),
         };
-        match crew.assign(assignment).await {
-            Ok(()) => Ok(Crew::Processes(Box::new(crew))),
+        match workers.assign(assignment).await {
+            Ok(()) => Ok(Workers::Processes(Box::new(workers))),
             Err(error) => {
                 let failure = match error.root() {
                     Error::WorkerGone(_) => error.into(),
                     _ => Failure::input(error),
                 };
-                Err(Crew::Processes(Box::new(crew)).give_up(failure).await)
+                Err(Workers::Processes(Box::new(workers)).give_up(failure).await)
             }
         }
     }
@@ -251,8 +235,8 @@ impl Crew {
         let group = layout.group(role);
         let endpoint = |&number: &usize| -> Arc<dyn Rank> {
             match self {
-                Crew::Here { worker, .. } => Arc::new(worker.clone()),
-                Crew::Processes(crew) => Arc::new(crew.ranks[number].clone()),
+                Workers::Here { worker, .. } => Arc::new(worker.clone()),
+                Workers::Processes(workers) => Arc::new(workers.ranks[number].clone()),
             }
         };
         let ranks = group.workers.iter().map(endpoint).collect();
@@ -266,8 +250,8 @@ impl Crew {
     {
         let request = || Request::of_worker(verb.clone());
         match self {
-            Crew::Here { worker, .. } => Ok(vec![worker.call(request()).await?]),
-            Crew::Processes(crew) => try_join_all(crew.ranks.iter().map(|rank| rank.call(request()))).await,
+            Workers::Here { worker, .. } => Ok(vec![worker.call(request()).await?]),
+            Workers::Processes(workers) => try_join_all(workers.ranks.iter().map(|rank| rank.call(request()))).await,
         }
     }
 
@@ -290,8 +274,8 @@ impl Crew {
     /// The failure, or the loss of a worker that caused it: its peers' calls fail too, and often sooner.
     pub async fn explain(&self, failure: Failure) -> Failure {
         match self {
-            Crew::Here { .. } => failure,
-            Crew::Processes(crew) => crew.explain(failure).await,
+            Workers::Here { .. } => failure,
+            Workers::Processes(workers) => workers.explain(failure).await,
         }
     }
 
@@ -305,11 +289,11 @@ impl Crew {
     /// Lets the workers go and waits until they have.
     pub async fn finish(self, end: End) {
         match self {
-            Crew::Here { worker, ended, .. } => {
+            Workers::Here { worker, ended, .. } => {
                 worker.stop();
                 let _ = ended.await;
             }
-            Crew::Processes(crew) => crew.finish(end).await,
+            Workers::Processes(workers) => workers.finish(end).await,
         }
     }
 }

@@ -17,8 +17,8 @@ use echelon_models::head::ScalarRows;
 use serde_json::json;
 use tch::Tensor;
 
+use crate::membership::Membership;
 use crate::models::{Held, Policy, Scorer, export, trainable_policy, trainable_scorer};
-use crate::seat::Seat;
 
 /// What a rank's trained model is built from; crosses to its device thread.
 #[derive(Clone)]
@@ -69,9 +69,9 @@ macro_rules! either {
 
 impl TrainedPlan {
     /// Runs on the device thread.
-    pub fn build(self, seat: &Seat, held: Held) -> Result<Trained> {
+    pub fn build(self, membership: &Membership, held: Held) -> Result<Trained> {
         let TrainedPlan { role, seed, .. } = self;
-        let sharding = seat.sharding(seat.layout.group(role));
+        let sharding = membership.sharding(membership.layout.group(role));
         let (random, training) = (self.random.then_some(seed), (self.optimizer, &sharding));
         let model = match self.reads {
             Reads::Logprobs { temperature } => {

@@ -17,8 +17,8 @@ use echelon_placement::weight_sync::shared::{SharedReceiver, SharedSender, find_
 use echelon_placement::weight_sync::{SyncConfig, SyncPlan, SyncReport};
 use tch::{Device, Kind, Tensor};
 
+use crate::membership::Membership;
 use crate::models::Held;
-use crate::seat::Seat;
 
 /// What a worker samples with.
 pub enum Generator {
@@ -88,27 +88,27 @@ pub struct OwnWeights {
 }
 
 impl Generator {
-    /// The generator of `seat`'s worker, if it has one, as the actor begins: read from the folder that the actor starts from.
-    pub fn of(seat: &Seat, folder: &Path, held: Held) -> Result<Option<Generator>> {
-        let layout = &seat.layout;
-        let Some(group) = layout.of_worker(seat.worker, Role::Generator) else { return Ok(None) };
+    /// The generator of `membership`'s worker, if it has one, as the actor begins: read from the folder that the actor starts from.
+    pub fn of(membership: &Membership, folder: &Path, held: Held) -> Result<Option<Generator>> {
+        let layout = &membership.layout;
+        let Some(group) = layout.of_worker(membership.worker, Role::Generator) else { return Ok(None) };
         if layout.shares_weights() {
             return Ok(Some(Generator::OnActor));
         }
-        let rank = seat.rank_in(group).expect("a worker of the group");
+        let rank = membership.rank_in(group).expect("a worker of the group");
         let size = group.tensor_parallel;
         let replica = rank / size;
         let together = &group.workers[replica * size..(replica + 1) * size];
-        let parallel = TensorParallel::new(seat.group(together));
-        if layout.of_worker(seat.worker, Role::Actor).is_some() {
+        let parallel = TensorParallel::new(membership.group(together));
+        if layout.of_worker(membership.worker, Role::Actor).is_some() {
             return Ok(Some(Generator::Beside(Box::new(OwnWeights::load(folder, held, &parallel)?))));
         }
         let shape = DecoderConfig::read(folder)?.shape();
-        let plan = sync_plan(seat, &shape, held.kind)?;
+        let plan = sync_plan(membership, &shape, held.kind)?;
         let place = (replica, rank % size);
-        let apart = match seat.shares_memory() {
-            true => Apart::by_shared_memory(seat, plan, place, (folder, held, &parallel))?,
-            false => Apart::by_broadcast(seat, plan, place, (folder, held, &parallel))?,
+        let apart = match membership.shares_memory() {
+            true => Apart::by_shared_memory(membership, plan, place, (folder, held, &parallel))?,
+            false => Apart::by_broadcast(membership, plan, place, (folder, held, &parallel))?,
         };
         Ok(Some(Generator::Apart(Box::new(apart))))
     }
@@ -152,10 +152,15 @@ type Load<'a> = (&'a Path, Held, &'a TensorParallel);
 
 impl Apart {
     /// Where the actor's ranks write, generators of the same host compute: what they begin with is there too.
-    fn by_shared_memory(seat: &Seat, plan: SyncPlan, (_, tp_rank): (usize, usize), load: Load) -> Result<Apart> {
+    fn by_shared_memory(
+        membership: &Membership,
+        plan: SyncPlan,
+        (_, tp_rank): (usize, usize),
+        load: Load,
+    ) -> Result<Apart> {
         let (folder, held, parallel) = load;
         let trainers = plan.config().trainers;
-        let segments = seat.join_at(|point, _, patience| find_segments(point, SYNC, trainers, patience))?;
+        let segments = membership.join_at(|point, _, patience| find_segments(point, SYNC, trainers, patience))?;
         let patience = Patience::default().progress;
         let (weights, receiver) = if held.pass.device == Device::Cpu {
             let mut receiver = SharedReceiver::new(plan, tp_rank, segments, patience)?;
@@ -169,9 +174,14 @@ impl Apart {
         Ok(Apart { weights, receiver: Receiver::Shared(receiver), attempted: false })
     }
 
-    fn by_broadcast(seat: &Seat, plan: SyncPlan, (replica, tp_rank): (usize, usize), load: Load) -> Result<Apart> {
+    fn by_broadcast(
+        membership: &Membership,
+        plan: SyncPlan,
+        (replica, tp_rank): (usize, usize),
+        load: Load,
+    ) -> Result<Apart> {
         let (folder, held, parallel) = load;
-        let lanes = seat.join_at(|point, address, patience| {
+        let lanes = membership.join_at(|point, address, patience| {
             join_lanes(point, SYNC, &plan, SyncPlace::Generator { replica, tp_rank }, address, patience)
         })?;
         let receiver = BroadcastReceiver::new(plan, tp_rank, lanes, held.pass.device)?;
@@ -188,25 +198,32 @@ const SYNC: &str = "weights";
 const AT_THE_START: u64 = 0;
 
 /// The actor's end of a publication to generators on other workers; none where they are on its own.
-pub fn sender(seat: &Seat, state: &TrainingState, shape: &ModelShape, kind: Kind) -> Result<Option<Sender>> {
-    let layout = &seat.layout;
+pub fn sender(
+    membership: &Membership,
+    state: &TrainingState,
+    shape: &ModelShape,
+    kind: Kind,
+) -> Result<Option<Sender>> {
+    let layout = &membership.layout;
     let (actor, generator) = (layout.group(Role::Actor), layout.group(Role::Generator));
-    let Some(trainer) = seat.rank_in(actor).filter(|_| actor.workers != generator.workers) else { return Ok(None) };
-    let plan = sync_plan(seat, shape, kind)?;
-    if seat.shares_memory() {
+    let Some(trainer) = membership.rank_in(actor).filter(|_| actor.workers != generator.workers) else {
+        return Ok(None);
+    };
+    let plan = sync_plan(membership, shape, kind)?;
+    if membership.shares_memory() {
         let mut sender = SharedSender::new(plan, trainer)?;
         sender.publish(state, AT_THE_START)?;
-        seat.join_at(|point, _, _| sender.offer(point, SYNC))?;
+        membership.join_at(|point, _, _| sender.offer(point, SYNC))?;
         return Ok(Some(Sender::Shared(sender)));
     }
-    let lanes = seat.join_at(|point, address, patience| {
+    let lanes = membership.join_at(|point, address, patience| {
         join_lanes(point, SYNC, &plan, SyncPlace::Trainer(trainer), address, patience)
     })?;
     Ok(Some(Sender::Broadcast(BroadcastSender::new(plan, lanes)?)))
 }
 
-fn sync_plan(seat: &Seat, shape: &ModelShape, kind: Kind) -> Result<SyncPlan> {
-    let (actor, generator) = (seat.layout.group(Role::Actor), seat.layout.group(Role::Generator));
+fn sync_plan(membership: &Membership, shape: &ModelShape, kind: Kind) -> Result<SyncPlan> {
+    let (actor, generator) = (membership.layout.group(Role::Actor), membership.layout.group(Role::Generator));
     let replicas = generator.workers.len() / generator.tensor_parallel;
     SyncPlan::new(shape, SyncConfig::new(actor.workers.len(), replicas, generator.tensor_parallel, kind))
 }

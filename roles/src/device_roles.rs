@@ -23,8 +23,8 @@ use tch::{Device, Tensor};
 use crate::deferred::{Deferred, held_bytes};
 use crate::generator::{Generator, Sender};
 use crate::matmul_rate::matmul_rate;
+use crate::membership::Membership;
 use crate::models::{FrozenPolicy, FrozenScorer, Held, restore_state, save_state};
-use crate::seat::Seat;
 use crate::trained::Trained;
 
 /// The roles of one device; those that are placed elsewhere are missing.
@@ -37,7 +37,7 @@ pub struct DeviceRoles {
     pub engine: Engine,
     pub tokenizer: Arc<Tokenizer>,
     pub held: Held,
-    pub seat: Seat,
+    pub membership: Membership,
     pub policy_version: u64,
     pub interrupt: Interrupt,
     pub progress: Arc<dyn Progress>,
@@ -86,7 +86,7 @@ impl DeviceRoles {
     /// Node reuse: before the generator works, what the plan moves goes to host memory. The actor's weights stay where it
     /// computes on them.
     fn set_aside(&mut self) -> Result<()> {
-        let (layout, worker) = (self.seat.layout.clone(), self.seat.worker);
+        let (layout, worker) = (self.membership.layout.clone(), self.membership.worker);
         let moves = |role: &Role| layout.of_worker(worker, *role).is_some_and(|group| group.moves_to_host);
         for (role, trained) in self.trained.iter_mut().filter(|(role, _)| moves(role)) {
             let Some(state) = trained.loaded().map(Trained::state) else { continue };
@@ -147,7 +147,8 @@ impl DeviceRoles {
     /// Writes the batch of a refused optimizer step beside the run's other files and says where.
     fn keep_evidence(&self, error: Error, rows: &Rows) -> Error {
         let Error::NonFinite { role, optimizer_step, .. } = &error else { return error };
-        let worker = if self.seat.is_alone() { String::new() } else { format!("-worker-{}", self.seat.worker) };
+        let worker =
+            if self.membership.is_alone() { String::new() } else { format!("-worker-{}", self.membership.worker) };
         let path = self.run_folder.join(format!("non-finite-{role}-{optimizer_step}{worker}.safetensors"));
         match write_tensors(&path, &rows.named_tensors(), &[]) {
             Ok(()) => Error::Refused(format!("{error}; its batch is in {}", path.display())),
@@ -330,8 +331,8 @@ impl Serve<Export> for DeviceRoles {
         self.bring_back()?;
         let (role, Export { folder, score_statistics }) = (asked(&request)?, &request.verb);
         self.trained(role)?.export(folder, *score_statistics)?;
-        let group = self.seat.layout.group(role);
-        if self.seat.rank_in(group) != Some(0) {
+        let group = self.membership.layout.group(role);
+        if self.membership.rank_in(group) != Some(0) {
             return Ok(()); // the first rank writes
         }
         self.tokenizer.save(folder).map_err(|error| Error::other("saving the tokenizer", error))

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use echelon_core::role::Role;
-use echelon_placement::planner::{ByHand, Plan};
+
 use serde::{Deserialize, Serialize};
 
-use crate::recipe::BatchArithmetic;
+use crate::planner::{ByHand, Plan};
 
 /// The places of a run's roles. Workers are numbered from 0, one per device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,24 +102,8 @@ impl Layout {
         (!is_plain).then(|| ranges(&self.devices))
     }
 
-    /// What each rank works on, a line for each group of roles.
-    pub fn shares(&self, batch: &BatchArithmetic) -> Vec<String> {
-        let line = |(workers, groups): (&Vec<usize>, Vec<&RoleGroup>)| {
-            let names: Vec<String> = groups.iter().map(|group| group.role.to_string()).collect();
-            let (names, parts) = (names.join(", "), workers.len() / groups[0].tensor_parallel);
-            let trains = groups.iter().any(|group| matches!(group.role, Role::Actor | Role::Critic));
-            let share = if trains { batch.training_share(parts) } else { batch.share(parts) };
-            let by = match groups[0].tensor_parallel {
-                1 => "on each rank".into(),
-                size => format!("for each engine of {size}"),
-            };
-            format!("{names}: {share} {by}")
-        };
-        self.by_place().into_iter().filter(|(workers, _)| workers.len() > 1).map(line).collect()
-    }
-
     /// Roles that share workers, and the same tensor-parallel size.
-    fn by_place(&self) -> Vec<(&Vec<usize>, Vec<&RoleGroup>)> {
+    pub fn by_place(&self) -> Vec<(&Vec<usize>, Vec<&RoleGroup>)> {
         let mut places: Vec<(&Vec<usize>, Vec<&RoleGroup>)> = Vec::new();
         for group in &self.groups {
             let same = |(workers, groups): &&mut (&Vec<usize>, Vec<&RoleGroup>)| {
@@ -252,29 +236,6 @@ mod tests {
             "8: actor (ZeRO 3) on 0-1; critic (ZeRO 3) on 2-3; generator (tensor-parallel 2) on 4-7"
         );
         assert_eq!(ranges(&[0, 2, 3, 7]), "0, 2-3, 7");
-    }
-
-    #[test]
-    fn every_group_has_its_own_shares() {
-        let batch = BatchArithmetic {
-            prompts: 16,
-            samples_per_prompt: 1,
-            responses: 16,
-            mini_batch_size: 8,
-            epochs: 1,
-            optimizer_steps: 2,
-            steps: 1,
-            critic_optimizer_steps: 2,
-            actor_optimizer_steps: 2,
-            actor_warmup_steps: 0,
-            max_prompt_tokens: 10,
-            max_new_tokens: 10,
-            tokens_per_micro_batch: 40,
-        };
-        let shares = apart().shares(&batch);
-        assert_eq!(shares[0], "actor: 8 responses, 4 of each mini-batch in at most 2 micro-batches on each rank");
-        assert_eq!(shares[2], "generator: 8 responses for each engine of 2");
-        assert_eq!((shares.len(), Layout::together(1, 0, false).shares(&batch).len()), (3, 0));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A worker's seat in a run: which worker it is, and the process groups that it is a member of.
+//! A worker's membership in a run: which worker it is, and the process groups that it is a member of.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::zero::{Sharding, ZeroStage};
 
-use crate::layout::{Layout, RoleGroup};
+use echelon_placement::layout::{Layout, RoleGroup};
 
 /// Where the workers of a run meet, and at which address others reach this one.
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ pub struct Meeting {
 
 /// A worker's number and its groups. Clones share them.
 #[derive(Clone)]
-pub struct Seat {
+pub struct Membership {
     pub worker: usize,
     pub layout: Arc<Layout>,
     /// By their workers.
@@ -35,10 +35,10 @@ struct Met {
     shares_memory: bool,
 }
 
-/// Process groups whose standing a heartbeat tells; filled when the seat is taken.
+/// Process groups whose standing a heartbeat tells; filled when the membership is taken.
 pub type Watched = Arc<Mutex<Vec<ProcessGroup>>>;
 
-impl Seat {
+impl Membership {
     /// Joins every group of this worker, while the others join theirs. All go through the groups in one order, so that
     /// nobody waits in a circle.
     ///
@@ -49,7 +49,7 @@ impl Seat {
         layout: Layout,
         meeting: Option<&Meeting>,
         watched: &Watched,
-    ) -> echelon_core::Result<Seat> {
+    ) -> echelon_core::Result<Membership> {
         let (mut groups, mut met) = (BTreeMap::new(), None);
         let mine = layout.companies().into_iter().filter(|workers| workers.contains(&worker));
         if let Some(meeting) = meeting {
@@ -71,7 +71,7 @@ impl Seat {
             met = Some(Arc::new(Met { point, own_address, shares_memory }));
         }
         let (layout, groups, watched) = (Arc::new(layout), Arc::new(groups), watched.clone());
-        Ok(Seat { worker, layout, groups, watched, met })
+        Ok(Membership { worker, layout, groups, watched, met })
     }
 
     /// Joins further groups where the workers met.
