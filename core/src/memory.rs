@@ -3,8 +3,8 @@
 //! Every verb that works on a model is metered: bytes live before it, at its height, and after it, with what went through
 //! the model at once, which is all that a pass's memory depends on. Counters belong to a device: on a CPU to the process.
 
-use serde::de::value::StrDeserializer;
 use serde::de::Error;
+use serde::de::value::StrDeserializer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tch::Device;
 
@@ -31,8 +31,8 @@ impl Work {
     pub fn of(verb: &str) -> Option<Work> {
         match verb {
             "generate" => Some(Work::Generate),
-            "logprobs" | "values" | "scores" | "assess" => Some(Work::Score),
-            "learn" | "update" => Some(Work::Learn),
+            "logprobs" | "values" | "scores" => Some(Work::Score),
+            "learn" => Some(Work::Learn),
             "publish" => Some(Work::Publish),
             _ => None,
         }

@@ -7,8 +7,8 @@
 //! | PPO | actor and critic learn; reference and reward are frozen | generate; log-probs, values, scores; learn, `epochs` times over all mini-batches |
 //! | GRPO | the actor learns; reference and reward, where there are any, are frozen | as PPO, without the critic's |
 //! | DPO | the actor learns, the reference is frozen; 2 rows to a unit | the reference's log-probs; learn |
-//! | SFT | the actor learns | learn; assess, which no step waits for |
-//! | reward model | the reward model learns; 2 rows to a unit | learn; assess |
+//! | SFT | the actor learns | learn; log-probs of held-out rows, which no step waits for |
+//! | reward model | the reward model learns; 2 rows to a unit | learn; scores of held-out rows |
 
 use serde::{Deserialize, Serialize};
 
@@ -59,8 +59,6 @@ pub enum Gives {
 pub struct Training {
     /// The loss has an entropy term: its backward pass needs one more copy of the logits.
     pub entropy_in_loss: bool,
-    /// Optimizer steps of the whole run, where they are known.
-    pub steps_of_run: Option<usize>,
 }
 
 /// A role that has a model of its own.
@@ -111,8 +109,6 @@ pub struct Workload {
     pub sampling: Option<Sampling>,
     /// In the order in which they are asked.
     pub passes: Vec<Pass>,
-    /// What the run writes as model folders, by name.
-    pub exports: Vec<(Role, &'static str)>,
     /// Rows per step, over all ranks.
     pub rows: usize,
     /// Neighbouring rows that stay together wherever rows are divided: 2 of a pair.

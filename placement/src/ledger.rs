@@ -401,7 +401,8 @@ impl Totals {
     /// Bytes on the device at the height of a phase.
     pub fn device_bytes(&self, phase: Phase) -> u64 {
         let turn = |role: Role| self.turns[role as usize][phase.work as usize];
-        self.device[phase.work as usize] + phase.role.map_or_else(|| ROLES.map(turn).into_iter().max().unwrap_or(0), turn)
+        self.device[phase.work as usize]
+            + phase.role.map_or_else(|| ROLES.map(turn).into_iter().max().unwrap_or(0), turn)
     }
 
     /// Bytes of host memory that belong to this device in a phase.

@@ -395,7 +395,11 @@ impl<'a> Question<'a> {
             ("the tensor-parallel size", self.constraints.tensor_parallel.unwrap_or(1)),
             ("the number of devices", self.cluster.num_devices()),
         ];
-        sampled.chain(learned).chain(counts).find(|(_, count)| *count == 0).map_or(Ok(()), |(what, _)| Err(PlanError::Nothing { what }))
+        sampled
+            .chain(learned)
+            .chain(counts)
+            .find(|(_, count)| *count == 0)
+            .map_or(Ok(()), |(what, _)| Err(PlanError::Nothing { what }))
     }
 
     fn problem(&self) -> Problem<'a> {

@@ -71,7 +71,10 @@ pub(super) fn in_json(entries: Vec<Entry>) -> Vec<Entry> {
         true => Entry { phases: entry.phases.into_iter().map(known).collect(), ..entry },
         false => {
             let learners = [Phase::learn(Role::Actor), Phase::learn(Role::Critic)];
-            Entry { phases: [Phase::GENERATE, Phase::SCORE].into_iter().chain(learners).chain([Phase::SYNC]).collect(), ..entry }
+            Entry {
+                phases: [Phase::GENERATE, Phase::SCORE].into_iter().chain(learners).chain([Phase::SYNC]).collect(),
+                ..entry
+            }
         }
     };
     entries.into_iter().map(with_known).collect()

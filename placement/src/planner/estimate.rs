@@ -419,9 +419,8 @@ impl Problem<'_> {
             config
         };
         if role == Role::Generator {
-            let set = |&tensor_parallel| -> Choice<'a> {
-                Box::new(move |config| GroupConfig { tensor_parallel, ..config })
-            };
+            let set =
+                |&tensor_parallel| -> Choice<'a> { Box::new(move |config| GroupConfig { tensor_parallel, ..config }) };
             return sizes.iter().map(set).collect();
         }
         if self.workload.training(role).is_none() {

@@ -251,7 +251,8 @@ fn fewer_devices(question: &Question) -> Result<Option<Change>, PlanError> {
     let (nodes, units) = (question.cluster.nodes.len(), question.workload.units(question.workload.rows));
     let (per_node, constraints) = (units / nodes, question.constraints);
     let fewer = question.cluster.repeated(nodes, per_node);
-    let Some(cluster) = fewer.filter(|_| question.cluster.num_devices() > units && per_node > 0 && !constraints.pools) else {
+    let Some(cluster) = fewer.filter(|_| question.cluster.num_devices() > units && per_node > 0 && !constraints.pools)
+    else {
         return Ok(None);
     };
     let change = match constraints.use_all_devices {
@@ -292,7 +293,9 @@ fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
     }
     match limits.adam_offload {
         Some(true) => settings.push(setting("train.adam_offload = false", |_, limits| limits.adam_offload = None)),
-        Some(false) => settings.push(setting("train.adam_offload = true", |_, limits| limits.adam_offload = Some(true))),
+        Some(false) => {
+            settings.push(setting("train.adam_offload = true", |_, limits| limits.adam_offload = Some(true)))
+        }
         None => {}
     }
     let largest = if work.sampling.is_some() { answer.inventory.largest_node() } else { 0 };
