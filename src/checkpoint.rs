@@ -11,11 +11,12 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use echelon_algorithms::kl::KlController;
 use echelon_core::weight_layout::WeightLayout;
+use echelon_core::whole_file::WholeFolder;
 use echelon_models::tokenizer::Tokenizer;
 use echelon_tasks::data::StreamPosition;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::monitor::Metrics;
 use crate::program::Failure;
@@ -31,13 +32,14 @@ pub struct RunState {
     pub policy_version: u64,
     /// Where the prompts stand.
     pub data: StreamPosition,
-    /// Of a PPO run.
-    pub kl: Option<KlController>,
+    /// The algorithm's own, such as an adaptive KL coefficient.
+    #[serde(alias = "kl")]
+    pub algorithm: Value,
     /// libtorch's CPU threads: sums round by how work is split.
     pub num_threads: i32,
     /// How weights lay while a CPU decoded: products round by it. Of a PPO run.
     pub weight_layout: Option<WeightLayout>,
-    /// What the run computed on, as [`crate::wire::device_name`] has it.
+    /// What the run computed on, as [`crate::devices::device_name`] has it.
     pub device: Option<String>,
     /// Whether the same work gave the same bits there.
     pub deterministic: Option<bool>,
@@ -122,10 +124,7 @@ impl Resumed {
 }
 
 /// A checkpoint being written; dropping it unfinished leaves nothing.
-pub struct Unfinished {
-    temporary: PathBuf,
-    done: PathBuf,
-}
+pub struct Unfinished(WholeFolder);
 
 impl Checkpoints {
     pub fn new(run_folder: &Path, recipe: &Checkpoint) -> Checkpoints {
@@ -148,8 +147,10 @@ impl Checkpoints {
             }
         }
         let temporary = self.folder.join(format!("step-{step}.partial"));
+        let whole =
+            WholeFolder::begin(&self.path(step), temporary.clone()).map_err(|error| failed(&temporary, error))?;
         std::fs::create_dir_all(&temporary).map_err(|error| failed(&temporary, error))?;
-        Ok(Unfinished { temporary, done: self.folder.join(format!("step-{step}")) })
+        Ok(Unfinished(whole))
     }
 
     /// After the checkpoint of `newest`: deletes what is neither among the newest nor the best. Later steps are of a course
@@ -221,43 +222,19 @@ impl Checkpoints {
 
 impl Unfinished {
     pub fn file(&self, name: &str) -> PathBuf {
-        self.temporary.join(name)
+        self.0.unfinished().join(name)
     }
 
     /// Adds the run's own state and the manifest, syncs everything, and gives the folder its name.
     pub fn finish(self, state: &RunState) -> Result<PathBuf, Failure> {
         write_json(&self.file("state.json"), state)?;
-        let manifest = Manifest { files: entries(&self.temporary).map_err(|error| failed(&self.temporary, error))? };
+        let folder = self.0.unfinished();
+        let manifest = Manifest { files: entries(folder).map_err(|error| failed(folder, error))? };
         write_json(&self.file("manifest.json"), &manifest)?;
-        let parent = self.done.parent().expect("inside the checkpoints folder");
-        let publish = || {
-            File::open(&self.temporary)?.sync_all()?;
-            match self.done.exists() {
-                true => exchange(&self.temporary, &self.done)?, // what was there goes with the temporary folder
-                false => std::fs::rename(&self.temporary, &self.done)?,
-            }
-            File::open(parent)?.sync_all()
-        };
-        publish().map_err(|error| failed(&self.done, error))?;
-        Ok(self.done.clone())
+        let done = folder.with_extension("");
+        self.0.finish().map_err(|error| failed(&done, error))?;
+        Ok(done)
     }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.temporary); // gone once it was renamed; the old one once exchanged
-    }
-}
-
-/// Swaps two folders in one move, so that neither name is ever without one.
-fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
-    use std::os::unix::ffi::OsStrExt;
-    let name = |path: &Path| std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(std::io::Error::other);
-    let (a, b) = (name(a)?, name(b)?);
-    // SAFETY: both are NUL-terminated paths that live through the call.
-    let moved =
-        unsafe { libc::renameat2(libc::AT_FDCWD, a.as_ptr(), libc::AT_FDCWD, b.as_ptr(), libc::RENAME_EXCHANGE) };
-    if moved == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
 fn verify(path: &Path) -> Result<(), String> {

@@ -3,27 +3,27 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use echelon_algorithms::ppo::StepReport;
 use echelon_core::Error;
+use echelon_core::data::Rows;
+use echelon_core::memory::Work;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::store::total;
+use echelon_core::workload::Workload;
 use echelon_placement::cluster::Cluster;
 use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
-use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, StepSeconds, plan};
 use echelon_placement::rates::Rates;
 use tch::Device;
 
 use crate::calibration::{self, Here};
-use crate::layout::Layout;
-use crate::models::Held;
+use crate::model_folders::{ModelFolders, shapes};
 use crate::monitor::Metrics;
 use crate::plan::workload_of;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
-use crate::run::memory::shapes;
-use crate::wire::ModelFolders;
+use echelon_placement::layout::Layout;
+use echelon_roles::models::Held;
 
 /// The planner with this machine's rates, which are measured when the first step is over.
 pub struct Forecast {
@@ -48,12 +48,13 @@ impl Forecast {
         layout: &Layout,
     ) -> Result<Forecast, Failure> {
         let on_cpu = held.pass.device == Device::Cpu;
-        let here = here(layout, recipe.placement.devices.listen.is_some());
+        let workload = workload_of(recipe, shapes(folders)?);
+        let here = here(&workload, layout, recipe.placement.devices.listen.is_some());
         // A worker alone at work has its threads to itself; what several take from each other is measured.
         let threads = here.threads * layout.num_workers;
         let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, total())).transpose();
         Ok(Forecast {
-            workload: workload_of(recipe, shapes(folders)?),
+            workload,
             constraints: Constraints {
                 // What was planned and now runs.
                 zero_stage: Some(layout.group(Role::Actor).zero_stage),
@@ -75,8 +76,8 @@ impl Forecast {
 
     /// Sets `perf/planned_<phase>_s` and `perf/planned_step_s`: the planner's seconds for the lengths that the step had. The
     /// first call measures this machine's rates; where that fails nothing is set.
-    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, interrupt: &Interrupt) {
-        let Some(planned) = self.seconds(report, interrupt) else { return };
+    pub fn record(&mut self, metrics: &mut Metrics, rows: &Rows, interrupt: &Interrupt) {
+        let Some(planned) = self.seconds(rows, interrupt) else { return };
         metrics
             .set("perf/planned_generation_s", planned.generate)
             .set("perf/planned_make_experience_s", planned.score)
@@ -84,13 +85,12 @@ impl Forecast {
             .set("perf/planned_step_s", planned.step);
     }
 
-    fn seconds(&mut self, report: &StepReport, interrupt: &Interrupt) -> Option<StepSeconds> {
+    fn seconds(&mut self, rows: &Rows, interrupt: &Interrupt) -> Option<StepSeconds> {
         self.cluster.as_ref()?;
-        let rollout = report.rollout.as_ref()?;
-        let rows = rollout.num_rows() as f64;
-        let tokens = rollout.lengths.iter().sum::<i64>() as f64 / rows;
-        let response = report.response_lengths.iter().sum::<f64>() / rows;
-        let longest = report.response_lengths.iter().copied().fold(1.0, f64::max);
+        let count = rows.num_rows() as f64;
+        let tokens = rows.num_tokens() as f64 / count;
+        let response = rows.num_own_tokens() / count;
+        let longest = rows.own_lengths().max().double_value(&[]).max(1.0);
         let workload = Workload {
             mean_prompt_tokens: tokens - response,
             mean_response_tokens: response,
@@ -125,26 +125,20 @@ impl Forecast {
 
 /// How many workers of this host are at work in each phase, groups apart at the same time. Where others start them they may
 /// be anywhere: one is measured.
-fn here(layout: &Layout, started_elsewhere: bool) -> Here {
+fn here(workload: &Workload, layout: &Layout, started_elsewhere: bool) -> Here {
     let threads = match layout.num_workers {
         1 => tch::get_num_threads().max(1) as usize,
         several => threads_per_worker(available_threads(), several as u32),
     };
-    let of = |wanted: &[Role]| match started_elsewhere {
+    let of = |work: Work| match started_elsewhere {
         true => 1,
         false => {
-            let groups = layout.groups.iter().filter(|group| wanted.contains(&group.role));
+            let groups = layout.groups.iter().filter(|group| workload.passes(group.role, work).next().is_some());
             let workers: BTreeSet<usize> = groups.flat_map(|group| group.workers.iter().copied()).collect();
             workers.len().clamp(1, MOST_PROBES)
         }
     };
-    use Role::{Actor, Critic, Generator, Reference, Reward};
-    Here {
-        generate: of(&[Generator]),
-        score: of(&[Actor, Critic, Reference, Reward]),
-        train: of(&[Actor, Critic]),
-        threads,
-    }
+    Here { generate: of(Work::Generate), score: of(Work::Score), train: of(Work::Learn), threads }
 }
 
 /// Probes that run at once: what more workers take from each other shows with these.

@@ -4,9 +4,10 @@ use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use echelon_core::data::Rows;
 use echelon_core::device::{self, DeviceChoice};
 use echelon_core::progress::{Interrupt, Unwatched};
-use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, SamplingConfig, Sequence, Tokens};
+use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, SamplingConfig, Sequence};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{PassConfig, Sharding, forward_rows};
 use echelon_generation::{Engine, EngineConfig, Policy};
@@ -19,11 +20,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::json_lines::{self, LineWriter, kind_of};
 use crate::machine;
-use crate::models::{Held, check_folder, frozen_policy, frozen_scorer};
 use crate::options::{Options, Usage};
 use crate::program::{Failure, watch_signals};
+use echelon_roles::models::{Held, check_folder, frozen_policy, frozen_scorer};
 
-/// Tokens of one forward pass of `score`.
+/// Rows of one forward pass of `score`.
 const TOKENS_PER_MICRO_BATCH: i64 = 4096;
 
 /// The command line of `generate`.
@@ -118,7 +119,7 @@ pub fn score(options: &Options) -> Result<(), Failure> {
         let wanted = vec![true; token_ids.len()];
         Ok((token_ids, wanted))
     })?;
-    let rows = Tokens::from_rows(&rows);
+    let rows = Rows::of_tokens(&rows);
     let held = held(options)?;
     check_folder(&reader.folder, None).map_err(Failure::input)?;
     let mut output = LineWriter::create(files.output)?;
@@ -132,7 +133,7 @@ pub fn score(options: &Options) -> Result<(), Failure> {
 fn write_logprobs(
     folder: &Path,
     held: Held,
-    rows: &Tokens,
+    rows: &Rows,
     interrupt: &Interrupt,
     output: &mut LineWriter,
 ) -> Result<(), Failure> {
@@ -153,7 +154,7 @@ fn write_logprobs(
 fn write_scores(
     folder: &Path,
     held: Held,
-    rows: &Tokens,
+    rows: &Rows,
     interrupt: &Interrupt,
     output: &mut LineWriter,
 ) -> Result<(), Failure> {

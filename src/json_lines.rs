@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use echelon_core::whole_file::WholeFile;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -56,11 +57,14 @@ pub fn kind_of(value: &Value) -> &'static str {
 /// JSON lines on their way to a file. Until [`finish`](Self::finish) they stand beside it; dropped before, they go.
 ///
 /// What exists and is no ordinary file (a pipe, a terminal) is written directly.
-#[derive(Debug)]
 pub struct LineWriter {
     path: PathBuf,
-    partial: Option<PathBuf>,
-    file: BufWriter<File>,
+    file: Lines,
+}
+
+enum Lines {
+    Beside(WholeFile),
+    Direct(BufWriter<File>),
 }
 
 impl LineWriter {
@@ -71,46 +75,39 @@ impl LineWriter {
         let special = fs::metadata(path).is_ok_and(|metadata| !metadata.is_file());
         if special {
             let file = File::options().write(true).open(path).map_err(refused)?;
-            return Ok(LineWriter { path: path.into(), partial: None, file: BufWriter::new(file) });
+            return Ok(LineWriter { path: path.into(), file: Lines::Direct(BufWriter::new(file)) });
         }
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.into());
-        let name = path.file_name().ok_or_else(|| Failure::Input(format!("{}: no file name", path.display())))?;
-        let partial = path.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        let file = File::create(&partial).map_err(refused)?;
-        Ok(LineWriter { path, partial: Some(partial), file: BufWriter::new(file) })
+        let file = Lines::Beside(WholeFile::create(&path, 0o666).map_err(refused)?);
+        Ok(LineWriter { path, file })
     }
 
     /// # Errors
     /// The disk is full, the pipe closed.
     pub fn write(&mut self, row: &impl Serialize) -> Result<(), Failure> {
-        serde_json::to_writer(&mut self.file, row).map_err(|error| self.failed(error))?;
-        self.file.write_all(b"\n").map_err(|error| self.failed(error))
+        let line = serde_json::to_string(row).map_err(|error| self.failed(error))? + "\n";
+        let file: &mut dyn Write = match &mut self.file {
+            Lines::Beside(file) => file,
+            Lines::Direct(file) => file,
+        };
+        file.write_all(line.as_bytes()).map_err(|error| self.failed(error))
     }
 
     /// Makes the lines appear under the file's name.
     ///
     /// # Errors
     /// As [`write`](Self::write).
-    pub fn finish(mut self) -> Result<(), Failure> {
-        self.file.flush().map_err(|error| self.failed(error))?;
-        if let Some(partial) = &self.partial {
-            self.file.get_ref().sync_all().map_err(|error| self.failed(error))?;
-            fs::rename(partial, &self.path).map_err(|error| self.failed(error))?;
-            self.partial = None;
-        }
-        Ok(())
+    pub fn finish(self) -> Result<(), Failure> {
+        let LineWriter { path, file } = self;
+        let finished = match file {
+            Lines::Beside(file) => file.finish(),
+            Lines::Direct(mut file) => file.flush(),
+        };
+        finished.map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
     }
 
     fn failed(&self, error: impl std::fmt::Display) -> Failure {
         Failure::Other(format!("{}: {error}", self.path.display()))
-    }
-}
-
-impl Drop for LineWriter {
-    fn drop(&mut self) {
-        if let Some(partial) = &self.partial {
-            let _ = fs::remove_file(partial);
-        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`],
-//! [`supervised`]) and what a person sees of it ([`monitor`]).
+//! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`])
+//! and what a person sees of it ([`monitor`]).
 
 pub mod recipe;
 
@@ -7,31 +7,28 @@ pub mod wire;
 
 pub mod run;
 
-pub mod supervised;
+pub mod rank_plan;
+pub mod run_spec;
 
 pub mod calibration;
 pub mod forecast;
-pub mod layout;
 pub mod machine;
-pub mod matmul_rate;
 pub mod plan;
 pub mod program;
 pub mod programs;
 
 pub mod assignment;
-pub mod crew;
-pub mod generator;
-pub mod seat;
+pub mod devices;
+pub mod settings;
 pub mod worker;
+pub mod workers;
 
 pub mod checkpoint;
 pub mod gpu_check;
-pub mod host;
 pub mod import;
 pub mod inference;
 pub mod json_lines;
-pub mod learner;
-pub mod models;
+pub mod model_folders;
 pub mod monitor;
 pub mod node;
 pub mod options;
@@ -39,4 +36,5 @@ pub mod prompts;
 pub mod replay;
 pub mod resume;
 pub mod reward;
+pub mod rules;
 pub mod watch;

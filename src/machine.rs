@@ -16,8 +16,8 @@ use echelon_generation::weight_layout::{Matrices, fastest, works};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use crate::models::Held;
 use crate::program::{Failure, write_whole};
+use echelon_roles::models::Held;
 
 /// Chooses the layout by name, whatever is fastest.
 const FORCED: &str = "ECHELON_WEIGHT_LAYOUT";

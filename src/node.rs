@@ -7,7 +7,7 @@ use echelon_placement::cluster::{Cluster, Discovery};
 use echelon_placement::control::protocol::host_name;
 use echelon_placement::task::{Demand, Functions, NodeConfig, Reservation, TaskError, Tasks, TasksConfig};
 
-use crate::reward::SCORE_BY_RULE;
+use crate::rules::SCORE_BY_RULE;
 
 /// What any process of a run may be asked to compute.
 pub fn functions() -> Functions {

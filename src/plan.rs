@@ -8,12 +8,13 @@ use echelon_core::device::DeviceChoice;
 use echelon_core::role::Role;
 use echelon_core::shape::ModelShape;
 use echelon_core::store::total;
+use echelon_core::verb::{Learn, Logprobs, Scores, Verb};
+use echelon_core::workload::{Gives, Pass, RoleModel, Sampling, Training, Workload, passes_with_sampling};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
 use echelon_placement::devices::Devices;
 use echelon_placement::launch::spawn::available_threads;
-use echelon_placement::ledger::Workload;
-use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, Training, TrainingPlan, plan, plan_training};
+use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
 use echelon_placement::rates::Rates;
 
 use crate::monitor::PLAN_FILE;
@@ -71,8 +72,8 @@ impl TrainingJob<'_> {
     ///
     /// # Errors
     /// [`Failure::Input`]: hardware or a model that cannot be planned.
-    pub fn ask(&self) -> Result<Option<Result<TrainingPlan, PlanError>>, Failure> {
-        let Some(training) = self.training()? else { return Ok(None) };
+    pub fn ask(&self) -> Result<Option<Result<Plan, PlanError>>, Failure> {
+        let Some(workload) = self.workload()? else { return Ok(None) };
         let (cluster, compute) = (cluster(self.devices)?, &self.train.compute);
         let constraints = Constraints {
             zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
@@ -81,28 +82,34 @@ impl TrainingJob<'_> {
             pools: !self.devices.node_pool.is_empty(),
             ..Constraints::default()
         };
-        Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
+        Ok(Some(plan(&cluster, &workload, &constraints, &Rates::of(&cluster))))
     }
 
-    /// The same in numbers; None where the model's shape is not at hand.
+    /// What a step works on; None where the model's shape is not at hand.
     ///
     /// # Errors
     /// [`Failure::Input`]: a model whose config cannot be read.
-    pub fn training(&self) -> Result<Option<Training>, Failure> {
+    pub fn workload(&self) -> Result<Option<Workload>, Failure> {
         let TrainingJob { role, model, folder, train, devices, rows_per_example } = *self;
         let source = folder.map_or_else(|| model.model.clone(), |folder| ModelSource::Folder(folder.into()));
         let start = StartModel { model: source, shape: model.shape.clone() };
-        let head = if role == Role::Actor { HeadKind::Logits } else { HeadKind::Score };
-        let Some(model) = shape(&start, Some(head))? else { return Ok(None) };
-        let compute = &train.compute;
-        Ok(Some(Training {
-            role,
-            model,
-            rows: train.batch_size * rows_per_example,
-            rows_per_example,
-            max_tokens: train.max_tokens,
+        let (head, gives, says) = match role {
+            Role::Actor => (HeadKind::Logits, Gives::Logprobs, Logprobs::NAME),
+            _ => (HeadKind::Score, Gives::Scalars, Scores::NAME),
+        };
+        let Some(shape) = shape(&start, Some(head))? else { return Ok(None) };
+        let (compute, rows) = (&train.compute, train.batch_size * rows_per_example);
+        Ok(Some(Workload {
+            models: vec![RoleModel { role, shape, gives, training: Some(Training::default()), offload: false }],
+            sampling: None,
+            passes: vec![Pass { role, verb: Learn::NAME, rows, times: 1 }, Pass { role, verb: says, rows, times: 0 }],
+            rows,
+            rows_per_unit: rows_per_example,
+            max_prompt_tokens: 0,
+            max_response_tokens: train.max_tokens,
+            mean_prompt_tokens: 0.0,
             // Unknown before the rows are read: half the limit.
-            mean_tokens: train.max_tokens as f64 / 2.0,
+            mean_response_tokens: train.max_tokens as f64 / 2.0,
             tokens_per_micro_batch: compute.tokens_per_micro_batch,
             dtype: compute_dtype(compute, devices),
             activation_checkpointing: compute.activation_checkpointing,
@@ -117,7 +124,7 @@ impl TrainingJob<'_> {
 pub fn print<P: Serialize + Display>(
     format: PlanFormat,
     (text, mut json): (String, serde_json::Value),
-    plan: Option<Result<P, PlanError>>,
+    plan: Option<Result<P, &PlanError>>,
 ) -> Result<(), Failure> {
     match format {
         PlanFormat::Text => {
@@ -248,28 +255,40 @@ pub struct Shapes {
 /// What a step of a recipe works on.
 pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
+    let (samples, batch) = (recipe.rollout.samples_per_prompt, recipe.ppo.mini_batch_size);
+    let rows = recipe.rollout.batch_size * samples;
+    let of_actor = Training { entropy_in_loss: recipe.ppo.entropy_coef != 0.0 };
+    let model = |role, shape, gives, training| RoleModel { role, shape, gives, training, offload: false };
+    let mut models = vec![
+        model(Role::Actor, shapes.actor, Gives::Logprobs, Some(of_actor)),
+        model(Role::Critic, shapes.critic, Gives::Scalars, Some(Training::default())),
+    ];
+    models.extend(shapes.reference.map(|shape| RoleModel {
+        offload: recipe.reference_offload,
+        ..model(Role::Reference, shape, Gives::Logprobs, None)
+    }));
+    models.extend(shapes.reward.map(|shape| model(Role::Reward, shape, Gives::Scalars, None)));
     Workload {
-        actor: shapes.actor,
-        critic: Some(shapes.critic),
-        reference: shapes.reference,
-        reward: shapes.reward,
-        prompts: recipe.rollout.batch_size,
-        samples_per_prompt: recipe.rollout.samples_per_prompt,
+        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * recipe.ppo.epochs),
+        models,
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts: recipe.rollout.batch_size,
+            samples_per_prompt: samples,
+            max_sequences: recipe.generation.max_sequences,
+            max_batched_tokens: recipe.generation.max_batched_tokens,
+            kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
+        }),
+        rows,
+        rows_per_unit: 1,
         max_prompt_tokens: prompt,
         max_response_tokens: response,
         // Unknown before the first rollout: half the limits.
         mean_prompt_tokens: prompt as f64 / 2.0,
         mean_response_tokens: response as f64 / 2.0,
-        mini_batch: recipe.ppo.mini_batch_size,
-        epochs: recipe.ppo.epochs,
         tokens_per_micro_batch: recipe.train.compute.tokens_per_micro_batch,
         dtype: compute_dtype(&recipe.train.compute, &recipe.placement.devices),
         activation_checkpointing: recipe.train.compute.activation_checkpointing,
-        entropy_in_loss: recipe.ppo.entropy_coef != 0.0,
-        reference_offload: recipe.reference_offload,
-        max_sequences: recipe.generation.max_sequences,
-        max_batched_tokens: recipe.generation.max_batched_tokens,
-        kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
     }
 }
 
@@ -324,8 +343,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::layout::Layout;
     use crate::recipe::Recipe;
+    use echelon_placement::layout::Layout;
 
     #[test]
     fn workers_have_the_devices_that_the_recipe_names() {

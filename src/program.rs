@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use echelon_core::Error;
 use echelon_core::progress::Interrupt;
+use echelon_core::whole_file;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
@@ -80,38 +81,42 @@ impl From<MonitorError> for Failure {
     }
 }
 
+/// Driver and worker must be made of the same sources, whichever of the programs they are.
+pub const BUILD: &str = env!("ECHELON_BUILD");
+
+/// Where `path` would be looked for from elsewhere: what is sent to another process must not depend on where it runs.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.into())
+}
+
 /// How a run ends that was stopped before its first step was finished.
 pub const BEFORE_THE_FIRST_STEP: &str = "no step was finished, so nothing was saved; --resume begins this run again";
 
-/// Writes a file beside its name and renames it when it is complete.
+/// [`whole_file::write_whole`], with an error that names the file.
 ///
 /// # Errors
 /// The operating system's.
 pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
-    let unfinished = path.with_extension("unfinished");
-    let written = std::fs::write(&unfinished, text).and_then(|()| std::fs::rename(&unfinished, path));
-    written.map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
+    whole_file::write_whole(path, text).map_err(|error| at(path, &error))
 }
 
-/// A folder that is made beside its name, and gets it when it is whole.
+/// [`whole_file::WholeFolder`], with errors that name the folder.
 pub struct WholeFolder {
     folder: PathBuf,
-    unfinished: PathBuf,
+    whole: whole_file::WholeFolder,
 }
 
 impl WholeFolder {
     /// # Errors
     /// What an earlier attempt left cannot be removed.
     pub fn begin(folder: &Path) -> Result<WholeFolder, Failure> {
-        let unfinished = folder.with_extension("unfinished");
-        let whole = WholeFolder { folder: folder.to_owned(), unfinished };
-        whole.remove(&whole.unfinished)?;
-        Ok(whole)
+        let whole = whole_file::WholeFolder::begin(folder, folder.with_extension("unfinished"));
+        Ok(WholeFolder { folder: folder.to_owned(), whole: whole.map_err(|error| at(folder, &error))? })
     }
 
     /// Where it is made; not there yet.
     pub fn path(&self) -> &Path {
-        &self.unfinished
+        self.whole.unfinished()
     }
 
     /// Takes the place of what had its name.
@@ -119,17 +124,12 @@ impl WholeFolder {
     /// # Errors
     /// The operating system's.
     pub fn finish(self) -> Result<(), Failure> {
-        self.remove(&self.folder)?;
-        std::fs::rename(&self.unfinished, &self.folder).map_err(|error| self.failed(&error))
+        self.whole.finish().map_err(|error| at(&self.folder, &error))
     }
+}
 
-    fn remove(&self, folder: &Path) -> Result<(), Failure> {
-        if folder.exists() { std::fs::remove_dir_all(folder).map_err(|error| self.failed(&error)) } else { Ok(()) }
-    }
-
-    fn failed(&self, error: &std::io::Error) -> Failure {
-        Failure::Other(format!("{}: {error}", self.folder.display()))
-    }
+fn at(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::Other(format!("{}: {error}", path.display()))
 }
 
 /// Runs a program's work and turns its end into an exit code; the message goes to stderr.
@@ -196,7 +196,7 @@ fn asks_for_version() -> bool {
 
 /// Workers and drivers of one version work together.
 fn say_version() -> Result<(), Failure> {
-    println!("{}", crate::worker::BUILD);
+    println!("{}", BUILD);
     Ok(())
 }
 

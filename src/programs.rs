@@ -9,7 +9,8 @@ use crate::import;
 use crate::inference::{self, GENERATE, SCORE};
 use crate::options::Options;
 use crate::program::{self, Arguments};
-use crate::{run, supervised, worker};
+use crate::recipe::{ResolvedRecipe, RewardRecipe, SftRecipe};
+use crate::{run, worker};
 
 /// The program whose name this process was called by; `ppo` by any other.
 pub fn as_called() -> ! {
@@ -28,17 +29,17 @@ pub fn as_called() -> ! {
 
 /// `ppo RECIPE`: reinforcement learning from a reward, as a recipe describes it.
 pub fn ppo() -> ! {
-    worker::or_driver(|| run::main(&Arguments::read("ppo")?))
+    worker::or_driver(|| run::main::<ResolvedRecipe>(&Arguments::read("ppo")?))
 }
 
 /// `sft RECIPE`: supervised fine-tuning, as a recipe describes it.
 pub fn sft() -> ! {
-    worker::or_driver(|| supervised::sft(&Arguments::read("sft")?))
+    worker::or_driver(|| run::main::<SftRecipe>(&Arguments::read("sft")?))
 }
 
 /// `reward RECIPE`: reward-model training, as a recipe describes it.
 pub fn reward() -> ! {
-    worker::or_driver(|| supervised::reward(&Arguments::read("reward")?))
+    worker::or_driver(|| run::main::<RewardRecipe>(&Arguments::read("reward")?))
 }
 
 /// `generate --model DIR --prompts FILE.jsonl --output FILE.jsonl`: responses of a causal language model.

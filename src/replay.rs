@@ -1,29 +1,43 @@
-//! Rollouts kept in files, and a generator that reads them instead of sampling: what follows from a rollout can then be
+//! Rollouts kept in files, which a run reads instead of sampling: what follows from a rollout can then be
 //! compared between layouts, dtypes and versions, without the rounding that sampling magnifies.
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use echelon_core::message::{decode, encode};
-use echelon_core::role::{Answer, Endpoint, GeneratorGroup, GeneratorRank, Role, WorkerGroup};
-use echelon_core::rollout::{Prompts, Rollout};
-use echelon_core::verb::{Generate, Publish};
+use echelon_core::data::{
+    GROUPS, LABELS, POLICY_VERSION, PROMPTS, RESPONSES, ROLLOUT_LOGPROBS, Report, Rows, TRUNCATED,
+};
+use echelon_core::message::{Body, Message, decode, encode};
+use echelon_core::rollout::{FinishReason, GenerationReport, Prompts};
+use echelon_core::verb::Generated;
+use echelon_core::whole_file::write_whole;
 use echelon_core::{Error, Result};
+use tch::Tensor;
 
 use crate::program::Failure;
-use crate::recipe;
+
+/// The columns that sampling makes.
+const SAMPLED: [&str; 7] = [
+    ROLLOUT_LOGPROBS.name,
+    PROMPTS.name,
+    RESPONSES.name,
+    LABELS.name,
+    GROUPS.name,
+    TRUNCATED.name,
+    POLICY_VERSION.name,
+];
 
 /// Keeps a step's rollout as `step-N.safetensors` in `folder`.
 ///
 /// # Errors
 /// The folder cannot be written to.
-pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
+pub fn record(folder: &Path, step: u64, rows: &Rows, report: &Report) -> Result<()> {
     let file = file(folder, step);
     let failed = |error| Error::other(format!("rollout.record: {}", file.display()), error);
     std::fs::create_dir_all(folder).map_err(failed)?;
-    let unfinished = file.with_extension("unfinished");
-    std::fs::write(&unfinished, encode(rollout)).and_then(|()| std::fs::rename(&unfinished, &file)).map_err(failed)
+    let rows = rows.only(&SAMPLED);
+    let rollout = Generated { rows, report: report.shallow_clone() };
+    write_whole(&file, encode(&rollout)).map_err(failed)
 }
 
 /// Refuses, before anything starts, a folder for rollouts that has some already, and one to replay that is not of this
@@ -31,17 +45,19 @@ pub fn record(folder: &Path, step: u64, rollout: &Rollout) -> Result<()> {
 ///
 /// # Errors
 /// [`Failure::Input`], with the key and the file.
-pub fn check(rollout: &recipe::Rollout, steps: RangeInclusive<u64>, first: Option<&Prompts>) -> Result<(), Failure> {
+pub fn check(
+    (record, replay): (Option<&PathBuf>, Option<&PathBuf>),
+    steps: RangeInclusive<u64>,
+    first: Option<&Prompts>,
+) -> Result<(), Failure> {
     let input = |message: String| Err(Failure::Input(message));
-    if let Some(used) =
-        rollout.record.as_ref().and_then(|folder| steps.clone().map(|n| file(&folder.0, n)).find(|f| f.exists()))
-    {
+    if let Some(used) = record.and_then(|folder| steps.clone().map(|n| file(folder, n)).find(|f| f.exists())) {
         let used = used.display();
         return input(format!(
             "rollout.record: {used} is there already: choose a folder without rollouts of these steps"
         ));
     }
-    let Some(folder) = &rollout.replay else { return Ok(()) };
+    let Some(folder) = replay else { return Ok(()) };
     if let Some(step) = steps.clone().find(|step| !file(folder, *step).is_file()) {
         let (file, last) = (file(folder, step), steps.end());
         let file = file.display();
@@ -56,53 +72,55 @@ pub fn check(rollout: &recipe::Rollout, steps: RangeInclusive<u64>, first: Optio
 }
 
 /// The rollout of these prompts.
-fn read(folder: &Path, prompts: &Prompts) -> Result<Rollout> {
+///
+/// # Errors
+/// It is not there, cannot be read, or is of other prompts.
+pub fn read(folder: &Path, prompts: &Prompts) -> Result<Generated> {
     let step = prompts.rows.first().map_or(0, |prompt| prompt.id >> 32);
     let file = file(folder, step);
     let bytes =
         std::fs::read(&file).map_err(|error| Error::other(format!("rollout.replay: {}", file.display()), error))?;
-    let rollout: Rollout =
-        decode(&bytes).map_err(|error| Error::Refused(format!("rollout.replay: {}: {error}", file.display())))?;
+    let decoded = decode(&bytes).or_else(|error| decode(&bytes).map(|OfBefore(rollout)| rollout).map_err(|_| error));
+    let rollout: Generated =
+        decoded.map_err(|error| Error::Refused(format!("rollout.replay: {}: {error}", file.display())))?;
     let asked = prompts.rows.iter().flat_map(|prompt| vec![&prompt.text; prompts.samples_per_prompt]);
-    if asked.ne(&rollout.prompts) {
+    let recorded = &rollout.rows[PROMPTS];
+    if asked.map(String::as_str).ne(recorded.iter().map(|text| &**text)) {
         return Err(Error::Refused(format!(
             "rollout.replay: {}: its {} prompts are not this step's: replay with the data, seed and batch size that it was \
              recorded with",
             file.display(),
-            rollout.prompts.len()
+            recorded.len()
         )));
     }
     Ok(rollout)
 }
 
-/// The generator that answers with the rollouts recorded in `folder`. Evaluations are sampled by `engine` as ever.
-pub fn replaying(folder: &Path, engine: GeneratorGroup, apart: bool) -> GeneratorGroup {
-    #[allow(clippy::arc_with_non_send_sync)] // a group holds its ranks so, and the driver stays on one thread
-    let replay: Arc<dyn GeneratorRank> = Arc::new(Replay { folder: folder.into(), engine });
-    let group = WorkerGroup::new(Role::Generator, vec![replay]);
-    if apart { group.apart_from_actor() } else { group }
-}
+/// A rollout as versions before the rows' columns wrote it.
+struct OfBefore(Generated);
 
-struct Replay {
-    folder: PathBuf,
-    engine: GeneratorGroup,
-}
-
-impl Endpoint<Generate> for Replay {
-    fn call(&self, request: Generate) -> Answer<'_, Rollout> {
-        Box::pin(async move {
-            let Generate { prompts, sampling } = request;
-            if prompts.evaluation {
-                return self.engine.generate(prompts, &sampling).await;
-            }
-            read(&self.folder, &prompts)
-        })
+impl Message for OfBefore {
+    const KIND: &'static str = Generated::KIND;
+    fn to_body(&self) -> Body {
+        self.0.to_body()
     }
-}
-
-impl Endpoint<Publish> for Replay {
-    fn call(&self, request: Publish) -> Answer<'_, ()> {
-        Box::pin(self.engine.publish(request))
+    fn from_body(body: &mut Body) -> Result<OfBefore> {
+        let lengths = Vec::<i64>::try_from(body.tensor("lengths")?)?;
+        let rows = Rows::new(body.tensor("token_ids")?, lengths, body.tensor("mask")?)?;
+        let truncated = body.field::<Vec<FinishReason>>("finish_reasons")?.into_iter();
+        let truncated: Vec<bool> = truncated.map(|reason| reason == FinishReason::Length).collect();
+        let texts = |texts: Vec<String>| texts.into_iter().map(Into::into).collect();
+        let labels = body.field::<Vec<Option<String>>>("labels")?.into_iter().map(|label| label.map(Into::into));
+        let versions = vec![body.field::<i64>("policy_version")?; rows.num_rows()];
+        let report = body.field::<GenerationReport>("generation")?.told();
+        let rows = rows
+            .with(ROLLOUT_LOGPROBS, body.tensor("rollout_logprobs")?)?
+            .with(PROMPTS, texts(body.field("prompts")?))?
+            .with(RESPONSES, texts(body.field("responses")?))?
+            .with(LABELS, labels.collect())?
+            .with(TRUNCATED, Tensor::from_slice(&truncated))?
+            .with(POLICY_VERSION, Tensor::from_slice(&versions))?;
+        Ok(OfBefore(Generated { rows, report }))
     }
 }
 

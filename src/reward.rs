@@ -3,30 +3,30 @@
 
 use std::ops::Range;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use echelon_algorithms::reward_shaping::normalize_scores;
+use echelon_core::data::{LABELS, PROMPTS, RESPONSES, Report, Rows, TRUNCATED};
 use echelon_core::progress::Interrupt;
-use echelon_core::role::{Answer, Reward, RewardGroup, ScoredRollout};
-use echelon_core::rollout::{FinishReason, Rollout};
+use echelon_core::verb::{Answer, Reward, Scored, WorkerGroup};
 use echelon_core::{Error, Result};
-use echelon_placement::task::{Demand, Function, RowTasks, TaskError};
+use echelon_placement::task::{Demand, RowTasks, TaskError};
 use echelon_tasks::reward::{
-    CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, UrlConfig, UrlReward, score_checked,
+    CommandConfig, CommandReward, RewardRequest, RewardSource, UrlConfig, UrlReward, score_checked,
 };
 use futures_util::future::try_join_all;
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::node;
 use crate::program::Failure;
 use crate::recipe::{Rule, ScoreSource};
+use crate::rules::{RulePart, SCORE_BY_RULE, built, rule_config};
 
 /// One source of scores.
 pub enum Source {
     Model {
-        group: RewardGroup,
+        group: WorkerGroup,
         /// Mean and standard deviation that its scores are normalised by before they are weighted.
         normalization: Option<(f64, f64)>,
     },
@@ -53,33 +53,33 @@ pub struct WeightedSources {
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 impl Reward for WeightedSources {
-    fn scores<'a>(&'a self, rollout: &'a Rollout) -> Answer<'a, ScoredRollout> {
+    fn scores<'a>(&'a self, rows: &'a Rows) -> Answer<'a, Scored> {
         Box::pin(async move {
-            let mut total = Tensor::zeros([rollout.num_rows() as i64], tch::kind::DOUBLE_CPU);
-            let mut source_means = Vec::new();
-            let scoring = self.sources.iter().map(|(_, _, source)| source.scores(rollout, &self.interrupt));
+            let mut total = Tensor::zeros([rows.num_rows() as i64], tch::kind::DOUBLE_CPU);
+            let mut report = Report::default();
+            let scoring = self.sources.iter().map(|(_, _, source)| source.scores(rows, &self.interrupt));
             for ((name, weight, _), scores) in self.sources.iter().zip(try_join_all(scoring).await?) {
-                source_means.push((name.clone(), scores.mean(Kind::Double).double_value(&[])));
+                if self.sources.len() > 1 {
+                    let mean = scores.mean(Kind::Double).double_value(&[]);
+                    report.stats.last(format!("train/reward_{name}"), mean);
+                }
                 total += scores * *weight;
             }
-            if source_means.len() == 1 {
-                source_means.clear();
-            }
-            Ok(ScoredRollout { scores: total, source_means })
+            Ok(Scored { scores: total, report })
         })
     }
 }
 
 impl Source {
     /// `[B]` f64.
-    async fn scores(&self, rollout: &Rollout, interrupt: &Interrupt) -> Result<Tensor> {
+    async fn scores(&self, rows: &Rows, interrupt: &Interrupt) -> Result<Tensor> {
         match self {
             Source::Model { group, normalization } => {
-                let scores = all_finite(group.scores(rollout).await?.to_kind(Kind::Double), rollout)?;
+                let scores = all_finite(group.scores(rows).await?.to_kind(Kind::Double), rows)?;
                 Ok(normalization.map_or(scores.shallow_clone(), |(mean, std)| normalize_scores(&scores, mean, std)))
             }
             Source::Task(task) => {
-                let mut scoring = pin!(start_scoring(task.clone(), requests(rollout))?.gather());
+                let mut scoring = pin!(start_scoring(task.clone(), requests(rows))?.gather());
                 loop {
                     match tokio::time::timeout(LOOK_EVERY, &mut scoring).await {
                         Ok(scores) => return Ok(Tensor::from_slice(&scores.map_err(TaskError::into_cause)?)),
@@ -115,42 +115,11 @@ fn start_scoring(task: Task, requests: Vec<RewardRequest>) -> Result<RowTasks<f6
     Ok(tasks.over_rows(("reward", demand), count, least, score)?)
 }
 
-/// Scores a part of a batch on whichever node has room.
-pub const SCORE_BY_RULE: Function<RulePart, Vec<f64>> = Function::new("score_by_rule", score_part);
-
-/// A part of a batch, and the rule that judges it.
-#[derive(Serialize, Deserialize)]
-pub struct RulePart {
-    rule: Rule,
-    requests: Vec<RewardRequest>,
-    /// Which of the batch its first is, and how many the batch has: for errors.
-    first: usize,
-    count: usize,
-}
-
-fn score_part(RulePart { rule, requests, first, count }: RulePart) -> Result<Vec<f64>> {
-    let scored = score_checked(built(&rule)?.as_ref(), &requests);
-    scored.map_err(|error| Error::other("reward", error.in_batch(first, count)))
-}
-
-/// The rule, made once per process: parts of every step need it.
-fn built(rule: &Rule) -> Result<Arc<dyn RewardSource>> {
-    static BUILT: Mutex<Vec<(Rule, Arc<dyn RewardSource>)>> = Mutex::new(Vec::new());
-    let mut known = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, source)) = known.iter().find(|(known, _)| known == rule) {
-        return Ok(source.clone());
-    }
-    let source = rule_config(rule).build(std::path::Path::new(""));
-    let source: Arc<dyn RewardSource> = source.map_err(|error| Error::other("reward", error))?.into();
-    known.push((rule.clone(), source.clone()));
-    Ok(source)
-}
-
 /// Fewer are not worth a task.
 const REQUESTS_PER_TASK: usize = 16;
 
 /// A reward model with damaged weights, or one whose numbers overflow, is no judge.
-fn all_finite(scores: Tensor, rollout: &Rollout) -> Result<Tensor> {
+fn all_finite(scores: Tensor, rows: &Rows) -> Result<Tensor> {
     let values: Vec<f64> = Vec::try_from(&scores).expect("a vector of scores");
     match values.iter().position(|score| !score.is_finite()) {
         None => Ok(scores),
@@ -158,21 +127,22 @@ fn all_finite(scores: Tensor, rollout: &Rollout) -> Result<Tensor> {
             "the reward model's score of response {} of {} (prompt {:?}) is {}, not a finite number",
             row + 1,
             values.len(),
-            rollout.prompts[row],
+            rows[PROMPTS][row],
             values[row]
         ))),
     }
 }
 
-fn requests(rollout: &Rollout) -> Vec<RewardRequest> {
-    let lengths: Vec<f64> = Vec::try_from(rollout.response_lengths()).expect("a vector of lengths");
-    (0..rollout.num_rows())
+fn requests(rows: &Rows) -> Vec<RewardRequest> {
+    let lengths: Vec<f64> = Vec::try_from(rows.own_lengths()).expect("a vector of lengths");
+    let truncated: Vec<bool> = Vec::try_from(&rows[TRUNCATED]).expect("a vector of flags");
+    (0..rows.num_rows())
         .map(|row| RewardRequest {
-            prompt: rollout.prompts[row].clone(),
-            response: rollout.responses[row].clone(),
-            label: rollout.labels[row].clone(),
+            prompt: rows[PROMPTS][row].to_string(),
+            response: rows[RESPONSES][row].to_string(),
+            label: rows[LABELS][row].as_deref().map(str::to_owned),
             num_response_tokens: lengths[row] as usize,
-            finished: rollout.finish_reasons[row] == FinishReason::Stop,
+            finished: !truncated[row],
         })
         .collect()
 }
@@ -220,16 +190,6 @@ pub fn distinct_names(names: &[String]) -> Vec<String> {
         _ => format!("{name}_{}", count(&names[..=index], name)),
     });
     named.collect()
-}
-
-fn rule_config(rule: &Rule) -> RuleConfig {
-    match rule.clone() {
-        Rule::Math { tolerance } => RuleConfig::Math { tolerance },
-        Rule::Regex { pattern } => RuleConfig::Regex { pattern },
-        Rule::Format { structure } => RuleConfig::Format { structure },
-        Rule::Length { min_tokens, max_tokens } => RuleConfig::Length { min: min_tokens, max: max_tokens },
-        Rule::Sentiment { lexicon } => RuleConfig::Sentiment { lexicon },
-    }
 }
 
 #[cfg(test)]

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use echelon_core::for_each_verb;
 use echelon_core::message::{Message, decode, encode, error_to_text};
 use echelon_core::process_group::Standing;
 use echelon_core::progress::{Interrupt, Interrupts};
 use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreAddress};
-use echelon_core::verb::*;
+use echelon_core::verb::{self, Verb};
 use echelon_models::tokenizer::Tokenizer;
 use echelon_placement::control::{Beside, Call, ControlError, Credentials, Hello, Limits, Session, join_with};
 use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
@@ -20,14 +21,12 @@ use echelon_placement::remote::{InHeartbeats, serve};
 use echelon_placement::task::TaskServer;
 use echelon_placement::{Worker, start_worker};
 
-use crate::assignment::{Assignment, Built};
-use crate::host::DeviceRoles;
+use crate::assignment::{Assignment, Built, INTERRUPT};
 use crate::node;
-use crate::program::{self, Failure};
-use crate::seat::{Meeting, Seat, Watched};
-
-/// Driver and worker must be made of the same sources, whichever of the programs they are.
-pub const BUILD: &str = env!("ECHELON_BUILD");
+use crate::program::{self, BUILD, Failure};
+use crate::rank_plan::rank_plan;
+use echelon_roles::device_roles::DeviceRoles;
+use echelon_roles::membership::{Meeting, Membership, Watched};
 
 const USAGE: &str = "usage: worker --join HOST:PORT [--credentials FILE] [--join-timeout-s S]\n\
      its rank comes from the launcher's environment (RANK, or what torchrun, Slurm, MPI and Kubernetes set); the \
@@ -199,9 +198,6 @@ async fn enter(
     }
 }
 
-/// Asks a worker's device to stop what it is at, where it can be stopped.
-pub const INTERRUPT: &str = "interrupt";
-
 /// What a worker answers while its device is at work.
 struct BesideDevice {
     tasks: TaskServer,
@@ -229,12 +225,12 @@ async fn build(
 ) -> echelon_core::Result<(Worker<DeviceRoles>, Option<Arc<SharedMessages>>, Built)> {
     let assignment: Assignment = decode(body)?;
     let refused = |error: Failure| echelon_core::Error::Refused(error.to_string());
-    let tokenizer = Tokenizer::load(assignment.job.tokenizer_folder());
-    let (plan, warning) = assignment.job.plan(place, assignment.run_folder).map_err(refused)?;
+    let tokenizer = Tokenizer::load(&assignment.spec.tokenizer_folder());
+    let (plan, warning) = rank_plan(&assignment.spec, Some(place)).map_err(refused)?;
     warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
     let tokenizer = Arc::new(tokenizer.map_err(|error| echelon_core::Error::other("tokenizer", error))?);
     let meeting = assignment.meeting_port.map(|port| meeting(&joining.driver, port)).transpose()?;
-    let (number, layout) = (assignment.worker, assignment.layout);
+    let (number, layout) = (assignment.worker, assignment.spec.layout);
     let sharing = place.local_world_size.unwrap_or(assignment.on_its_host);
     let store = assignment.store.and_then(|address| reach(&address, number));
     let plan = plan.sharing(store.clone());
@@ -246,7 +242,7 @@ async fn build(
         if std::env::var_os("OMP_NUM_THREADS").is_none() {
             tch::set_num_threads(threads_per_worker(available_threads(), sharing) as i32);
         }
-        let seat = Seat::take(number, layout, meeting.as_ref(), &watched)?;
+        let seat = Membership::take(number, layout, meeting.as_ref(), &watched)?;
         plan.build(seat, tokenizer, Interrupt::default(), progress)
     };
     let built =
@@ -277,10 +273,10 @@ fn meeting(driver: &str, port: u16) -> echelon_core::Result<Meeting> {
 /// Hands a call to the device thread by the name of its verb.
 fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMessages>>, interrupt: Interrupt) {
     let begin = move |roles: &mut DeviceRoles| roles.interrupt = interrupt;
-    macro_rules! verbs {
+    macro_rules! by_name {
         ($($verb:ident),*) => {
             match call.verb.as_str() {
-                $(<$verb as Message>::KIND => serve::<_, $verb>(worker, call, shared, begin),)*
+                $(verb::$verb::NAME => serve::<_, verb::$verb>(worker, call, shared, begin),)*
                 other => {
                     let unknown = format!("no verb is called `{other}`");
                     call.reply.send(Err(unknown));
@@ -288,22 +284,7 @@ fn answer(worker: &Worker<DeviceRoles>, call: Call, shared: Option<&Arc<SharedMe
             }
         };
     }
-    verbs!(
-        Generate,
-        Logprobs,
-        Values,
-        Scores,
-        UpdateActor,
-        UpdateCritic,
-        Learn,
-        Assess,
-        Publish,
-        Save,
-        Restore,
-        Export,
-        Memory,
-        MatmulRate
-    );
+    for_each_verb!(by_name);
 }
 
 /// Keeps the heartbeat's operation that of the group that has done most lately.
@@ -324,11 +305,6 @@ async fn watch(watched: Watched, progress: echelon_placement::control::Progress)
 /// As the `worker` program's arguments give it.
 pub fn arguments() -> Vec<String> {
     std::env::args().skip(1).collect()
-}
-
-/// Where `path` would be looked for from elsewhere: what is sent to another process must not depend on where it runs.
-pub fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.into())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The directions in which this project's packages may depend on each other, read from their manifests, and what
 //! their sources must leave to others: docs/architecture.md, AR-1 to AR-4.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("tasks", &["core", "schema"]),
     ("algorithms", &["core", "schema"]),
     ("placement", &["core", "schema"]),
+    ("roles", &["algorithms", "core", "generation", "models", "placement", "schema"]),
     ("generation", &["core", "models", "schema"]),
 ];
 
@@ -19,7 +21,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
 const BELONGS_TO: &[(&str, &str)] = &[
     ("toml", "."),
     ("toml_writer", "schema"),
-    ("anyhow", "."),
     ("ractor", "placement"),
     ("tonic", "placement"),
     ("rcgen", "placement"),
@@ -88,6 +89,39 @@ fn architectures_are_known_to_models_alone() {
     }
 }
 
+/// A module with the files in its folder is one floor; floors import those below them.
+#[test]
+fn modules_import_in_one_direction() {
+    for package in MAY_USE.iter().map(|(package, _)| *package).chain(["."]) {
+        let imports = imports(&root().join(package).join("src"));
+        let found = circles(&imports);
+        if let Some(circle) = found.first() {
+            let path = circle_in(circle, &imports).join(" -> ");
+            panic!("{package}: {path}: a circle of {circle:?} (AR-1)");
+        }
+    }
+}
+
+#[test]
+fn a_circle_is_found_and_named() {
+    let graph = |edges: &[(&str, &[&str])]| -> Imports {
+        let set = |to: &[&str]| to.iter().map(|name| name.to_string()).collect();
+        edges.iter().map(|(from, to)| (from.to_string(), set(to))).collect()
+    };
+    let imports = graph(&[("a", &["b"]), ("b", &["c"]), ("c", &["a", "d"]), ("d", &[]), ("e", &["a", "d"])]);
+    assert_eq!(circles(&imports), [["a", "b", "c"]]);
+    assert_eq!(circle_in(&circles(&imports)[0], &imports), ["a", "b", "c", "a"]);
+    assert!(circles(&graph(&[("a", &["b", "c"]), ("b", &["c"]), ("c", &[])])).is_empty());
+}
+
+#[test]
+fn imports_are_read_from_code() {
+    let names = |code: &'static str| names_after_crate(code).collect::<Vec<_>>();
+    assert_eq!(names("use crate::a::{b, c};\nlet x = crate::d::e();"), ["a", "d"]);
+    assert_eq!(names("use crate::{a::{b, c}, d};"), ["a", "d"]);
+    assert_eq!(names("use my_crate::a; use echelon_core::b; pub(crate) fn c() {}"), Vec::<&str>::new());
+}
+
 #[test]
 fn a_word_is_found_in_code_and_not_in_comments_or_longer_words() {
     assert!(contains_word("    println!(\"x\");", "println!"));
@@ -146,4 +180,108 @@ fn contains_word(line: &str, word: &str) -> bool {
     let code = line.split("//").next().unwrap_or(line).to_lowercase();
     code.match_indices(word)
         .any(|(at, _)| !code[..at].ends_with(|before: char| before.is_alphanumeric() || before == '_'))
+}
+
+/// The modules that each module of a package imports, without itself.
+type Imports = BTreeMap<String, BTreeSet<String>>;
+
+/// Of the package in `folder`; unit tests, comments, the root file and programs do not count.
+fn imports(folder: &Path) -> Imports {
+    let mut imports = Imports::new();
+    let mut codes = Vec::new();
+    for file in rust_files(folder) {
+        let inside = file.strip_prefix(folder).expect("inside").with_extension("");
+        let parts: Vec<&str> = inside.iter().filter_map(|part| part.to_str()).collect();
+        if ["lib", "main", "bin"].contains(&parts[0]) || parts[1..].contains(&"tests") {
+            continue;
+        }
+        imports.entry(parts[0].into()).or_default();
+        let text = fs::read_to_string(&file).unwrap();
+        let lines = text.lines().take_while(|line| line.trim() != "#[cfg(test)]");
+        let code: Vec<&str> = lines.map(|line| line.split("//").next().unwrap_or(line)).collect();
+        // In a module's own file `super` is the root of the package.
+        let code = code.join("\n");
+        let at_top = parts.len() == 1 || parts[1..] == ["mod"];
+        codes.push((parts[0].to_string(), if at_top { code.replace("super::", "crate::") } else { code }));
+    }
+    let modules: BTreeSet<String> = imports.keys().cloned().collect();
+    for (module, code) in codes {
+        let others = names_after_crate(&code).filter(|name| *name != module && modules.contains(*name));
+        imports.get_mut(&module).expect("entered above").extend(others.map(str::to_string));
+    }
+    imports
+}
+
+/// The first names of all paths that begin with `crate::`, also where several stand in braces.
+fn names_after_crate(code: &str) -> impl Iterator<Item = &str> {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let at = code.match_indices("crate::").filter(move |(at, _)| !code[..*at].ends_with(is_word));
+    at.flat_map(move |(at, word)| {
+        let rest = &code[at + word.len()..];
+        let Some(group) = rest.strip_prefix('{') else { return vec![first_word(rest)] };
+        let (mut depth, mut begin, mut names) = (0, 0, Vec::new());
+        for (at, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                ',' | '}' if depth == 0 => {
+                    names.push(first_word(&group[begin..at]));
+                    begin = at + 1;
+                    if c == '}' {
+                        break;
+                    }
+                }
+                '}' => depth -= 1,
+                _ => {}
+            }
+        }
+        names
+    })
+}
+
+fn first_word(text: &str) -> &str {
+    let text = text.trim_start();
+    &text[..text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len())]
+}
+
+/// Everything that can be reached from a module; itself only where it is in a circle.
+fn reached<'a>(from: &'a str, imports: &'a Imports) -> BTreeSet<&'a str> {
+    let (mut reached, mut open) = (BTreeSet::new(), vec![from]);
+    while let Some(module) = open.pop() {
+        let next = imports.get(module).into_iter().flatten().map(String::as_str);
+        open.extend(next.filter(|next| reached.insert(*next)));
+    }
+    reached
+}
+
+/// Modules that can reach each other, each set in the order of names.
+fn circles(imports: &Imports) -> Vec<Vec<&str>> {
+    let reach: BTreeMap<&str, BTreeSet<&str>> =
+        imports.keys().map(|module| (module.as_str(), reached(module, imports))).collect();
+    let of = |module: &&str| -> Vec<&str> {
+        reach.keys().copied().filter(|other| reach[module].contains(other) && reach[other].contains(module)).collect()
+    };
+    let circles: BTreeSet<Vec<&str>> = reach.keys().map(of).filter(|circle| !circle.is_empty()).collect();
+    circles.into_iter().collect()
+}
+
+/// A shortest way from the first module of a set of [`circles`] back to it.
+fn circle_in<'a>(circle: &[&'a str], imports: &'a Imports) -> Vec<&'a str> {
+    let mut ways = vec![vec![circle[0]]];
+    for _ in circle {
+        let mut longer = Vec::new();
+        let mut seen = BTreeSet::new();
+        for way in &ways {
+            for next in imports[way[way.len() - 1]].iter().map(String::as_str) {
+                let way = [way.as_slice(), &[next]].concat();
+                if next == circle[0] {
+                    return way;
+                }
+                if circle.contains(&next) && seen.insert(next) {
+                    longer.push(way);
+                }
+            }
+        }
+        ways = longer;
+    }
+    unreachable!("every module of a circle comes back to itself")
 }

@@ -1,11 +1,11 @@
 //! A program of its own, because it reads the process-wide counters of the CPU allocator.
 
-use echelon::models::{Held, trainable_policy};
+use echelon_core::data::Rows;
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
 use echelon_core::shim;
 use echelon_core::weight_layout::WeightLayout;
-use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, Sharding};
+use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding};
+use echelon_roles::models::{Held, trainable_policy};
 use serde_json::json;
 use tch::{Device, Kind};
 
@@ -36,8 +36,8 @@ fn peak(vocabulary: i64, tokens: i64) -> i64 {
     let mut policy =
         trainable_policy(Role::Actor, folder.path(), Some(1), held, (optimizer, &Sharding::whole()), 1.0).unwrap();
     let row = ((0..tokens).map(|t| (t * 31) % vocabulary).collect(), (0..tokens).map(|t| t > 0).collect());
-    let rows = Tokens::from_rows(&[row]);
-    let mut pass = || policy.forward_backward(&rows, |output| Ok(-output.logprobs().sum(Kind::Float))).unwrap();
+    let rows = Rows::of_tokens(&[row]);
+    let mut pass = || policy.forward_backward(&rows, |output| Ok(-output.logprobs.sum(Kind::Float))).unwrap();
     pass(); // gradients are taken page by page at their first touch
     let before = shim::live_bytes(Device::Cpu);
     shim::reset_peak_bytes(Device::Cpu);

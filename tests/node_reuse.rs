@@ -4,33 +4,41 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{SMALL, Workplace};
-use echelon::layout::Layout;
+use echelon::devices;
+use echelon::model_folders;
 use echelon::recipe::Recipe;
-use echelon::wire::{self, RunInputs, Wired};
-use echelon_algorithms::ppo::{self, Moment, StepReport};
+use echelon::settings;
+use echelon::wire::{self, Rewards};
+use echelon_algorithms::{Algorithm, Moment};
+use echelon_core::data::Report;
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::tokenizer::Tokenizer;
+use echelon_placement::layout::Layout;
 
 mod common;
 
 const STEPS: u64 = 3;
 
 /// What the steps of a run with everything on one worker report.
-async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<StepReport> {
+async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
     let recipe = Recipe::load(recipe, &[]).unwrap().resolve();
-    let folders = wire::model_folders(&recipe).unwrap();
-    let (held, _) = wire::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
+    let folders = model_folders::model_folders(&recipe).unwrap();
+    let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
     let mut layout = Layout::together(1, 0, false);
     for group in layout.groups.iter_mut().filter(|group| group.role != Role::Generator) {
         group.moves_to_host = moves_to_host;
     }
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).unwrap());
-    let inputs = RunInputs { folders, held, tokenizer: tokenizer.clone(), layout, run_folder: folder.into() };
-    let parts = (Interrupt::default(), Arc::new(Unwatched) as _);
-    let Wired { roles, ppo, crew } = wire::wire(&recipe, inputs, parts, Arc::new(|_| ())).await.unwrap();
+    let rewards = Rewards::start(&recipe, &folders).unwrap();
+    let mut ppo = settings::ppo(&recipe, rewards.alone);
+    let spec = recipe.spec(&folders, held, layout, folder);
+    let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
+    let (roles, workers) =
+        wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await.unwrap();
     let texts = ["the food at the", "a film about", "my room was", "we waited and"];
+    let sampling = settings::sampling(&recipe, 1.0);
     let mut reports = Vec::new();
     for step in 1..=STEPS {
         let row = |(index, text): (usize, &str)| Prompt {
@@ -41,12 +49,14 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<StepRepor
         };
         let rows = texts.iter().copied().enumerate().map(row).collect();
         let prompts = Prompts { rows, samples_per_prompt: 2, seed: step, evaluation: false };
-        let now = Moment { step, kl_coef: 0.1, interrupt: &Interrupt::default() };
+        let now = Moment { step, interrupt: &Interrupt::default() };
         // Twice in a row, as an evaluation and a rollout.
-        roles.generator.generate(prompts.clone(), &ppo.sampling).await.unwrap();
-        reports.push(ppo::step(&ppo, &roles, prompts, now).await.unwrap());
+        roles.generator().generate(prompts.clone(), &sampling).await.unwrap();
+        let rows = roles.generator().generate(prompts, &sampling).await.unwrap().rows;
+        reports.push(ppo.learn(&roles, rows, now).await.unwrap().report);
+        roles.actor().publish_weights(roles.generator(), step).await.unwrap();
     }
-    crew.finish(echelon::crew::End::Done).await;
+    workers.finish(echelon::workers::End::Done).await;
     reports
 }
 
@@ -58,8 +68,7 @@ fn state_that_was_moved_learns_the_same() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let [stays, moves] = [false, true].map(|moves| runtime.block_on(run(&recipe, &workplace.path("run"), moves)));
     for (stays, moves) in stays.iter().zip(&moves) {
-        assert!(stays.actor.iter().all(|report| report.grad_norm > 0.0));
-        assert_eq!((&stays.actor, &stays.critic), (&moves.actor, &moves.critic));
-        assert_eq!((&stays.scores, stays.kl), (&moves.scores, moves.kl));
+        assert!(stays.stats.get("train/actor_grad_norm") > Some(0.0));
+        assert!(stays.stats.numbers().eq(moves.stats.numbers()), "{stays:?}\n{moves:?}");
     }
 }

@@ -36,7 +36,7 @@ fn a_package_is_small_and_has_every_program() {
 #[test]
 fn a_package_says_what_it_was_built_from_and_holds_no_path_of_this_machine() {
     let version = succeeds(Command::new(package().join("echelon")).arg("version"));
-    assert!(version.contains(&format!("build {}\n", echelon::worker::BUILD)), "{version}");
+    assert!(version.contains(&format!("build {}\n", echelon::program::BUILD)), "{version}");
     let cargo = std::env::var_os("CARGO_HOME")
         .map_or_else(|| PathBuf::from(std::env::var_os("HOME").unwrap()).join(".cargo"), PathBuf::from);
     let folders = [root(), libtorch(), &cargo].map(|folder| folder.to_str().unwrap());

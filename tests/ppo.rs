@@ -9,19 +9,19 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{SMALL, Workplace, assert_same, metrics, quickstart, said, series};
-use echelon::models::{Held, trainable_policy, trainable_scorer};
+use echelon_algorithms::columns::{ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, RETURNS, VALUES};
 use echelon_algorithms::kl::KlEstimator;
 use echelon_algorithms::losses::PolicyClip;
-use echelon_algorithms::schedule::{Decay, LrSchedule};
-use echelon_algorithms::update::{ActorConfig, CriticConfig, update_actor, update_critic};
-use echelon_core::experience::Experience;
+use echelon_algorithms::ppo::{PolicyLoss, ValueLoss};
+use echelon_core::data::{Report, Rows};
+use echelon_core::loss::{Numbers, Totals};
 use echelon_core::pack::PackedRows;
 use echelon_core::random::{Domain, normal};
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
 use echelon_core::weight_layout::WeightLayout;
-use echelon_core::zero::{OptimizerConfig, PassConfig, PolicyOutput, Sharding, TensorFile, TrainingState, forward};
+use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, TensorFile, TrainingState, forward};
 use echelon_models::head::ScalarRows;
+use echelon_roles::models::{Held, Policy, trainable_policy, trainable_scorer};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
@@ -68,31 +68,35 @@ fn held(kind: Kind, tokens_per_micro_batch: i64, activation_checkpointing: bool)
 }
 
 /// Twelve rows of 6 to 39 tokens; old log-probs are near the policy's own, so that some ratios are clipped.
-fn experience(kind: Kind) -> Experience {
+fn experience(kind: Kind) -> Rows {
     let lengths: Vec<i64> = (0..12).map(|row| 6 + (row * 11) % 34).collect();
     let row = |(row, &length): (usize, &i64)| {
         let ids = (0..length).map(|t| 2 + (row as i64 * 97 + t * 53) % 1000).collect();
         (ids, (0..length).map(|t| t >= 3).collect())
     };
-    let tokens = Tokens::from_rows(&lengths.iter().enumerate().map(row).collect::<Vec<_>>());
+    let tokens = Rows::of_tokens(&lengths.iter().enumerate().map(row).collect::<Vec<_>>());
     let folder = quickstart().join("language-model");
     let policy =
         trainable_policy(Role::Actor, &folder, None, held(kind, 4096, false), (OPTIMIZER, &Sharding::whole()), 1.0)
             .unwrap();
     let logprobs =
-        forward(&policy.model, &policy.head, &PackedRows::new(&tokens, Device::Cpu)).unwrap().logprobs().copy();
+        forward(&policy.model, &policy.head, &PackedRows::new(&tokens, Device::Cpu)).unwrap().logprobs.copy();
     let noise = |what: u32| {
         let numbers: Vec<f64> = (0..logprobs.numel()).map(|i| normal(5, Domain::Data, i as u64, what, 0)).collect();
         Tensor::from_slice(&numbers).to_kind(kind).view_as(&logprobs)
     };
-    Experience {
-        tokens,
-        old_logprobs: &logprobs + noise(1) * 0.2,
-        ref_logprobs: Some(&logprobs + noise(2) * 0.2),
-        values: noise(3),
-        advantages: noise(4),
-        returns: noise(5),
-    }
+    tokens
+        .with(OLD_LOGPROBS, &logprobs + noise(1) * 0.2)
+        .and_then(|rows| rows.with(REF_LOGPROBS, &logprobs + noise(2) * 0.2))
+        .and_then(|rows| rows.with(VALUES, noise(3)))
+        .and_then(|rows| rows.with(ADVANTAGES, noise(4)))
+        .and_then(|rows| rows.with(RETURNS, noise(5)))
+        .unwrap()
+}
+
+/// One optimizer step of the actor.
+fn learn(actor: &mut Policy, rows: &Rows, kl_coef: f64, loss: PolicyLoss) -> echelon_core::Result<Report> {
+    actor.learn(&loss, rows, (&Totals::of(rows, 1), &Numbers::of(&[("kl_coef", kl_coef)])), 1e-3)
 }
 
 /// The gradient of an update's first optimizer step: the first moment is (1 - 0.9) times it.
@@ -101,25 +105,24 @@ fn gradient(state: &TrainingState) -> Tensor {
     Tensor::cat(&moments.map(|(_, tensor)| tensor.flatten(0, -1).to_kind(Kind::Double)).collect::<Vec<_>>(), 0)
 }
 
-fn actor_gradient(experience: &Experience, held: Held) -> Tensor {
+fn actor_gradient(experience: &Rows, held: Held) -> Tensor {
     let folder = quickstart().join("language-model");
     let mut actor = trainable_policy(Role::Actor, &folder, None, held, (OPTIMIZER, &Sharding::whole()), 0.9).unwrap();
-    let schedule = LrSchedule::new(Decay::Constant, 10, 0.0, 0.0);
     let clip = PolicyClip { low: 0.2, high: 0.28, dual: Some(3.0) };
-    let config = ActorConfig { clip, entropy_coef: 0.01, kl_estimator: KlEstimator::K3, lr: 1e-3, schedule };
-    let report = update_actor(&mut actor, experience, experience.num_response_tokens(), 0.1, &config).unwrap();
-    assert!(report.clip_fraction > 0.1 && report.kl_loss > 0.0, "the losses' branches are taken: {report:?}");
+    let loss = PolicyLoss { clip, entropy_coef: 0.01, kl_estimator: KlEstimator::K3 };
+    let seen = learn(&mut actor, experience, 0.1, loss).unwrap().stats;
+    let taken = seen.get("train/ppo_clip_ratio") > Some(0.1) && seen.get("train/kl_loss") > Some(0.0);
+    assert!(taken, "the losses' branches are taken: {seen:?}");
     gradient(&actor.state)
 }
 
-fn critic_gradient(experience: &Experience, held: Held) -> Tensor {
+fn critic_gradient(experience: &Rows, held: Held) -> Tensor {
     let folder = quickstart().join("reward-model");
     let reads = ScalarRows::Predecessors;
     let mut critic =
         trainable_scorer(Role::Critic, &folder, None, 1, held, (OPTIMIZER, &Sharding::whole()), reads).unwrap();
-    let config =
-        CriticConfig { value_clip: Some(0.5), lr: 1e-3, schedule: LrSchedule::new(Decay::Constant, 10, 0.0, 0.0) };
-    update_critic(&mut critic, experience, experience.num_response_tokens(), &config).unwrap();
+    let loss = ValueLoss { value_clip: Some(0.5) };
+    critic.learn(&loss, experience, (&Totals::of(experience, 1), &Numbers::default()), 1e-3).unwrap();
     gradient(&critic.state)
 }
 
@@ -127,7 +130,7 @@ fn critic_gradient(experience: &Experience, held: Held) -> Tensor {
 /// micro-batch for all.
 #[test]
 fn neither_micro_batches_nor_recomputation_change_a_gradient() {
-    type Gradient = fn(&Experience, Held) -> Tensor;
+    type Gradient = fn(&Rows, Held) -> Tensor;
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
         let experience = experience(kind);
         for (role, gradient) in [("actor", actor_gradient as Gradient), ("critic", critic_gradient)] {
@@ -306,24 +309,19 @@ fn a_non_finite_loss_moves_nothing() {
     let good = experience(Kind::Double);
     let folder = quickstart().join("language-model");
     let held = held(Kind::Double, 64, false);
-    let config = ActorConfig {
-        clip: PolicyClip { low: 0.2, high: 0.2, dual: None },
-        entropy_coef: 0.0,
-        kl_estimator: KlEstimator::K1,
-        lr: 1e-3,
-        schedule: LrSchedule::new(Decay::Constant, 10, 0.0, 0.0),
-    };
+    let clip = PolicyClip { low: 0.2, high: 0.2, dual: None };
+    let loss = PolicyLoss { clip, entropy_coef: 0.0, kl_estimator: KlEstimator::K1 };
     let start = || trainable_policy(Role::Actor, &folder, None, held, (OPTIMIZER, &Sharding::whole()), 1.0).unwrap();
     let (mut refused, mut fresh) = (start(), start());
     for value in [f64::NAN, f64::INFINITY] {
         let bad = experience(Kind::Double);
-        let _ = bad.advantages.get(11).fill_(value); // in the last micro-batch: others have left gradients by then
-        let error = update_actor(&mut refused, &bad, bad.num_response_tokens(), 0.0, &config).unwrap_err().to_string();
+        let _ = bad[ADVANTAGES].get(11).fill_(value); // in the last micro-batch: others have left gradients by then
+        let error = learn(&mut refused, &bad, 0.0, loss).unwrap_err().to_string();
         assert!(error.contains("actor: the loss is") && error.contains("the optimizer has not moved"), "{error}");
         assert_eq!(refused.state.steps, 0);
     }
     for actor in [&mut refused, &mut fresh] {
-        update_actor(actor, &good, good.num_response_tokens(), 0.0, &config).unwrap();
+        learn(actor, &good, 0.0, loss).unwrap();
     }
     for ((name, found), (_, expected)) in
         refused.state.tensors().unwrap().into_iter().zip(fresh.state.tensors().unwrap())

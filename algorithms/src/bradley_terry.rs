@@ -10,17 +10,14 @@ pub struct BradleyTerry {
     /// the whole mini-batch.
     pub sum: Tensor,
     /// Pairs whose chosen response scores strictly higher; over the number of pairs it is the accuracy.
-    pub num_correct: f64,
+    pub num_correct: Tensor,
 }
 
 /// Bradley–Terry loss of the scores `[N]` of chosen and rejected responses.
 pub fn bradley_terry(chosen: &Tensor, rejected: &Tensor) -> BradleyTerry {
     assert_eq!(chosen.size(), rejected.size(), "every chosen response needs its rejected one");
     let margin = chosen - rejected;
-    BradleyTerry {
-        sum: -margin.log_sigmoid().sum(margin.kind()),
-        num_correct: margin.gt(0.0).sum(Kind::Double).double_value(&[]),
-    }
+    BradleyTerry { sum: -margin.log_sigmoid().sum(margin.kind()), num_correct: margin.gt(0.0).sum(Kind::Double) }
 }
 
 #[cfg(test)]
@@ -32,7 +29,7 @@ mod tests {
         let scores = Tensor::from_slice(&[0.5, -3.0]);
         let pairs = bradley_terry(&scores, &scores);
         assert!((pairs.sum.double_value(&[]) - 2.0 * 2f64.ln()).abs() < 1e-12);
-        assert_eq!(pairs.num_correct, 0.0);
+        assert_eq!(pairs.num_correct.double_value(&[]), 0.0);
     }
 
     #[test]
@@ -42,6 +39,6 @@ mod tests {
         pairs.sum.backward();
         assert_eq!(pairs.sum.double_value(&[]), 2000.0);
         assert_eq!(chosen.grad(), Tensor::from_slice(&[-1.0, 0.0]));
-        assert_eq!(pairs.num_correct, 1.0);
+        assert_eq!(pairs.num_correct.double_value(&[]), 1.0);
     }
 }

@@ -1,12 +1,11 @@
-//! PPO and its parts: the step, the ranks' half of it, and the maths, each file one formula of the paper.
+//! What is learned, each algorithm one file; and the maths, each file one formula of the papers.
 
 pub mod ppo;
-
-pub mod update;
 
 pub mod reward_model;
 pub mod sft;
 
+pub mod columns;
 pub mod masked;
 
 pub mod bradley_terry;
@@ -16,3 +15,110 @@ pub mod losses;
 pub mod reward_shaping;
 pub mod schedule;
 pub mod whiten;
+
+use std::future::Future;
+
+use echelon_core::data::{Report, Rows};
+use echelon_core::progress::Interrupt;
+use echelon_core::role::Role;
+use echelon_core::verb::Roles;
+use echelon_core::{Error, Result};
+use serde_json::Value;
+use tch::Kind;
+
+use crate::columns::SCORES;
+
+/// What a run needs to know of an algorithm; everything else is the run's.
+pub trait Algorithm {
+    /// Of its program, its run folder and its checkpoints.
+    const NAME: &'static str;
+    /// What its line on the terminal leads with.
+    const LEADS: &'static [Lead];
+    /// What its report leads with.
+    const REPORT: ReportLeads;
+    /// Who learns, and the name of that model in checkpoints.
+    const LEARNERS: &'static [(Role, &'static str)];
+    /// Whose model is written at the end, and into which folder of the run.
+    const EXPORTS: (Role, &'static str);
+
+    /// Learns from rows: the paper. Sampling before it and publishing after it are the run's.
+    fn learn(&mut self, roles: &Roles, rows: Rows, now: Moment<'_>) -> impl Future<Output = Result<Outcome>>;
+
+    /// Metrics named `eval/…` of held-out rows: by default the scores of responses that were sampled for them.
+    fn evaluate(&self, roles: &Roles, held_out: Rows) -> impl Future<Output = Result<Outcome>> {
+        scored(roles, held_out)
+    }
+
+    /// What it carries from step to step, for a checkpoint.
+    fn state(&self) -> Value {
+        Value::Null
+    }
+
+    /// Takes up what [`Algorithm::state`] gave.
+    ///
+    /// # Errors
+    /// It is none of this algorithm's.
+    fn restore(&mut self, state: Value) -> Result<()> {
+        match state {
+            Value::Null => Ok(()),
+            other => Err(Error::Refused(format!("`{}` keeps no state, and the checkpoint has {other}", Self::NAME))),
+        }
+    }
+}
+
+/// Scores as they are, without shaping or KL.
+async fn scored(roles: &Roles, rows: Rows) -> Result<Outcome> {
+    let scores = roles.scores(&rows).await?.scores;
+    let mut report = Report::default();
+    report.stats.last("eval/reward", scores.mean(Kind::Double).double_value(&[]));
+    report.stats.last("eval/reward_std", scores.std(false).double_value(&[]));
+    Ok(Outcome { report, rows: rows.with(SCORES, scores)? })
+}
+
+/// A number that a person sees in a step's line.
+#[derive(Clone, Copy, Debug)]
+pub struct Lead {
+    pub label: &'static str,
+    pub metric: &'static str,
+    /// After the point.
+    pub digits: usize,
+    /// A second number after a sign: what, of which metric, with how many digits.
+    pub second: Option<(&'static str, &'static str, usize)>,
+}
+
+impl Lead {
+    pub const fn new(label: &'static str, metric: &'static str, digits: usize) -> Lead {
+        Lead { label, metric, digits, second: None }
+    }
+
+    /// Such as `0.412 ±0.31`.
+    #[must_use]
+    pub const fn with(self, sign: &'static str, metric: &'static str, digits: usize) -> Lead {
+        Lead { second: Some((sign, metric, digits)), ..self }
+    }
+}
+
+/// What the report of a run shows first: metrics with their titles.
+#[derive(Clone, Copy, Debug)]
+pub struct ReportLeads {
+    /// Numbers at the top: means of the last steps.
+    pub tiles: &'static [(&'static str, &'static str)],
+    /// Curves, one chart for each title.
+    pub charts: &'static [(&'static str, &'static [&'static str])],
+}
+
+/// Which step this is.
+#[derive(Clone, Copy)]
+pub struct Moment<'a> {
+    /// From 1.
+    pub step: u64,
+    /// Looked at until the first optimizer step; after that the step is finished.
+    pub interrupt: &'a Interrupt,
+}
+
+/// What a step saw and did, by the names of metrics, and its rows with what was found out about them.
+#[derive(Debug)]
+pub struct Outcome {
+    pub report: Report,
+    pub rows: Rows,
+}

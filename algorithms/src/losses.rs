@@ -2,12 +2,10 @@
 //!
 //! Each is a **sum** over the response tokens it is given. The caller divides by the number of response
 //! tokens of the whole mini-batch on all ranks before the backward pass, so that the gradient depends neither
-//! on the micro-batch size nor on the number of ranks. Statistics are sums and counts for the same reason:
-//! they add up over micro-batches and ranks, and become means at the very end.
+//! on the micro-batch size nor on the number of ranks. Statistics are sums and counts for the same reason, and
+//! stay on the device: they become means at the very end.
 //!
 //! All tensors are `[B, T]`, column `t` belongs to token `t`; what lies outside the mask is never read.
-
-use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -42,8 +40,7 @@ pub struct PolicyLoss {
     pub sum: Tensor,
     /// π / π_old per token `[B, T]`, detached; 1 outside the mask.
     pub ratio: Tensor,
-    /// Sums for the report.
-    pub stats: PolicyStats,
+    pub sums: PolicySums,
 }
 
 /// PPO's clipped surrogate loss (Schulman et al. 2017), summed over response tokens.
@@ -74,101 +71,41 @@ pub fn policy_loss(
     let is_clipped = clipped.lt_tensor(&unclipped); // never outside the mask: both are zero there
     PolicyLoss {
         sum: -objective.sum(objective.kind()),
-        stats: PolicyStats::new(&log_ratio.detach(), &ratio.detach(), &is_clipped, mask),
+        sums: PolicySums::new(&log_ratio.detach(), &ratio.detach(), &is_clipped, mask),
         ratio: ratio.detach(),
     }
 }
 
-/// Sums over response tokens that describe a policy update; add those of all micro-batches and ranks.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PolicyStats {
+/// Sums over response tokens that describe a policy update, f64 scalars on the device of the loss.
+#[derive(Debug)]
+pub struct PolicySums {
     /// Response tokens.
-    pub num_tokens: f64,
+    pub num_tokens: Tensor,
     /// Tokens whose clipped objective is below the unclipped one.
-    pub num_clipped: f64,
+    pub num_clipped: Tensor,
     /// Σ (old_logprobs − logprobs): the k1 estimate of KL(π_old ‖ π), OpenRLHF's `ppo_kl`.
-    pub ppo_kl_sum: f64,
+    pub ppo_kl: Tensor,
     /// Σ (ρ − 1 − log ρ): the k3 estimate of the same, never negative.
-    pub approx_kl_sum: f64,
+    pub approx_kl: Tensor,
     /// Σ ρ.
-    pub ratio_sum: f64,
-    /// Smallest ρ; +∞ if there is no token.
-    pub ratio_min: f64,
+    pub ratio: Tensor,
     /// Largest ρ; −∞ if there is no token.
-    pub ratio_max: f64,
+    pub ratio_max: Tensor,
 }
 
-impl Default for PolicyStats {
-    fn default() -> Self {
-        Self {
-            num_tokens: 0.0,
-            num_clipped: 0.0,
-            ppo_kl_sum: 0.0,
-            approx_kl_sum: 0.0,
-            ratio_sum: 0.0,
-            ratio_min: f64::INFINITY,
-            ratio_max: f64::NEG_INFINITY,
-        }
-    }
-}
-
-impl PolicyStats {
-    fn new(log_ratio: &Tensor, ratio: &Tensor, is_clipped: &Tensor, mask: &Tensor) -> Self {
-        if mask.numel() == 0 {
-            return Self::default();
-        }
-        let outside = mask.logical_not();
+impl PolicySums {
+    fn new(log_ratio: &Tensor, ratio: &Tensor, is_clipped: &Tensor, mask: &Tensor) -> PolicySums {
         let approx_kl = ratio - 1.0 - log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO);
-        let [num_tokens, num_clipped, log_ratio_sum, approx_kl_sum, ratio_sum, ratio_min, ratio_max] = to_host([
-            mask.sum(Kind::Double),
-            is_clipped.sum(Kind::Double),
-            log_ratio.sum(Kind::Double),
-            approx_kl.sum(Kind::Double),
-            masked_sum(ratio, mask),
-            ratio.masked_fill(&outside, f64::INFINITY).min(),
-            ratio.masked_fill(&outside, f64::NEG_INFINITY).max(),
-        ]);
-        Self {
-            num_tokens,
-            num_clipped,
-            ppo_kl_sum: 0.0 - log_ratio_sum, // not -0.0 for an unmoved policy
-            approx_kl_sum,
-            ratio_sum,
-            ratio_min,
-            ratio_max,
+        let lowest = Tensor::full([1], f64::NEG_INFINITY, (ratio.kind(), ratio.device()));
+        let largest = Tensor::cat(&[ratio.masked_fill(&mask.logical_not(), f64::NEG_INFINITY).view(-1), lowest], 0);
+        PolicySums {
+            num_tokens: mask.sum(Kind::Double),
+            num_clipped: is_clipped.sum(Kind::Double),
+            ppo_kl: 0.0 - log_ratio.sum(Kind::Double), // not -0.0 for an unmoved policy
+            approx_kl: approx_kl.sum(Kind::Double),
+            ratio: masked(ratio, mask).sum(Kind::Double),
+            ratio_max: largest.max(),
         }
-    }
-
-    /// Fraction of tokens whose objective was clipped; NaN without tokens, as every mean here.
-    pub fn clip_fraction(&self) -> f64 {
-        self.num_clipped / self.num_tokens
-    }
-
-    /// Mean k1 estimate of KL(π_old ‖ π) per token, in nats.
-    pub fn ppo_kl(&self) -> f64 {
-        self.ppo_kl_sum / self.num_tokens
-    }
-
-    /// Mean k3 estimate of KL(π_old ‖ π) per token, in nats.
-    pub fn approx_kl(&self) -> f64 {
-        self.approx_kl_sum / self.num_tokens
-    }
-
-    /// Mean ratio π / π_old per token.
-    pub fn ratio_mean(&self) -> f64 {
-        self.ratio_sum / self.num_tokens
-    }
-}
-
-impl AddAssign for PolicyStats {
-    fn add_assign(&mut self, other: Self) {
-        self.num_tokens += other.num_tokens;
-        self.num_clipped += other.num_clipped;
-        self.ppo_kl_sum += other.ppo_kl_sum;
-        self.approx_kl_sum += other.approx_kl_sum;
-        self.ratio_sum += other.ratio_sum;
-        self.ratio_min = self.ratio_min.min(other.ratio_min);
-        self.ratio_max = self.ratio_max.max(other.ratio_max);
     }
 }
 
@@ -176,8 +113,8 @@ impl AddAssign for PolicyStats {
 pub struct ValueLoss {
     /// Scalar with gradient: the loss summed over response tokens.
     pub sum: Tensor,
-    /// Sums for the report.
-    pub stats: ValueStats,
+    /// Tokens whose clipped error is the larger one, a scalar on the device of the loss.
+    pub num_clipped: Tensor,
 }
 
 /// The critic's squared error, summed over response tokens.
@@ -208,43 +145,7 @@ pub fn value_loss(
             (unclipped.maximum(&clipped), num_clipped)
         }
     };
-    let [num_tokens, num_clipped, value_sum] =
-        to_host([mask.sum(Kind::Double), num_clipped, values.detach().sum(Kind::Double)]);
-    ValueLoss {
-        sum: squared_error.sum(squared_error.kind()) * 0.5,
-        stats: ValueStats { num_tokens, num_clipped, value_sum },
-    }
-}
-
-/// Sums over response tokens that describe a critic update; add those of all micro-batches and ranks.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ValueStats {
-    /// Response tokens.
-    pub num_tokens: f64,
-    /// Tokens whose clipped error is the larger one.
-    pub num_clipped: f64,
-    /// Σ V.
-    pub value_sum: f64,
-}
-
-impl ValueStats {
-    /// Fraction of tokens whose value was clipped; NaN without tokens.
-    pub fn clip_fraction(&self) -> f64 {
-        self.num_clipped / self.num_tokens
-    }
-
-    /// Mean value per token; NaN without tokens.
-    pub fn value_mean(&self) -> f64 {
-        self.value_sum / self.num_tokens
-    }
-}
-
-impl AddAssign for ValueStats {
-    fn add_assign(&mut self, other: Self) {
-        self.num_tokens += other.num_tokens;
-        self.num_clipped += other.num_clipped;
-        self.value_sum += other.value_sum;
-    }
+    ValueLoss { sum: squared_error.sum(squared_error.kind()) * 0.5, num_clipped }
 }
 
 /// The entropy bonus as a loss term: −`entropy_coef` · Σ entropy over response tokens, a scalar with gradient.
@@ -269,14 +170,6 @@ pub fn kl_loss(
     kl.sum(kl.kind()) * kl_coef
 }
 
-/// Several scalars in one transfer: on a GPU each transfer waits for the device.
-fn to_host<const N: usize>(scalars: [Tensor; N]) -> [f64; N] {
-    let stacked = Tensor::stack(&scalars.map(|scalar| scalar.to_kind(Kind::Double)), 0);
-    let mut host = [0.0; N];
-    stacked.to_device(tch::Device::Cpu).copy_data(&mut host, N);
-    host
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,6 +177,13 @@ mod tests {
 
     fn all_true(like: &Tensor) -> Tensor {
         like.ones_like().to_kind(Kind::Bool)
+    }
+
+    const NOTHING: [f64; 6] = [0.0, 0.0, 0.0, 0.0, 0.0, f64::NEG_INFINITY];
+
+    fn numbers(sums: &PolicySums) -> [f64; 6] {
+        let PolicySums { num_tokens, num_clipped, ppo_kl, approx_kl, ratio, ratio_max } = sums;
+        [num_tokens, num_clipped, ppo_kl, approx_kl, ratio, ratio_max].map(|sum| sum.double_value(&[]))
     }
 
     /// The surrogate loss of one token, from its definition.
@@ -318,10 +218,8 @@ mod tests {
     fn an_unmoved_policy_has_ratio_one_and_no_kl() {
         let logprobs = Tensor::randn([3, 5], (Kind::Float, Device::Cpu));
         let advantages = Tensor::randn([3, 5], (Kind::Float, Device::Cpu));
-        let stats = policy_loss(&logprobs, &logprobs, &advantages, &all_true(&logprobs), PolicyClip::default()).stats;
-        let expected =
-            PolicyStats { num_tokens: 15.0, ratio_sum: 15.0, ratio_min: 1.0, ratio_max: 1.0, ..PolicyStats::default() };
-        assert_eq!(stats, expected);
+        let loss = policy_loss(&logprobs, &logprobs, &advantages, &all_true(&logprobs), PolicyClip::default());
+        assert_eq!(numbers(&loss.sums), [15.0, 0.0, 0.0, 0.0, 15.0, 1.0]);
     }
 
     #[test]
@@ -330,13 +228,11 @@ mod tests {
         let old_logprobs = Tensor::from_slice2(&[[0.0, 0.0, 0.0]]);
         let advantages = Tensor::from_slice2(&[[1.0, 1.0, 1.0]]);
         let mask = Tensor::from_slice2(&[[true, true, false]]);
-        let stats = policy_loss(&logprobs, &old_logprobs, &advantages, &mask, PolicyClip::default()).stats;
-        assert_eq!((stats.num_tokens, stats.num_clipped), (2.0, 1.0)); // only the ratio 2 is held back
-        assert!((stats.ratio_mean() - 1.25).abs() < 1e-12);
-        assert!((stats.ratio_min - 0.5).abs() < 1e-12 && (stats.ratio_max - 2.0).abs() < 1e-12);
-        assert!(stats.ppo_kl().abs() < 1e-12);
-        assert!((stats.approx_kl() - 0.25).abs() < 1e-12); // ((2 - 1 - ln 2) + (0.5 - 1 + ln 2)) / 2
-        assert_eq!(stats.clip_fraction(), 0.5);
+        let loss = policy_loss(&logprobs, &old_logprobs, &advantages, &mask, PolicyClip::default());
+        let [num_tokens, num_clipped, ppo_kl, approx_kl, ratio, ratio_max] = numbers(&loss.sums);
+        assert_eq!((num_tokens, num_clipped), (2.0, 1.0)); // only the ratio 2 is held back
+        assert!((ratio - 2.5).abs() < 1e-12 && (ratio_max - 2.0).abs() < 1e-12 && ppo_kl.abs() < 1e-12);
+        assert!((approx_kl - 0.5).abs() < 1e-12); // (2 - 1 - ln 2) + (0.5 - 1 + ln 2)
     }
 
     #[test]
@@ -346,14 +242,14 @@ mod tests {
         let loss = policy_loss(&logprobs, &logprobs, &logprobs, &mask, PolicyClip::default());
         loss.sum.backward();
         assert_eq!(loss.sum.double_value(&[]), 0.0);
-        assert_eq!(loss.stats, PolicyStats::default());
+        assert_eq!(numbers(&loss.sums), NOTHING);
         assert_eq!(logprobs.grad(), Tensor::zeros([2, 3], (Kind::Double, Device::Cpu)));
 
         let empty = Tensor::zeros([0, 3], (Kind::Double, Device::Cpu));
         let loss = policy_loss(&empty, &empty, &empty, &all_true(&empty), PolicyClip::default());
-        assert_eq!((loss.sum.double_value(&[]), loss.stats), (0.0, PolicyStats::default()));
+        assert_eq!((loss.sum.double_value(&[]), numbers(&loss.sums)), (0.0, NOTHING));
         let loss = value_loss(&empty, &empty, &empty, &all_true(&empty), Some(0.5));
-        assert_eq!((loss.sum.double_value(&[]), loss.stats), (0.0, ValueStats::default()));
+        assert_eq!((loss.sum.double_value(&[]), loss.num_clipped.double_value(&[])), (0.0, 0.0));
     }
 
     #[test]
@@ -367,25 +263,7 @@ mod tests {
         let expected = 0.5 * (2.5 * 2.5 + 2.0 * 2.0 + 0.9 * 0.9);
         assert!((loss.sum.double_value(&[]) - expected).abs() < 1e-12);
         assert!(values.grad().allclose(&Tensor::from_slice2(&[[0.0, 2.0, -0.9]]), 0.0, 1e-12, false));
-        assert_eq!((loss.stats.num_tokens, loss.stats.num_clipped), (3.0, 1.0));
-        assert!((loss.stats.value_mean() - 4.1 / 3.0).abs() < 1e-12);
-    }
-
-    #[test]
-    fn statistics_add_up() {
-        let mut sum = PolicyStats::default();
-        sum += PolicyStats {
-            num_tokens: 2.0,
-            num_clipped: 1.0,
-            ratio_sum: 3.0,
-            ratio_min: 0.5,
-            ratio_max: 2.5,
-            ..PolicyStats::default()
-        };
-        sum +=
-            PolicyStats { num_tokens: 2.0, ratio_sum: 2.0, ratio_min: 0.9, ratio_max: 1.1, ..PolicyStats::default() };
-        assert_eq!((sum.ratio_mean(), sum.clip_fraction()), (1.25, 0.25));
-        assert_eq!((sum.ratio_min, sum.ratio_max), (0.5, 2.5));
+        assert_eq!(loss.num_clipped.double_value(&[]), 1.0);
     }
 
     #[test]

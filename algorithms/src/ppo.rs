@@ -10,248 +10,296 @@
 
 mod table;
 
-use std::time::Instant;
-
-use echelon_core::experience::Experience;
-use echelon_core::progress::Interrupt;
+use echelon_core::data::{ROLLOUT_LOGPROBS, Report, Rows, TRUNCATED};
+use echelon_core::loss::{Gives, Loss, Numbers, Output, Per, Term};
 use echelon_core::random::{Domain, permutation};
-use echelon_core::role::Roles;
-use echelon_core::rollout::{FinishReason, Prompts, Rollout, SamplingConfig};
-use echelon_core::verb::{ActorReport, CriticReport};
+use echelon_core::role::Role;
+use echelon_core::verb::Roles;
 use echelon_core::{Error, Result};
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
+use crate::columns::{ADVANTAGES, KL, OLD_LOGPROBS, REF_LOGPROBS, RETURNS, REWARDS, SCORES, SHAPED_SCORES, VALUES};
 use crate::gae::{explained_variance, gae};
-use crate::kl::{KlEstimator, kl_estimate};
-use crate::masked::{masked_mean, masked_row_mean};
+use crate::kl::{KlController, KlEstimator, kl_estimate};
+use crate::losses::{PolicyClip, entropy_loss, kl_loss, policy_loss, value_loss};
+use crate::masked::{masked_mean, masked_sum};
 use crate::reward_shaping::{ScoreShaping, token_rewards};
 use crate::whiten::whiten;
+use crate::{Algorithm, Lead, Moment, Outcome, ReportLeads};
 
-pub use table::{KlPlacement, Ppo};
+pub use table::{KlPlacement, PpoKeys};
 
-/// What the driver's half of a step decides by.
+/// The driver's half: what a step decides by, and what it carries from one to the next.
 #[derive(Clone, Debug)]
-pub struct PpoConfig {
-    pub sampling: SamplingConfig,
-    pub epochs: usize,
-    /// Responses per optimizer step.
-    pub mini_batch_size: usize,
-    pub gamma: f64,
-    pub gae_lambda: f64,
-    pub kl_estimator: KlEstimator,
-    pub kl_placement: KlPlacement,
-    pub score_shaping: ScoreShaping,
-    /// Steps at the start in which only the critic learns.
-    pub critic_warmup_steps: u64,
-    pub seed: u64,
+pub struct Ppo {
+    keys: PpoKeys,
+    score_shaping: ScoreShaping,
+    seed: u64,
+    policy_loss: PolicyLoss,
+    value_loss: ValueLoss,
+    kl: KlController,
 }
 
-/// Which step this is, and what changes from step to step.
-#[derive(Clone, Copy)]
-pub struct Moment<'a> {
-    /// From 1.
-    pub step: u64,
-    pub kl_coef: f64,
-    /// Looked at until the first optimizer step; after that the step is finished.
-    pub interrupt: &'a Interrupt,
-}
+impl Algorithm for Ppo {
+    const NAME: &'static str = "ppo";
+    const LEADS: &'static [Lead] = &[
+        Lead::new("reward", "train/reward", 3).with(" ±", "train/reward_std", 2),
+        Lead::new("kl", "train/kl", 4),
+        Lead::new("len", "train/response_length", 1),
+        Lead::new("clip", "train/ppo_clip_ratio", 2),
+        Lead::new("loss", "train/policy_loss", 3).with("/", "train/critic_loss", 2),
+    ];
+    const REPORT: ReportLeads = ReportLeads {
+        tiles: &[
+            ("KL to the reference", "train/kl"),
+            ("Explained variance", "train/explained_variance"),
+            ("Response length", "train/response_length"),
+        ],
+        charts: &[
+            ("Reward", &["train/reward"]),
+            ("Held-out reward", &["eval/reward"]),
+            ("KL to the reference", &["train/kl"]),
+            ("Response length (tokens)", &["train/response_length"]),
+            ("Policy loss", &["train/policy_loss"]),
+            ("Critic loss", &["train/critic_loss"]),
+            ("Explained variance", &["train/explained_variance"]),
+            ("Clip ratio", &["train/ppo_clip_ratio"]),
+            ("KL to the step's start", &["train/ppo_kl"]),
+            ("Entropy", &["train/entropy"]),
+            ("Gradient norm", &["train/actor_grad_norm", "train/critic_grad_norm"]),
+            ("Learning rate", &["train/actor_lr", "train/critic_lr"]),
+        ],
+    };
+    const LEARNERS: &'static [(Role, &'static str)] = &[(Role::Actor, "actor"), (Role::Critic, "critic")];
+    const EXPORTS: (Role, &'static str) = (Role::Actor, "actor");
 
-/// Samples responses to `prompts`, learns from them, and publishes the new weights.
-///
-/// Runs on the driver. Every `.await` is one call on a worker group: the group splits the rows over its data-parallel
-/// ranks, runs the call on all of them, and gathers the results in row order.
-///
-/// # Errors
-/// Returns the first worker failure, with its role, rank and cause. Nothing is published then, and the weights on the
-/// ranks are unspecified unless it is [`Error::Interrupted`]: resume from the last checkpoint.
-// ANCHOR: step
-pub async fn step(ppo: &PpoConfig, roles: &Roles, prompts: Prompts, now: Moment<'_>) -> Result<StepReport> {
-    // Rollout: the generators sample `samples_per_prompt` responses to every prompt.
-    let mut clock = Clock::start();
-    let rollout = roles.generator.generate(prompts, &ppo.sampling).await?;
-    let generation_s = clock.lap();
+    /// Learns from sampled `rows`.
+    ///
+    /// Runs on the driver. Every `.await` is one call on a worker group: the group splits the rows over its data-parallel
+    /// ranks, runs the call on all of them, and gathers the results in row order.
+    ///
+    /// # Errors
+    /// Returns the first worker failure, with its role, rank and cause. The weights on the ranks are unspecified then, unless
+    /// it is [`echelon_core::Error::Interrupted`]: resume from the last checkpoint.
+    // ANCHOR: learn
+    async fn learn(&mut self, roles: &Roles, rows: Rows, now: Moment<'_>) -> Result<Outcome> {
+        // Score: forward passes over the same tokens. Groups on different devices run at once.
+        let (old_logprobs, ref_logprobs, values, scored) = tokio::try_join!(
+            roles.actor().logprobs(&rows), // [B, T] log pi_old(token | prefix), before this step
+            roles.ref_logprobs(&rows),     // [B, T] log pi_ref(token | prefix), frozen
+            roles.critic().values(&rows),  // [B, T] V(prefix)
+            roles.scores(&rows),           // [B]    one score per response
+        )?;
 
-    // Score: forward passes over the same tokens. Groups on different devices run at once.
-    let (old_logprobs, ref_logprobs, values, scored) = tokio::try_join!(
-        roles.actor.logprobs(&rollout),      // [B, T] log pi_old(token | prefix), before this step
-        reference_logprobs(roles, &rollout), // [B, T] log pi_ref(token | prefix), frozen
-        roles.critic.values(&rollout),       // [B, T] V(prefix)
-        roles.reward.scores(&rollout),       // [B]    one score per response
-    )?;
+        // Advantages: plain tensor maths on the driver, where the whole batch is visible.
+        let (own, kind) = (rows.own.shallow_clone(), old_logprobs.kind()); // [B, T] true on the tokens the policy sampled
+        let kl = self.kl_to_reference(&old_logprobs, ref_logprobs.as_ref(), &own); // [B, T]
+        let scores = self.score_shaping.apply(&scored.scores, &rows[TRUNCATED]); // [B]
+        let rewards = token_rewards(&kl, &scores, &own, self.kl_coef(KlPlacement::Reward)); // [B, T]
+        let (advantages, returns) = gae(&rewards, &values.to_kind(Kind::Double), &own, self.keys.gamma, self.keys.gae_lambda);
+        let rows = rows.with(OLD_LOGPROBS, old_logprobs)?.with_some(REF_LOGPROBS, ref_logprobs)?.with(KL, kl)?;
+        let rows = rows.with(SCORES, scored.scores)?.with(SHAPED_SCORES, scores)?.with(REWARDS, rewards)?;
+        let rows = rows.with(VALUES, values)?.with(ADVANTAGES, whiten(&advantages, &own))?.with(RETURNS, returns)?;
+        let (mut report, kl) = (self.seen(&rows, scored.report), masked_mean(&rows[KL], &own));
+        let rows = rows.per_token_in(kind, &[ADVANTAGES, RETURNS]);
 
-    // Advantages: plain tensor maths on the driver, where the whole batch is visible.
-    let mask = &rollout.response_mask; // [B, T] true on the tokens the policy sampled
-    let kl = kl_to_reference(ppo, &old_logprobs, ref_logprobs.as_ref(), mask); // [B, T]
-    let scores = ppo.score_shaping.apply(&scored.scores, &truncated(&rollout)); // [B]
-    let rewards = token_rewards(&kl, &scores, mask, ppo.reward_kl_coef(now.kl_coef)); // [B, T]
-    let (advantages, returns) = gae(&rewards, &values.to_kind(Kind::Double), mask, ppo.gamma, ppo.gae_lambda);
-    let advantages = whiten(&advantages, mask);
-    let experience_s = clock.lap();
-
-    let mut report = StepReport::new(&rollout, &scored.scores, &scores, &kl, &rewards, &old_logprobs);
-    report.sources = scored.source_means;
-    report.explained_variance = explained_variance(&values.to_kind(Kind::Double), &returns, mask);
-    report.return_mean = masked_mean(&returns, mask);
-    report.values_mean = masked_mean(&values, mask);
-    let kind = old_logprobs.kind();
-    let (advantages, returns) = (advantages.to_kind(kind), returns.to_kind(kind));
-    let experience = Experience::new(&rollout, old_logprobs, ref_logprobs, values, advantages, returns)?;
-
-    // Update: one optimizer step per mini-batch, on the policy and on the critic.
-    now.interrupt.check()?;
-    for epoch in 0..ppo.epochs {
-        for rows in ppo.mini_batches(experience.num_rows(), now.step, epoch) {
-            let critic = roles.critic.update(experience.select(&rows));
-            if now.step <= ppo.critic_warmup_steps {
-                report.critic.push(critic.await?);
-                continue;
+        // Update: one optimizer step per mini-batch, on the policy and on the critic.
+        now.interrupt.check()?;
+        for epoch in 0..self.keys.epochs {
+            for mini_batch in self.mini_batches(rows.num_rows(), now.step, epoch) {
+                let critic = roles.critic().learn(&self.value_loss, rows.select(&mini_batch), []);
+                if now.step <= self.keys.critic_warmup_steps as u64 {
+                    report.follow(critic.await?);
+                    continue;
+                }
+                let kl_coef = self.kl_coef(KlPlacement::Loss);
+                let actor = roles.actor().learn(&self.policy_loss, rows.select(&mini_batch), [("kl_coef", kl_coef)]);
+                let (actor, critic) = tokio::try_join!(actor, critic)?;
+                report.follow(actor);
+                report.follow(critic);
             }
-            let actor = roles.actor.update(experience.select(&rows), ppo.loss_kl_coef(now.kl_coef));
-            let (actor, critic) = tokio::try_join!(actor, critic)?;
-            report.actor.push(actor);
-            report.critic.push(critic);
         }
+        self.kl.update(kl, rows.num_rows());
+        Ok(Outcome { report, rows })
     }
-    let train_s = clock.lap();
+    // ANCHOR_END: learn
 
-    // Publish: when this returns every generator holds the new version, so the next rollout is on-policy.
-    report.policy_version = rollout.policy_version + 1;
-    roles.actor.publish_weights(&roles.generator, report.policy_version).await?;
-    report.timing = Timing { generation_s, experience_s, train_s, publish_s: clock.lap() };
-    report.rollout = Some(rollout);
-    Ok(report)
+    /// The KL coefficient and its controller.
+    fn state(&self) -> Value {
+        serde_json::to_value(self.kl).expect("numbers")
+    }
+
+    fn restore(&mut self, state: Value) -> Result<()> {
+        self.kl =
+            serde_json::from_value(state).map_err(|error| Error::other("the KL coefficient of a checkpoint", error))?;
+        Ok(())
+    }
 }
-// ANCHOR_END: step
 
-impl PpoConfig {
+impl Ppo {
+    /// By the recipe's `[ppo]`.
+    pub fn new(keys: &PpoKeys, score_shaping: ScoreShaping, seed: u64) -> Ppo {
+        let kl = match keys.kl_target {
+            Some(target) => KlController::adaptive(keys.kl_coef, target, keys.kl_horizon),
+            None => KlController::fixed(keys.kl_coef),
+        };
+        let (policy_loss, value_loss) = (PolicyLoss::of(keys), ValueLoss::of(keys));
+        Ppo { keys: keys.clone(), score_shaping, seed, policy_loss, value_loss, kl }
+    }
+
     /// Rows of each mini-batch of an epoch: a seeded order, cut into equal parts.
     fn mini_batches(&self, rows: usize, step: u64, epoch: usize) -> Vec<Vec<i64>> {
         let order = permutation(rows, self.seed, Domain::MiniBatches, step, epoch as u32);
-        order.chunks(self.mini_batch_size).map(|rows| rows.iter().map(|&row| row as i64).collect()).collect()
+        order.chunks(self.keys.mini_batch_size).map(|rows| rows.iter().map(|&row| row as i64).collect()).collect()
     }
 
-    fn reward_kl_coef(&self, kl_coef: f64) -> f64 {
-        if self.kl_placement == KlPlacement::Reward { kl_coef } else { 0.0 }
+    /// The coefficient of the KL where it counts, 0 in the other place.
+    fn kl_coef(&self, place: KlPlacement) -> f64 {
+        if self.keys.kl_placement == place { self.kl.coef() } else { 0.0 }
     }
 
-    fn loss_kl_coef(&self, kl_coef: f64) -> f64 {
-        if self.kl_placement == KlPlacement::Loss { kl_coef } else { 0.0 }
-    }
-}
-
-async fn reference_logprobs(roles: &Roles, rollout: &Rollout) -> Result<Option<Tensor>> {
-    match &roles.reference {
-        Some(reference) => Ok(Some(reference.logprobs(rollout).await?)),
-        None => Ok(None),
-    }
-}
-
-/// `[B, T]` f64; zeros without a reference.
-fn kl_to_reference(ppo: &PpoConfig, logprobs: &Tensor, reference: Option<&Tensor>, mask: &Tensor) -> Tensor {
-    let logprobs = logprobs.to_kind(Kind::Double);
-    match reference {
-        Some(reference) => kl_estimate(&logprobs, &reference.to_kind(Kind::Double), mask, ppo.kl_estimator),
-        None => logprobs.zeros_like(),
-    }
-}
-
-/// `[B]` bool: responses that hit the length limit.
-fn truncated(rollout: &Rollout) -> Tensor {
-    let cut: Vec<bool> = rollout.finish_reasons.iter().map(|&reason| reason == FinishReason::Length).collect();
-    Tensor::from_slice(&cut)
-}
-
-/// Seconds of a step's phases.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Timing {
-    pub generation_s: f64,
-    /// Scoring by all roles, and the advantages.
-    pub experience_s: f64,
-    pub train_s: f64,
-    pub publish_s: f64,
-}
-
-struct Clock(Instant);
-
-impl Clock {
-    fn start() -> Clock {
-        Clock(Instant::now())
-    }
-
-    fn lap(&mut self) -> f64 {
-        let seconds = self.0.elapsed().as_secs_f64();
-        self.0 = Instant::now();
-        seconds
-    }
-}
-
-/// What a step saw and did.
-#[derive(Debug, Default)]
-pub struct StepReport {
-    /// `[B]` scores as their source gave them.
-    pub scores: Vec<f64>,
-    /// `[B]` after normalisation, penalty and clipping: what the policy learns from.
-    pub shaped_scores: Vec<f64>,
-    /// `[B]` sum of token rewards, KL included.
-    pub total_rewards: Vec<f64>,
-    /// `[B]` mean KL per response token.
-    pub row_kl: Vec<f64>,
-    /// `[B]` response tokens.
-    pub response_lengths: Vec<f64>,
-    /// Mean KL to the reference per response token.
-    pub kl: f64,
-    pub truncated_rate: f64,
-    /// Largest |engine's log-prob − trainer's| over response tokens.
-    pub logprob_diff_max: f64,
-    pub logprob_diff_mean: f64,
-    pub explained_variance: f64,
-    pub return_mean: f64,
-    pub values_mean: f64,
-    /// Mean score by source, where there are several.
-    pub sources: Vec<(String, f64)>,
-    /// One per optimizer step.
-    pub actor: Vec<ActorReport>,
-    pub critic: Vec<CriticReport>,
-    pub policy_version: u64,
-    pub timing: Timing,
-    pub rollout: Option<Rollout>,
-}
-
-impl StepReport {
-    fn new(
-        rollout: &Rollout,
-        scores: &Tensor,
-        shaped: &Tensor,
-        kl: &Tensor,
-        rewards: &Tensor,
-        old_logprobs: &Tensor,
-    ) -> StepReport {
-        let mask = &rollout.response_mask;
-        let difference = (old_logprobs.to_kind(Kind::Double) - rollout.rollout_logprobs.to_kind(Kind::Double)).abs();
-        StepReport {
-            scores: to_vec(scores),
-            shaped_scores: to_vec(shaped),
-            total_rewards: to_vec(&rewards.sum_dim_intlist(1, false, Kind::Double)),
-            row_kl: to_vec(&masked_row_mean(kl, mask)),
-            response_lengths: to_vec(&rollout.response_lengths()),
-            kl: masked_mean(kl, mask),
-            truncated_rate: truncated(rollout).to_kind(Kind::Double).mean(Kind::Double).double_value(&[]),
-            logprob_diff_max: (&difference * mask.to_kind(Kind::Double)).max().double_value(&[]),
-            logprob_diff_mean: masked_mean(&difference, mask),
-            ..StepReport::default()
+    /// `[B, T]` f64; zeros without a reference.
+    fn kl_to_reference(&self, logprobs: &Tensor, reference: Option<&Tensor>, own: &Tensor) -> Tensor {
+        let logprobs = logprobs.to_kind(Kind::Double);
+        match reference {
+            Some(reference) => kl_estimate(&logprobs, &reference.to_kind(Kind::Double), own, self.keys.kl_estimator),
+            None => logprobs.zeros_like(),
         }
     }
-}
 
-fn to_vec(tensor: &Tensor) -> Vec<f64> {
-    Vec::try_from(tensor.to_kind(Kind::Double)).expect("a vector of numbers")
-}
-
-/// Refuses a rollout that nothing can be learned from.
-pub fn check_batch(rows: usize, mini_batch_size: usize) -> Result<()> {
-    if rows == 0 || !rows.is_multiple_of(mini_batch_size) {
-        return Err(Error::Refused(format!("{rows} responses do not divide into mini-batches of {mini_batch_size}")));
+    /// What there is to tell of rows before anything is learned; names are OpenRLHF's where it has one.
+    fn seen(&self, rows: &Rows, sources: Report) -> Report {
+        let (own, scores) = (&rows.own, &rows[SCORES]);
+        let mean = |numbers: &Tensor| numbers.mean(Kind::Double).double_value(&[]);
+        let lengths = rows.own_lengths();
+        let rewards = rows[REWARDS].sum_dim_intlist(1, false, Kind::Double);
+        let difference =
+            (rows[OLD_LOGPROBS].to_kind(Kind::Double) - rows[ROLLOUT_LOGPROBS].to_kind(Kind::Double)).abs();
+        let mut report = sources;
+        report.histograms.add("train/rewards", scores);
+        report.histograms.add("train/response_lengths", &lengths);
+        let numbers = [
+            ("train/reward", mean(scores)),
+            ("train/reward_std", scores.std(false).double_value(&[])),
+            ("train/score", mean(&rows[SHAPED_SCORES])),
+            ("train/return", masked_mean(&rows[RETURNS], own)),
+            ("train/total_reward", mean(&rewards)),
+            ("train/kl", masked_mean(&rows[KL], own)),
+            ("train/kl_coef", self.kl.coef()),
+            ("train/response_length", mean(&lengths)),
+            ("train/truncated", mean(&rows[TRUNCATED].to_kind(Kind::Double))),
+            ("train/values", masked_mean(&rows[VALUES], own)),
+            ("train/explained_variance", explained_variance(&rows[VALUES].to_kind(Kind::Double), &rows[RETURNS], own)),
+            ("perf/rollout_logprob_diff_max", (&difference * own.to_kind(Kind::Double)).max().double_value(&[])),
+            ("perf/rollout_logprob_diff_mean", masked_mean(&difference, own)),
+        ];
+        numbers.into_iter().for_each(|(name, number)| report.stats.last(name, number));
+        report
     }
-    Ok(())
+}
+
+/// The actor's loss: the clipped surrogate, an entropy bonus, and the KL to the reference where it is placed here.
+#[derive(Clone, Copy, Debug)]
+pub struct PolicyLoss {
+    pub clip: PolicyClip,
+    pub entropy_coef: f64,
+    pub kl_estimator: KlEstimator,
+}
+
+impl PolicyLoss {
+    /// By the recipe's `[ppo]`.
+    pub fn of(keys: &PpoKeys) -> PolicyLoss {
+        let high = keys.policy_clip_high.unwrap_or(keys.policy_clip);
+        let clip = PolicyClip { low: keys.policy_clip, high, dual: keys.dual_clip };
+        PolicyLoss { clip, entropy_coef: keys.entropy_coef, kl_estimator: keys.kl_estimator }
+    }
+}
+
+impl Loss for PolicyLoss {
+    fn name(&self) -> &'static str {
+        "ppo_policy"
+    }
+
+    fn gives(&self) -> Gives {
+        Gives::Logprobs
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        const { &[OLD_LOGPROBS.name, ADVANTAGES.name] }
+    }
+
+    fn may_read(&self) -> &'static [&'static str] {
+        const { &[REF_LOGPROBS.name, VALUES.name, RETURNS.name] }
+    }
+
+    fn prefix(&self) -> &'static str {
+        "train/actor_"
+    }
+
+    fn terms(&self, output: Output, rows: &Rows, numbers: &Numbers, report: &mut Report) -> Result<Vec<Term>> {
+        let (logprobs, own, kl_coef) = (output.logprobs(), &rows.own, numbers.get("kl_coef")?);
+        let surrogate = policy_loss(logprobs, &rows[OLD_LOGPROBS], &rows[ADVANTAGES], own, self.clip);
+        let sums = surrogate.sums;
+        let tokens = || sums.num_tokens.shallow_clone();
+        let mut terms = vec![surrogate.sum.shallow_clone()];
+        report.stats.mean("train/policy_loss", surrogate.sum, tokens());
+        let kl = rows.get(REF_LOGPROBS).filter(|_| kl_coef != 0.0);
+        let kl = kl.map(|reference| kl_loss(logprobs, reference, own, self.kl_estimator, kl_coef));
+        report.stats.mean("train/kl_loss", kl.as_ref().map_or_else(|| tokens().zeros_like(), Tensor::detach), tokens());
+        if let Some(entropy) = output.entropy() {
+            report.stats.mean("train/entropy", masked_sum(&entropy.detach(), own), tokens());
+            terms.extend((self.entropy_coef != 0.0).then(|| entropy_loss(entropy, own, self.entropy_coef)));
+        }
+        terms.extend(kl);
+        report.stats.mean("train/ppo_clip_ratio", sums.num_clipped, tokens());
+        report.stats.mean("train/ppo_kl", sums.ppo_kl, tokens());
+        report.stats.mean("train/approx_kl", sums.approx_kl, tokens());
+        report.stats.max("train/ratio_max", sums.ratio_max);
+        report.histograms.add("train/ratios", &surrogate.ratio.masked_select(own).to_kind(Kind::Float));
+        Ok(terms.into_iter().map(|sum| Term { sum, per: Per::Token }).collect())
+    }
+}
+
+/// The critic's loss: the squared error, clipped around the values of the rollout.
+#[derive(Clone, Copy, Debug)]
+pub struct ValueLoss {
+    pub value_clip: Option<f64>,
+}
+
+impl ValueLoss {
+    /// By the recipe's `[ppo]`.
+    pub fn of(keys: &PpoKeys) -> ValueLoss {
+        ValueLoss { value_clip: keys.value_clip }
+    }
+}
+
+impl Loss for ValueLoss {
+    fn name(&self) -> &'static str {
+        "ppo_value"
+    }
+
+    fn gives(&self) -> Gives {
+        Gives::Scalars
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        const { &[VALUES.name, RETURNS.name] }
+    }
+
+    fn may_read(&self) -> &'static [&'static str] {
+        const { &[OLD_LOGPROBS.name, REF_LOGPROBS.name, ADVANTAGES.name] }
+    }
+
+    fn prefix(&self) -> &'static str {
+        "train/critic_"
+    }
+
+    fn terms(&self, output: Output, rows: &Rows, _numbers: &Numbers, report: &mut Report) -> Result<Vec<Term>> {
+        let (own, tokens) = (&rows.own, rows.own.sum(Kind::Double));
+        let loss = value_loss(output.scalars(), &rows[VALUES], &rows[RETURNS], own, self.value_clip);
+        report.stats.mean("train/critic_loss", loss.sum.shallow_clone(), tokens.shallow_clone());
+        report.stats.mean("train/critic_clip_ratio", loss.num_clipped, tokens);
+        Ok(vec![Term { sum: loss.sum, per: Per::Token }])
+    }
 }

@@ -3,28 +3,72 @@
 //! `cargo run --bin sft -- RECIPE` runs it.
 
 use echelon_core::Result;
-use echelon_core::rollout::Tokens;
-use echelon_core::verb::LearnReport;
-use echelon_core::zero::{Backbone, Head, PolicyOutput, Trainable};
+use echelon_core::data::{Report, Rows};
+use echelon_core::loss::{Gives, Loss, Numbers, Output, Per, Term};
+use echelon_core::role::Role;
+use echelon_core::verb::Roles;
+use tch::Kind;
 
 use crate::masked::masked_sum;
+use crate::{Algorithm, Lead, Moment, Outcome, ReportLeads};
 
-/// One optimizer step on this rank's rows; the mask says which tokens are learned (the completion's), `num_tokens` how many
-/// the whole batch has, over all ranks.
-pub fn step<B: Backbone, H: Head<Output: PolicyOutput>>(
-    model: &mut Trainable<B, H>,
-    rows: &Tokens,
-    num_tokens: f64,
-    lr: f64,
-) -> Result<LearnReport> {
-    let mut report = LearnReport { lr, ..LearnReport::default() };
-    for micro_batch in model.micro_batches(&rows.lengths)? {
-        let batch = rows.select(&micro_batch).to_device(model.pass.device);
-        let loss =
-            model.forward_backward(&batch, |output| Ok(-masked_sum(output.logprobs(), &batch.mask) / num_tokens))?;
-        report.loss += loss;
-        report.num_tokens += batch.lengths.iter().sum::<i64>();
+/// A causal language model that learns completions.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sft;
+
+impl Algorithm for Sft {
+    const NAME: &'static str = "sft";
+    const LEADS: &'static [Lead] = &[
+        Lead::new("loss", "train/loss", 4),
+        Lead::new("eval/loss", "eval/loss", 4),
+        Lead::new("grad_norm", "train/grad_norm", 4),
+    ];
+    const REPORT: ReportLeads = ReportLeads {
+        tiles: &[],
+        charts: &[
+            ("Held-out loss", &["eval/loss"]),
+            ("Loss", &["train/loss"]),
+            ("Gradient norm", &["train/grad_norm"]),
+            ("Learning rate", &["train/lr"]),
+        ],
+    };
+    const LEARNERS: &'static [(Role, &'static str)] = &[(Role::Actor, "model")];
+    const EXPORTS: (Role, &'static str) = (Role::Actor, "model");
+
+    async fn learn(&mut self, roles: &Roles, rows: Rows, _now: Moment<'_>) -> Result<Outcome> {
+        let report = roles.actor().learn(&NegativeLogLikelihood, rows.shallow_clone(), []).await?;
+        Ok(Outcome { report, rows })
     }
-    report.grad_norm = model.optimizer_step(lr)?.grad_norm;
-    Ok(report)
+
+    async fn evaluate(&self, roles: &Roles, rows: Rows) -> Result<Outcome> {
+        let logprobs = roles.actor().logprobs(&rows).await?; // 0 where nothing is learned
+        let loss = -logprobs.sum(Kind::Double).double_value(&[]) / rows.num_own_tokens();
+        let mut report = Report::default();
+        report.stats.last("eval/loss", loss);
+        report.stats.last("eval/perplexity", loss.exp());
+        Ok(Outcome { report, rows })
+    }
+}
+
+/// −log π(token | prefix) of the own tokens, which are the completion's.
+pub struct NegativeLogLikelihood;
+
+impl Loss for NegativeLogLikelihood {
+    fn name(&self) -> &'static str {
+        "negative_log_likelihood"
+    }
+
+    fn gives(&self) -> Gives {
+        Gives::Logprobs
+    }
+
+    fn columns(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn terms(&self, output: Output, rows: &Rows, _numbers: &Numbers, report: &mut Report) -> Result<Vec<Term>> {
+        let sum = -masked_sum(output.logprobs(), &rows.own);
+        report.stats.mean("train/loss", sum.detach(), rows.own.sum(Kind::Double));
+        Ok(vec![Term { sum, per: Per::Token }])
+    }
 }

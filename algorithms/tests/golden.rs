@@ -322,7 +322,7 @@ const FUNCTIONS: &[(&str, Function)] = &[
     }),
     ("bradley_terry", |call| {
         let pairs = bradley_terry(&call.tensor("chosen")?, &call.like("rejected", "chosen")?);
-        Ok(vec![("loss", pairs.sum), ("num_correct", Tensor::from(pairs.num_correct))])
+        Ok(vec![("loss", pairs.sum), ("num_correct", pairs.num_correct)])
     }),
     ("clip_scores", |call| {
         let range = call.parameter("clip_range", Some((-10.0, 10.0)))?;
@@ -378,10 +378,10 @@ const FUNCTIONS: &[(&str, Function)] = &[
         let loss = policy_loss(&logprobs, &old_logprobs, &call.tokens("advantages")?, &call.mask()?, clip);
         Ok(vec![
             ("loss", loss.sum),
-            ("num_clipped", Tensor::from(loss.stats.num_clipped)),
-            ("ppo_kl_sum", Tensor::from(loss.stats.ppo_kl_sum)),
-            ("approx_kl_sum", Tensor::from(loss.stats.approx_kl_sum)),
-            ("ratio_sum", Tensor::from(loss.stats.ratio_sum)),
+            ("num_clipped", loss.sums.num_clipped),
+            ("ppo_kl_sum", loss.sums.ppo_kl),
+            ("approx_kl_sum", loss.sums.approx_kl),
+            ("ratio_sum", loss.sums.ratio),
         ])
     }),
     ("token_rewards", |call| {
@@ -395,7 +395,7 @@ const FUNCTIONS: &[(&str, Function)] = &[
         let (values, old_values) = (call.tokens("values")?, call.tokens("old_values")?);
         let value_clip = call.parameter("value_clip", Some(None))?;
         let loss = value_loss(&values, &old_values, &call.tokens("returns")?, &call.mask()?, value_clip);
-        Ok(vec![("loss", loss.sum), ("num_clipped", Tensor::from(loss.stats.num_clipped))])
+        Ok(vec![("loss", loss.sum), ("num_clipped", loss.num_clipped)])
     }),
     ("whiten", |call| {
         let whiten = if call.parameter("mean_only", Some(false))? { whiten_mean_only } else { whiten };

@@ -2,7 +2,7 @@
 
 use echelon_algorithms::gae::{explained_variance, gae};
 use echelon_algorithms::kl::{KlEstimator, kl_estimate};
-use echelon_algorithms::losses::{PolicyClip, PolicyStats, ValueStats, entropy_loss, kl_loss, policy_loss, value_loss};
+use echelon_algorithms::losses::{PolicyClip, entropy_loss, kl_loss, policy_loss, value_loss};
 use echelon_algorithms::reward_shaping::token_rewards;
 use echelon_algorithms::whiten::{whiten, whiten_mean_only};
 use tch::{Device, Kind, Tensor};
@@ -110,10 +110,10 @@ fn losses(rollout: &Rollout, advantages: &Tensor, returns: &Tensor) -> (Vec<f64>
     let kl = kl_loss(&logprobs, ref_logprobs, mask, KlEstimator::K3, 0.1);
     let bonus = entropy_loss(&entropy, mask, 0.01);
     (&policy.sum + &value.sum + &kl + &bonus).backward();
-    let PolicyStats { num_tokens, num_clipped, ppo_kl_sum, approx_kl_sum, ratio_sum, .. } = policy.stats;
-    let ValueStats { num_clipped: num_values_clipped, value_sum, .. } = value.stats;
+    let seen = policy.sums;
+    let stats = [seen.num_tokens, seen.num_clipped, seen.ppo_kl, seen.approx_kl, seen.ratio, value.num_clipped];
     let sums = [&policy.sum, &value.sum, &kl, &bonus].map(|sum| sum.double_value(&[]));
-    let stats = [num_tokens, num_clipped, ppo_kl_sum, approx_kl_sum, ratio_sum, num_values_clipped, value_sum];
+    let stats = stats.map(|sum| sum.double_value(&[]));
     ([sums.as_slice(), stats.as_slice()].concat(), vec![logprobs.grad(), values.grad(), entropy.grad()])
 }
 

@@ -47,6 +47,11 @@ impl ComputeDtype {
         }
     }
 
+    /// Bytes of an accumulated gradient, of a moment, and of a logit.
+    pub fn wide_bytes(self) -> u64 {
+        self.bytes().max(4)
+    }
+
     /// As libtorch knows it.
     pub fn kind(self) -> Kind {
         match self {

@@ -32,24 +32,3 @@ pub fn enforce(device: Device) -> Result<()> {
     }
     Ok(shim::use_deterministic_algorithms(true)?)
 }
-
-/// The operator of which libtorch says that it has no deterministic form, in its words.
-pub(crate) fn refused_operator(message: &str) -> Option<String> {
-    let (before, _) = message.split_once(" does not have a deterministic implementation")?;
-    before.split(['"', ':']).next_back().map(|name| name.trim().to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_operator_without_a_deterministic_form_is_named() {
-        let message = "kthvalue CUDA does not have a deterministic implementation, but you set \
-                       'torch.use_deterministic_algorithms(True)'. You can turn off …";
-        assert_eq!(refused_operator(message).as_deref(), Some("kthvalue CUDA"));
-        let panic = format!("called `Result::unwrap()` on an `Err` value: Torch({message:?})");
-        assert_eq!(refused_operator(&panic).as_deref(), Some("kthvalue CUDA"));
-        assert_eq!(refused_operator("shapes differ"), None);
-    }
-}

@@ -1,6 +1,5 @@
 use serde::{Deserialize, Serialize};
 
-use crate::determinism::refused_operator;
 use crate::role::Role;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -16,7 +15,7 @@ pub enum Error {
     Torch { operation: &'static str, source: tch::TchError },
     /// A tensor does not have the shape its neighbours promise.
     #[error("{what}: expected shape {expected:?}, found {found:?}")]
-    Shape { what: &'static str, expected: Vec<i64>, found: Vec<i64> },
+    Shape { what: String, expected: Vec<i64>, found: Vec<i64> },
     /// A loss or gradient norm is NaN or infinite; the optimizer has not moved.
     #[error("{role}: {what} is {value} at optimizer step {optimizer_step}; the optimizer has not moved")]
     NonFinite { role: Role, what: &'static str, value: f64, optimizer_step: u64 },
@@ -87,6 +86,12 @@ impl From<tch::TchError> for Error {
     }
 }
 
+/// The operator of which libtorch says that it has no deterministic form, in its words.
+fn refused_operator(message: &str) -> Option<String> {
+    let (before, _) = message.split_once(" does not have a deterministic implementation")?;
+    before.split(['"', ':']).next_back().map(|name| name.trim().to_owned())
+}
+
 /// A GPU on which calls fail is of no use to this process any more.
 fn failed_device(message: &str) -> Option<String> {
     let (_, said) = message.split_once("CUDA error: ")?;
@@ -150,5 +155,15 @@ mod tests {
         for other in ["CUDA error: an illegal memory access", "CUDA out of memory. Tried to", ""] {
             assert_eq!(OutOfMemory::read(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn the_operator_without_a_deterministic_form_is_named() {
+        let message = "kthvalue CUDA does not have a deterministic implementation, but you set \
+                       'torch.use_deterministic_algorithms(True)'. You can turn off …";
+        assert_eq!(refused_operator(message).as_deref(), Some("kthvalue CUDA"));
+        let panic = format!("called `Result::unwrap()` on an `Err` value: Torch({message:?})");
+        assert_eq!(refused_operator(&panic).as_deref(), Some("kthvalue CUDA"));
+        assert_eq!(refused_operator("shapes differ"), None);
     }
 }

@@ -3,38 +3,104 @@
 //! Every verb that works on a model is metered: bytes live before it, at its height, and after it, with what went through
 //! the model at once, which is all that a pass's memory depends on. Counters belong to a device: on a CPU to the process.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::de::value::StrDeserializer;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tch::Device;
 
+use crate::data::{Rows, micro_batches};
+use crate::plain_messages;
 use crate::role::Role;
-use crate::rollout::{Tokens, micro_batches};
 use crate::shim;
 
-/// A part of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
+/// What a verb does to a model: what its memory and its seconds depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Work {
+    /// The engine decodes.
     Generate,
+    /// A forward pass.
     Score,
-    TrainActor,
-    TrainCritic,
+    /// Forward and backward passes, and an optimizer step.
+    Learn,
     /// The generator gets the new weights.
-    Sync,
+    Publish,
 }
 
-impl Phase {
-    pub const ALL: [Phase; 5] = [Phase::Generate, Phase::Score, Phase::TrainActor, Phase::TrainCritic, Phase::Sync];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Generate => "generate",
-            Phase::Score => "score",
-            Phase::TrainActor => "train actor",
-            Phase::TrainCritic => "train critic",
-            Phase::Sync => "sync",
+impl Work {
+    /// None of a verb that works on no model.
+    pub fn of(verb: &str) -> Option<Work> {
+        match verb {
+            "generate" => Some(Work::Generate),
+            "logprobs" | "values" | "scores" => Some(Work::Score),
+            "learn" => Some(Work::Learn),
+            "publish" => Some(Work::Publish),
+            _ => None,
         }
     }
 }
+
+/// A part of a step: a kind of work, and whose it is where each role has a part of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Phase {
+    pub work: Work,
+    /// Who learns; None where roles take turns.
+    pub role: Option<Role>,
+}
+
+impl Phase {
+    pub const GENERATE: Phase = Phase { work: Work::Generate, role: None };
+    pub const SCORE: Phase = Phase { work: Work::Score, role: None };
+    pub const SYNC: Phase = Phase { work: Work::Publish, role: None };
+
+    pub fn learn(role: Role) -> Phase {
+        Phase { work: Work::Learn, role: Some(role) }
+    }
+
+    /// The part of a step to which a role's verb belongs; None of a verb that works on no model.
+    pub fn of(role: Role, verb: &str) -> Option<Phase> {
+        let work = Work::of(verb)?;
+        Some(Phase { work, role: (work == Work::Learn).then_some(role) })
+    }
+
+    /// Without the role, such as "train".
+    pub fn short_name(self) -> &'static str {
+        match self.work {
+            Work::Generate => "generate",
+            Work::Score => "score",
+            Work::Learn => "train",
+            Work::Publish => "sync",
+        }
+    }
+
+    /// As a person reads it, such as "train actor".
+    pub fn name(self) -> String {
+        self.role.map_or_else(|| self.short_name().into(), |role| format!("{} {role}", self.short_name()))
+    }
+}
+
+/// As its name, such as "train_actor".
+impl Serialize for Phase {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.name().replace(' ', "_"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Phase {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Phase, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let learner = |role: &str| Role::deserialize(StrDeserializer::<D::Error>::new(role));
+        match (name.as_str(), name.strip_prefix("train_")) {
+            (_, Some(role)) => Ok(Phase::learn(learner(role)?)),
+            ("generate", _) => Ok(Phase::GENERATE),
+            ("score", _) => Ok(Phase::SCORE),
+            ("sync", _) => Ok(Phase::SYNC),
+            _ => Err(D::Error::custom(format!("`{name}` is no phase"))),
+        }
+    }
+}
+
+/// Logits in one chunk of a log-prob head: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
+pub const CHUNK_LOGITS: u32 = 1 << 24;
 
 /// The largest micro-batch of a verb.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,25 +113,23 @@ pub struct PassLoad {
 }
 
 impl PassLoad {
-    /// Of rows that go through a model in micro-batches of at most `budget` tokens.
-    pub fn of(rows: &Tokens, budget: i64) -> PassLoad {
-        let mask = Vec::<u8>::try_from(rows.mask.to_device(Device::Cpu).to_kind(tch::Kind::Uint8).flatten(0, -1))
+    /// Of rows that go through a model in micro-batches of at most `budget` tokens, which never part a `unit` of rows; a head
+    /// that reads `per_row` predicts once for each.
+    pub fn of(rows: &Rows, unit: usize, budget: i64, per_row: bool) -> PassLoad {
+        let own = Vec::<u8>::try_from(rows.own.to_device(Device::Cpu).to_kind(tch::Kind::Uint8).flatten(0, -1))
             .expect("a mask of bools");
-        let width = rows.token_ids.size()[1] as usize;
-        PassLoad::of_batches(rows, &micro_batches(&rows.lengths, budget), |row| {
-            let (first, length) = (row * width, rows.lengths[row] as usize);
-            let after_the_first = mask.get(first + 1..first + length).unwrap_or_default();
-            after_the_first.iter().map(|&wanted| u64::from(wanted)).sum()
-        })
-    }
-
-    /// Of these micro-batches, where a row has so many predictions.
-    pub fn of_batches(rows: &Tokens, batches: &[Vec<i64>], predicted: impl Fn(usize) -> u64) -> PassLoad {
+        let width = rows.size()[1] as usize;
+        let predicted = |&row: &i64| {
+            let (first, length) = (row as usize * width, rows.lengths[row as usize] as usize);
+            let after_the_first = own.get(first + 1..first + length).unwrap_or_default();
+            if per_row { 1 } else { after_the_first.iter().map(|&wanted| u64::from(wanted)).sum() }
+        };
+        let batches = micro_batches(&rows.lengths, unit, budget);
         let mut load = PassLoad { passes: batches.len() as u64, ..PassLoad::default() };
-        for batch in batches {
+        for batch in &batches {
             let tokens: i64 = batch.iter().map(|&row| rows.lengths[row as usize]).sum();
             load.tokens = load.tokens.max(tokens as u64);
-            load.predicted = load.predicted.max(batch.iter().map(|&row| predicted(row as usize)).sum());
+            load.predicted = load.predicted.max(batch.iter().map(predicted).sum());
         }
         load
     }
@@ -153,6 +217,10 @@ pub struct MemoryReport {
     pub runtime: u64,
 }
 
+plain_messages! {
+    MemoryReport = "memory_report";
+}
+
 /// Meters the verbs of one device, on its thread.
 #[derive(Debug)]
 pub struct Meter {
@@ -176,12 +244,16 @@ impl Meter {
     }
 
     /// Call when the role is loaded, before its work.
-    pub fn begin(&mut self, role: Role, phase: Phase) -> Metering {
-        self.begin_with(role, phase, 0)
+    ///
+    /// # Panics
+    /// The verb works on no model ([`Work::of`]).
+    pub fn begin(&mut self, role: Role, verb: &str) -> Metering {
+        self.begin_with(role, verb, 0)
     }
 
     /// [`Meter::begin`], of work for which `brought` bytes are on the device already.
-    pub fn begin_with(&mut self, role: Role, phase: Phase, brought: u64) -> Metering {
+    pub fn begin_with(&mut self, role: Role, verb: &str, brought: u64) -> Metering {
+        let phase = Phase::of(role, verb).unwrap_or_else(|| panic!("`{verb}` works on no model"));
         self.note_peak();
         Metering { role, phase, before: (shim::live_bytes(self.device) as u64).saturating_sub(brought) }
     }
@@ -232,10 +304,10 @@ mod tests {
     fn a_load_is_the_largest_micro_batch() {
         let row =
             |length: i64, wanted: i64| ((0..length).collect(), (0..length).map(|t| t >= length - wanted).collect());
-        let rows = Tokens::from_rows(&[row(6, 2), row(3, 3), row(8, 1), row(2, 1)]);
-        let load = PassLoad::of(&rows, 9);
+        let rows = Rows::of_tokens(&[row(6, 2), row(3, 3), row(8, 1), row(2, 1)]);
+        let load = PassLoad::of(&rows, 1, 9, false);
         // Rows 0 and 1, then 2, then 3; a first token is never predicted.
         assert_eq!(load, PassLoad { tokens: 9, predicted: 4, passes: 3 });
-        assert_eq!(PassLoad::of(&rows, 100), PassLoad { tokens: 19, predicted: 6, passes: 1 });
+        assert_eq!(PassLoad::of(&rows, 1, 100, false), PassLoad { tokens: 19, predicted: 6, passes: 1 });
     }
 }

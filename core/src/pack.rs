@@ -2,9 +2,9 @@
 
 use tch::{Device, Tensor};
 
-use crate::rollout::Tokens;
+use crate::data::Rows;
 
-/// b rows of N tokens in all, of which R are wanted (true in the mask, with a predecessor to be predicted from).
+/// b rows of N tokens in all, of which R are wanted (true among the own tokens, with a predecessor to be predicted from).
 #[derive(Debug)]
 pub struct PackedRows {
     /// `[N]` int64.
@@ -26,16 +26,16 @@ pub struct PackedRows {
 }
 
 impl PackedRows {
-    pub fn new(tokens: &Tokens, device: Device) -> PackedRows {
-        let size = [tokens.num_rows() as i64, tokens.token_ids.size()[1]];
-        let ids = to_vec_i64(&tokens.token_ids);
-        let mask: Vec<bool> = Vec::try_from(tokens.mask.to_device(Device::Cpu).flatten(0, -1)).expect("a bool mask");
+    pub fn new(rows: &Rows, device: Device) -> PackedRows {
+        let size = rows.size();
+        let ids = to_vec_i64(&rows.token_ids);
+        let own: Vec<bool> = Vec::try_from(rows.own.to_device(Device::Cpu).flatten(0, -1)).expect("a bool mask");
         let (mut token_ids, mut positions, mut last_tokens) = (Vec::new(), Vec::new(), Vec::new());
         let (mut predecessors, mut targets, mut columns) = (Vec::new(), Vec::new(), Vec::new());
-        for (row, &length) in tokens.lengths.iter().enumerate() {
+        for (row, &length) in rows.lengths.iter().enumerate() {
             for position in 0..length {
                 let column = row as i64 * size[1] + position;
-                if position > 0 && mask[column as usize] {
+                if position > 0 && own[column as usize] {
                     predecessors.push(token_ids.len() as i64 - 1);
                     targets.push(ids[column as usize]);
                     columns.push(column);
@@ -49,7 +49,7 @@ impl PackedRows {
         PackedRows {
             token_ids: tensor(token_ids),
             positions: tensor(positions),
-            lengths: tokens.lengths.clone(),
+            lengths: rows.lengths.clone(),
             predecessors: tensor(predecessors),
             targets: tensor(targets),
             columns: tensor(columns),
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn packing_keeps_tokens_and_finds_predecessors() {
-        let tokens = Tokens::from_rows(&[
+        let tokens = Rows::of_tokens(&[
             (vec![5, 6, 7], vec![false, true, true]),
             (vec![8, 9, 10, 11], vec![true, false, false, true]), // a first token has no predecessor
         ]);

@@ -12,6 +12,9 @@ use tch::{TchError, Tensor};
 
 use crate::shim::{adopt, ffi, raw, torch_error};
 
+/// Decoding steps that pay for laying the weights out.
+pub const STEPS_THAT_PAY: usize = 12;
+
 /// A layout of a linear layer's weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -1,39 +1,38 @@
 //! Messages by the store of a host: the same on the other side, where they lie, and gone when they were read.
 
-use echelon_core::experience::Experience;
+use echelon_core::data::{Column, PerToken, Rows};
+use echelon_core::loss::{Numbers, Totals};
 use echelon_core::message::kind_of_message;
-use echelon_core::rollout::Tokens;
+use echelon_core::role::Role;
 use echelon_core::shared_message::SharedMessages;
 use echelon_core::store::{Store, StoreConfig, StoreServer};
-use echelon_core::verb::{UpdateActor, Values};
+use echelon_core::verb::{Learn, Request, Values};
 use tch::{Device, Kind, Tensor};
 
 const ROWS: i64 = 40;
 
-fn request() -> UpdateActor {
-    let of = |seed: f64| Tensor::rand([ROWS, 9], (Kind::Float, Device::Cpu)) + seed;
+const NUMBERS: Column<PerToken> = Column::new("numbers");
+const OTHERS: Column<PerToken> = Column::new("others");
+
+fn request() -> Request<Learn> {
     let row = |n: i64| ((0..9).map(|t| 10 * n + t).collect(), (0..9).map(|t| t > 3).collect());
-    let rows: Vec<_> = (0..ROWS).map(row).collect();
-    let experience = Experience {
-        tokens: Tokens::from_rows(&rows),
-        old_logprobs: of(0.0),
-        ref_logprobs: Some(of(1.0)),
-        values: of(2.0),
-        // Rows of another tensor: only these are sent.
-        advantages: Tensor::rand([3 * ROWS, 9], (Kind::Float, Device::Cpu)).slice(0, 5, 5 + 2 * ROWS, 2),
-        returns: of(4.0),
-    };
-    UpdateActor { experience, num_tokens: 200.0, kl_coef: 0.1 }
+    let rows = Rows::of_tokens(&(0..ROWS).map(row).collect::<Vec<_>>());
+    let numbers = |rows: i64| Tensor::rand([rows, 9], (Kind::Double, Device::Cpu));
+    // Rows of another tensor: only these are sent.
+    let rows = rows.with(NUMBERS, numbers(3 * ROWS).slice(0, 5, 5 + 2 * ROWS, 2)).unwrap();
+    let rows = rows.with(OTHERS, numbers(ROWS)).unwrap();
+    let totals = Totals { tokens: 200.0, rows: 40.0, units: 40.0 };
+    let verb = Learn { loss: "a loss".into(), numbers: Numbers::of(&[("kl_coef", 0.1)]), totals, unit: 1 };
+    Request { role: Some(Role::Actor), verb, rows }
 }
 
-fn same(found: &UpdateActor, expected: &UpdateActor) {
-    assert_eq!((found.num_tokens, found.kl_coef), (expected.num_tokens, expected.kl_coef));
-    let (found, expected) = (&found.experience, &expected.experience);
-    assert_eq!(found.tokens.token_ids, expected.tokens.token_ids);
-    assert_eq!((&found.tokens.lengths, &found.tokens.mask), (&expected.tokens.lengths, &expected.tokens.mask));
-    assert_eq!((&found.old_logprobs, &found.ref_logprobs), (&expected.old_logprobs, &expected.ref_logprobs));
-    assert_eq!((&found.values, &found.advantages), (&expected.values, &expected.advantages));
-    assert_eq!(found.returns, expected.returns);
+fn same(found: &Request<Learn>, expected: &Request<Learn>) {
+    assert_eq!((found.role, &found.verb.loss), (expected.role, &expected.verb.loss));
+    assert_eq!((found.verb.totals, &found.verb.numbers), (expected.verb.totals, &expected.verb.numbers));
+    let (found, expected) = (&found.rows, &expected.rows);
+    assert_eq!((&found.token_ids, &found.lengths), (&expected.token_ids, &expected.lengths));
+    assert_eq!((&found.own, &found[NUMBERS]), (&expected.own, &expected[NUMBERS]));
+    assert_eq!(found[OTHERS], expected[OTHERS]);
 }
 
 #[test]
@@ -47,23 +46,23 @@ fn a_large_message_lies_in_the_store_and_a_small_one_goes_as_it_is() {
     let bytes = from.encode(&sent);
     assert!(bytes.len() < 512, "a place of {} bytes", bytes.len());
     assert_eq!(report().num_objects, 1);
-    let error = to.decode::<Values>(&from.encode(&sent)).err().unwrap().to_string();
-    assert!(error.contains("`values`") && error.contains("`update_actor`"), "{error}");
-    let received: UpdateActor = to.decode(&bytes).unwrap();
+    let error = to.decode::<Request<Values>>(&from.encode(&sent)).err().unwrap().to_string();
+    assert!(error.contains("`values`") && error.contains("`learn`"), "{error}");
+    let received: Request<Learn> = to.decode(&bytes).unwrap();
     same(&received, &sent);
     assert_eq!(report().num_held, 1, "its tensors are the store's pages");
     drop(received);
     assert_eq!(report().num_objects, 0, "it was read");
-    assert!(to.decode::<UpdateActor>(&bytes).is_err(), "and is read once");
+    assert!(to.decode::<Request<Learn>>(&bytes).is_err(), "and is read once");
 
     let unread = from.encode(&sent);
     from.forget(&unread);
     assert_eq!(report().used_bytes, 0);
 
-    let small = Values { tokens: Tokens::from_rows(&[(vec![1, 2], vec![false, true])]) };
+    let small = Request { role: None, verb: Values, rows: Rows::of_tokens(&[(vec![1, 2], vec![false, true])]) };
     let bytes = from.encode(&small);
     assert_eq!(kind_of_message(&bytes).as_deref(), Some("values"));
-    assert_eq!(to.decode::<Values>(&bytes).unwrap().tokens.token_ids, small.tokens.token_ids);
+    assert_eq!(to.decode::<Request<Values>>(&bytes).unwrap().rows.token_ids, small.rows.token_ids);
 }
 
 #[test]

@@ -9,52 +9,18 @@ use std::time::Instant;
 use echelon_core::memory::DecodeLoad;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::rollout::{GenerationReport, Prompts, SamplingConfig, Sequence};
-use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::Backbone;
 use echelon_core::{Error, Result};
 use echelon_models::decoder::Decoder;
 use echelon_models::tokenizer::Tokenizer;
 use tch::Tensor;
 
+use crate::config::EngineConfig;
 use crate::kv_cache::{self, KvCache};
-use crate::model_runner::{self, ModelRunner};
+use crate::model_runner::{self, ModelRunner, Policy};
 use crate::sampler::{DrawKey, Sampler};
 use crate::scheduler::{Group, Scheduler};
 use crate::sequence::{EndConditions, Running};
-
-/// How much the engine does at once.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Slots: sequences decoded together, at most.
-    pub max_sequences: usize,
-    /// Tokens of prompts that go through the model in one pass, at most; a longer prompt goes alone.
-    pub max_batched_tokens: usize,
-    /// Bytes of the KV cache, at most. None bounds it by the slots alone.
-    pub kv_cache_bytes: Option<usize>,
-    /// How weights lie while a CPU decodes.
-    pub weight_layout: WeightLayout,
-}
-
-impl Default for EngineConfig {
-    fn default() -> EngineConfig {
-        EngineConfig {
-            max_sequences: 64,
-            max_batched_tokens: 8192,
-            kv_cache_bytes: None,
-            weight_layout: WeightLayout::default(),
-        }
-    }
-}
-
-/// What responses are sampled from. Borrowed: no weight is copied.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy<'a> {
-    pub model: &'a Decoder,
-    /// `[V, H]`, the embedding where the two are tied; this rank's rows of it where ranks share the model.
-    pub head: &'a Tensor,
-    /// Gives the end-of-sequence ids and the texts; without it sequences end at `max_new_tokens` and have no text.
-    pub tokenizer: Option<&'a Tokenizer>,
-}
 
 /// Samples responses. It holds nothing between calls: the KV cache lives as long as a call.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,7 @@ use echelon_models::config::DecoderConfig;
 use echelon_models::decoder::Decoder;
 use tch::{Device, Kind, Tensor};
 
-use crate::engine::EngineConfig;
+use crate::config::EngineConfig;
 use crate::scheduler::Group;
 
 /// Tokens by which the length grows at least.

@@ -4,6 +4,7 @@
 //! has a slot), [`kv_cache`] (what the slots remember), [`model_runner`] (prompts and steps through the model),
 //! [`sampler`] (logits to tokens), [`weight_layout`] (how weights lie while decoding). The engine knows tokens and log-probs, never rewards.
 
+mod config;
 pub mod engine;
 
 pub mod sequence;
@@ -18,5 +19,7 @@ pub mod sampler;
 
 pub mod weight_layout;
 
-pub use engine::{Engine, EngineConfig, Policy};
+pub use config::EngineConfig;
+pub use engine::Engine;
 pub use kv_cache::check_budget;
+pub use model_runner::Policy;

@@ -1,15 +1,25 @@
 //! Prompts and decoding steps through the model: the same layers as in training, attending to the KV cache.
 
 use echelon_core::Result;
-use echelon_core::weight_layout::WeightLayout;
+use echelon_core::weight_layout::{STEPS_THAT_PAY, WeightLayout};
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
 use echelon_models::layers::{Linear, packed_attention};
+use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Kind, Tensor};
 
-use crate::engine::Policy;
 use crate::kv_cache::KvCache;
 use crate::scheduler::Admission;
+
+/// What responses are sampled from. Borrowed: no weight is copied.
+#[derive(Clone, Copy, Debug)]
+pub struct Policy<'a> {
+    pub model: &'a Decoder,
+    /// `[V, H]`, the embedding where the two are tied; this rank's rows of it where ranks share the model.
+    pub head: &'a Tensor,
+    /// Gives the end-of-sequence ids and the texts; without it sequences end at `max_new_tokens` and have no text.
+    pub tokenizer: Option<&'a Tokenizer>,
+}
 
 /// A model with the cache of one call.
 #[derive(Debug)]
@@ -31,9 +41,6 @@ struct PackedModel {
     head: Linear,
     slots: i64,
 }
-
-/// Decoding steps that pay for laying the weights out.
-const STEPS_THAT_PAY: usize = 12;
 
 /// Whether `model` is laid out anew for `steps` decoding steps.
 pub(crate) fn packs(model: &Decoder, layout: WeightLayout, steps: usize) -> bool {

@@ -4,14 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use echelon_core::rollout::Prompts;
 
-use crate::sequence::Running;
-
-/// Which response of the call a sequence is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Member {
-    pub prompt_index: usize,
-    pub sample: usize,
-}
+use crate::sequence::{Member, Running};
 
 /// Sequences that begin with the same tokens, and so share the pass over them.
 #[derive(Debug)]

@@ -5,7 +5,13 @@ use echelon_core::{Error, Result};
 use echelon_models::tokenizer::{DecodeStream, Tokenizer};
 
 use crate::sampler::Drawn;
-use crate::scheduler::Member;
+
+/// Which response of the call a sequence is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub prompt_index: usize,
+    pub sample: usize,
+}
 
 /// A sequence in a slot.
 #[derive(Debug)]

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use echelon_core::Error;
+use echelon_core::data::{ROLLOUT_LOGPROBS, Rows};
 use echelon_core::pack::PackedRows;
 use echelon_core::progress::{Interrupt, Progress, Unwatched};
 use echelon_core::random::{Domain, normal, uniform};
-use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, Rollout, SamplingConfig, Sequence};
+use echelon_core::rollout::{FinishReason, GenerationReport, Prompt, Prompts, SamplingConfig, Sequence, rows_of};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{Backbone, forward};
 use echelon_generation::weight_layout::works;
@@ -35,7 +36,7 @@ impl Model {
     fn next_logprobs(&self, prefix: &[i64], temperature: f64) -> Tensor {
         let _guard = tch::no_grad_guard();
         let (row, mask) = (prefix.to_vec(), vec![false; prefix.len()]);
-        let batch = PackedRows::new(&echelon_core::rollout::Tokens::from_rows(&[(row, mask)]), Device::Cpu);
+        let batch = PackedRows::new(&Rows::of_tokens(&[(row, mask)]), Device::Cpu);
         let context = self.decoder.context(&batch);
         let mut hidden = self.decoder.embed(&batch).unwrap();
         for layer in 0..self.decoder.num_layers() {
@@ -168,14 +169,14 @@ fn tokens(sequences: &[Sequence]) -> Vec<Vec<i64>> {
 /// Engine minus trainer, over all response tokens.
 fn worst_logprob_difference(model: &Model, temperature: f64, weight_layout: WeightLayout) -> f64 {
     let prompts = prompts(&[3, 11, 1, 20], 2, 112);
-    let (sequences, report) =
+    let (sequences, _) =
         model.generate(EngineConfig { weight_layout, ..slots(3) }, &prompts, &sampling(temperature, 24));
-    let rollout = Rollout::from_sequences(&prompts, &sequences, 0, report);
-    let batch = PackedRows::new(&rollout.tokens(), Device::Cpu);
+    let rollout = rows_of(&prompts, &sequences, 0).unwrap();
+    let batch = PackedRows::new(&rollout, Device::Cpu);
     let head = LogprobHead::frozen(model.head.shallow_clone(), temperature);
     let ours = forward(&model.decoder, &head, &batch).unwrap().logprobs;
     assert_eq!(batch.targets.size()[0], 4 * 2 * 24);
-    (ours - rollout.rollout_logprobs).abs().max().double_value(&[])
+    (ours - &rollout[ROLLOUT_LOGPROBS]).abs().max().double_value(&[])
 }
 
 #[test]
@@ -218,15 +219,15 @@ fn logprobs_stay_the_trainers_while_slots_empty() {
     }
 }
 
-fn logprobs_are_the_trainers(model: &Model, (sequences, report): (Vec<Sequence>, GenerationReport), prompts: &Prompts) {
+fn logprobs_are_the_trainers(model: &Model, (sequences, _): (Vec<Sequence>, GenerationReport), prompts: &Prompts) {
     let mut lengths: Vec<usize> = sequences.iter().map(|s| s.response_token_ids.len()).collect();
     lengths.sort_unstable();
     assert!(lengths[35] < 20 && lengths[69] > 35, "most end early, some late: {lengths:?}");
-    let rollout = Rollout::from_sequences(prompts, &sequences, 0, report);
-    let batch = PackedRows::new(&rollout.tokens(), Device::Cpu);
+    let rollout = rows_of(prompts, &sequences, 0).unwrap();
+    let batch = PackedRows::new(&rollout, Device::Cpu);
     let head = LogprobHead::frozen(model.head.shallow_clone(), 1.0);
     let ours = forward(&model.decoder, &head, &batch).unwrap().logprobs;
-    let worst = (ours - rollout.rollout_logprobs).abs().max().double_value(&[]);
+    let worst = (ours - &rollout[ROLLOUT_LOGPROBS]).abs().max().double_value(&[]);
     assert!(worst <= 1e-4, "{worst:e}");
 }
 

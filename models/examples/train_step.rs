@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use echelon_core::data::Rows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::random::{Domain, uniform};
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
 use echelon_core::shim;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, TensorWriter, Trainable, TrainingState, ZeroStage};
 use echelon_models::checkpoint::Checkpoint;
@@ -179,7 +179,7 @@ fn rank_of(folder: &Path, (rank, ranks, port): (usize, usize, u16), stage: u8, s
     };
     let mine: Vec<i64> = (rank as i64..ROWS).step_by(ranks).collect();
     let rows: Vec<(Vec<i64>, Vec<bool>)> = mine.iter().map(|&index| row(index)).collect();
-    let tokens = Tokens::from_rows(&rows);
+    let tokens = Rows::of_tokens(&rows);
     let of_response = Tensor::arange(ROWS * RESPONSE, tch::kind::FLOAT_CPU).sin().view([ROWS, RESPONSE]);
     let advantages = of_response.index_select(0, &Tensor::from_slice(&mine)).constant_pad_nd([PROMPT, 0]);
     std::fs::write("/proc/self/clear_refs", "5")?;
@@ -197,7 +197,7 @@ fn rank_of(folder: &Path, (rank, ranks, port): (usize, usize, u16), stage: u8, s
             sums.1 = output.entropy.as_ref().map_or(0.0, |entropy| entropy.sum(Kind::Double).double_value(&[]));
             Ok(-objective.sum(Kind::Float) / (ROWS * RESPONSE) as f64)
         };
-        policy.micro_batches(&tokens.lengths)?;
+        policy.micro_batches(&tokens.lengths, 1)?;
         policy.forward_backward(&tokens, loss_of)?;
         let report = policy.optimizer_step(1e-6)?;
         seconds.push(begun.elapsed().as_secs_f64());

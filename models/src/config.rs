@@ -7,7 +7,6 @@ use serde_json::Value;
 use tch::Kind;
 
 use crate::error::{ModelError, Result};
-use crate::{llama, mistral, qwen2, qwen3};
 
 /// Everything that tells one decoder from another.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,26 +70,6 @@ pub enum RopeScaling {
 }
 
 impl DecoderConfig {
-    /// Reads `folder/config.json`.
-    ///
-    /// # Errors
-    /// A missing file or key, a value of the wrong type, an architecture or feature that is not supported: each names
-    /// the file, the key, what was expected and what was found.
-    pub fn read(folder: &Path) -> Result<DecoderConfig> {
-        let file = ConfigFile::read(&folder.join("config.json"))?;
-        match file.text("model_type")?.as_str() {
-            "llama" => llama::config(&file),
-            "mistral" => mistral::config(&file),
-            "qwen2" => qwen2::config(&file),
-            "qwen3" => qwen3::config(&file),
-            other => Err(ModelError::Architecture {
-                path: file.path,
-                found: other.into(),
-                supported: "llama, mistral, qwen2, qwen3".into(),
-            }),
-        }
-    }
-
     /// Layer units and parameters, by Hugging Face names.
     pub fn shape(&self) -> ModelShape {
         use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};

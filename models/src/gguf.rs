@@ -18,6 +18,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use echelon_core::whole_file::{WholeFolder, beside};
 use serde_json::Value as Json;
 
 pub use error::ImportError;
@@ -65,7 +66,8 @@ pub fn import_gguf(source: &Path, output: &Path, dtype: WeightDtype) -> Result<I
     let tokenizer = TokenizerFiles::from_header(&header, &config)?;
     let plan = weights::plan(&header, &config)?;
 
-    let num_parameters = weights::write(&gguf, &header, &plan, dtype, &staging.path.join("model.safetensors"))?;
+    let num_parameters =
+        weights::write(&gguf, &header, &plan, dtype, &staging.0.unfinished().join("model.safetensors"))?;
     staging.write_json("config.json", &config.to_json(&tokenizer.special, dtype))?;
     staging.write_json("generation_config.json", &tokenizer.special.generation_config())?;
     staging.write_json("tokenizer.json", &tokenizer.tokenizer)?;
@@ -92,7 +94,7 @@ fn gguf_file(source: &Path, staging: &StagingFolder) -> Result<(PathBuf, String)
         .map_err(|cause| ImportError::io(source, cause))?;
     match start.as_slice() {
         b"GGUF" => Ok((source.to_path_buf(), source.display().to_string())),
-        b"PK\x03\x04" => archive::extract(source, &staging.path),
+        b"PK\x03\x04" => archive::extract(source, staging.0.unfinished()),
         _ => Err(ImportError::NotGguf { file: source.display().to_string(), found: start.escape_ascii().to_string() }),
     }
 }
@@ -109,25 +111,24 @@ fn refuse_occupied(output: &Path) -> Result<(), ImportError> {
 }
 
 /// A folder beside the output that becomes it, or disappears.
-struct StagingFolder {
-    path: PathBuf,
-}
+struct StagingFolder(WholeFolder);
 
 impl StagingFolder {
     fn beside(output: &Path) -> Result<Self, ImportError> {
-        let name = output.file_name().ok_or_else(|| ImportError::OutputExists { path: output.to_path_buf() })?;
-        let path = output.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
-        fs::create_dir_all(&path).map_err(|cause| ImportError::io(&path, cause))?;
-        Ok(Self { path })
+        let path = beside(output).map_err(|_| ImportError::OutputExists { path: output.to_path_buf() })?;
+        let failed = |cause| ImportError::io(&path, cause);
+        let whole = WholeFolder::begin(output, path.clone()).map_err(failed)?;
+        fs::create_dir_all(&path).map_err(failed)?;
+        Ok(Self(whole))
     }
 
     fn write_json(&self, name: &str, value: &Json) -> Result<(), ImportError> {
-        let path = self.path.join(name);
+        let path = self.0.unfinished().join(name);
         fs::write(&path, format!("{value:#}\n")).map_err(|cause| ImportError::io(&path, cause))
     }
 
     fn remove(&self, name: &str) -> Result<(), ImportError> {
-        let path = self.path.join(name);
+        let path = self.0.unfinished().join(name);
         match fs::remove_file(&path) {
             Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(ImportError::io(&path, cause)),
             _ => Ok(()),
@@ -135,14 +136,7 @@ impl StagingFolder {
     }
 
     fn publish(self, output: &Path) -> Result<(), ImportError> {
-        fs::rename(&self.path, output).map_err(|cause| ImportError::io(output, cause))
-    }
-}
-
-impl Drop for StagingFolder {
-    /// After [`publish`](Self::publish) nothing is left under the staging name; otherwise the half-made folder goes.
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
+        self.0.finish().map_err(|cause| ImportError::io(output, cause))
     }
 }
 

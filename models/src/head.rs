@@ -1,14 +1,13 @@
 //! What reads the last hidden states: log-probs over a vocabulary in chunks, or one number per row.
 
+use echelon_core::loss::Output;
+use echelon_core::memory::CHUNK_LOGITS;
 use echelon_core::pack::PackedRows;
-use echelon_core::zero::{Head, ParamWithGrad, PolicyOutput, ScalarValues};
+use echelon_core::zero::{Head, ParamWithGrad, Told};
 use echelon_core::{Error, Result};
 use tch::{Kind, Tensor};
 
 use crate::tensor_parallel::VocabularySlice;
-
-/// Logits in one chunk: 2^24 numbers, 64 MB in f32, whatever the vocabulary and the sequence length.
-const CHUNK_LOGITS: i64 = 1 << 24;
 
 /// Log-probs (and entropy) of the wanted tokens, a chunk of rows at a time, so that memory does not grow with
 /// vocabulary × sequence. The forward pass keeps each row's log-sum-exp; the backward pass makes a chunk's logits again
@@ -53,7 +52,13 @@ impl LogprobHead {
     /// A weight with another number of rows.
     pub fn sliced(weight: Tensor, temperature: f64, vocabulary: &VocabularySlice) -> LogprobHead {
         assert_eq!(weight.size()[0], vocabulary.length(), "the rows of {vocabulary:?}");
-        LogprobHead { weight, grad: None, vocabulary: vocabulary.clone(), temperature, chunk_logits: CHUNK_LOGITS }
+        LogprobHead {
+            weight,
+            grad: None,
+            vocabulary: vocabulary.clone(),
+            temperature,
+            chunk_logits: CHUNK_LOGITS.into(),
+        }
     }
 
     pub fn trained(param: ParamWithGrad, temperature: f64) -> LogprobHead {
@@ -230,18 +235,15 @@ impl Head for ScalarHead {
     }
 }
 
-impl PolicyOutput for LogprobOutput {
-    fn logprobs(&self) -> &Tensor {
-        &self.logprobs
-    }
-    fn entropy(&self) -> Option<&Tensor> {
-        self.entropy.as_ref()
+impl Told for LogprobOutput {
+    fn told(&self) -> Output<'_> {
+        Output::Logprobs { logprobs: &self.logprobs, entropy: self.entropy.as_ref() }
     }
 }
 
-impl ScalarValues for ScalarOutput {
-    fn values(&self) -> &Tensor {
-        &self.values
+impl Told for ScalarOutput {
+    fn told(&self) -> Output<'_> {
+        Output::Scalars(&self.values)
     }
 }
 
@@ -252,7 +254,7 @@ fn defined_or_zeros(leaf: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use echelon_core::rollout::Tokens;
+    use echelon_core::data::Rows;
     use tch::Device;
 
     use super::*;
@@ -274,7 +276,7 @@ mod tests {
         let (vocabulary, width) = (19, 8);
         let row =
             |length: i64| ((0..length).map(|t| (t * 7) % vocabulary).collect(), (0..length).map(|t| t > 1).collect());
-        let batch = PackedRows::new(&Tokens::from_rows(&[row(6), row(3), row(5)]), Device::Cpu);
+        let batch = PackedRows::new(&Rows::of_tokens(&[row(6), row(3), row(5)]), Device::Cpu);
         let rows = batch.targets.size()[0];
         let (hidden, weight) = (numbers(&[rows, width], 0.3), numbers(&[vocabulary, width], 0.7));
         let (of_logprobs, of_entropy) = (numbers(&[rows], 1.1), numbers(&[rows], 2.2));
@@ -285,12 +287,12 @@ mod tests {
             let entropy = -(log_p.exp() * &log_p).sum_dim_intlist(1, false, Kind::Double);
             (&logprobs * &of_logprobs + &entropy * &of_entropy).sum(Kind::Double).backward();
 
-            for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS] {
+            for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS.into()] {
                 let grad = weight.zeros_like();
                 let param = ParamWithGrad { weight: weight.copy(), grad: grad.shallow_clone() };
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
                 let output = head.forward(&hidden, &batch, true).unwrap();
-                let found = [output.logprobs(), output.entropy().unwrap()].map(|rows| batch.from_rows(rows));
+                let found = [&output.logprobs, output.entropy.as_ref().unwrap()].map(|rows| batch.from_rows(rows));
                 assert!(
                     largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12
                 );

@@ -4,6 +4,7 @@
 //! [`layers`] and [`decoder`] (the computation), [`head`] (log-probs, values, scores), [`tensor_parallel`] (a model shared
 //! by ranks), [`checkpoint`] (weights on disk).
 
+mod architecture;
 pub mod config;
 
 pub mod llama;

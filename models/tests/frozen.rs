@@ -6,15 +6,13 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use echelon_core::data::Rows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::Interrupt;
 use echelon_core::random::{Domain, uniform};
-use echelon_core::rollout::Tokens;
 use echelon_core::shape::UnitShape;
 use echelon_core::shim;
-use echelon_core::zero::{
-    FrozenState, Head, PassConfig, PolicyOutput, ScalarValues, Units, forward_rows, forward_rows_through, stack_rows,
-};
+use echelon_core::zero::{FrozenState, Head, PassConfig, Units, forward_rows, forward_rows_through, stack_rows};
 use echelon_models::checkpoint::Checkpoint;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::decoder::Decoder;
@@ -100,7 +98,7 @@ fn whole(folder: &Path, kind: Kind) -> (Decoder, Tensor) {
 fn outputs<H: Head>(
     units: Option<&mut dyn Units>,
     model: (&Decoder, &H),
-    rows: &Tokens,
+    rows: &Rows,
     pass: &PassConfig,
     read: impl Fn(&H::Output) -> Tensor,
 ) -> Tensor {
@@ -120,18 +118,18 @@ fn of_folder(
     folder: &Path,
     model: (&Decoder, Tensor),
     units: Option<&mut dyn Units>,
-    rows: &Tokens,
+    rows: &Rows,
     budget: i64,
 ) -> Tensor {
     let (model, weight) = model;
     match DecoderConfig::read(folder).unwrap().head {
         HeadKind::Score => {
             let head = ScalarHead::frozen(weight, ScalarRows::LastTokens);
-            outputs(units, (model, &head), rows, &pass(budget), |output| output.values().shallow_clone())
+            outputs(units, (model, &head), rows, &pass(budget), |output| output.values.shallow_clone())
         }
         HeadKind::Logits => {
             let head = LogprobHead::frozen(weight, 0.7);
-            outputs(units, (model, &head), rows, &pass(budget), |output| output.logprobs().shallow_clone())
+            outputs(units, (model, &head), rows, &pass(budget), |output| output.logprobs.shallow_clone())
         }
     }
 }
@@ -145,7 +143,7 @@ fn divided_models_give_one_processs_numbers() {
         let folder = Path::new(GOLDEN).join(name);
         let all = rows(7);
         let (model, weight) = whole(&folder, Kind::Double);
-        let expected = of_folder(&folder, (&model, weight), None, &Tokens::from_rows(&all), 1000);
+        let expected = of_folder(&folder, (&model, weight), None, &Rows::of_tokens(&all), 1000);
         for size in [2, 4] {
             // Rank r takes the rows from bounds[r] on: of four ranks the last has none.
             let bounds = if size == 2 { vec![0, 5, 7] } else { vec![0, 4, 6, 7, 7] };
@@ -153,7 +151,7 @@ fn divided_models_give_one_processs_numbers() {
                 let found = ranks(size, |group| {
                     let rank = group.rank();
                     let (mut state, model, weight) = divided(&folder, Kind::Double, &group);
-                    let mine = Tokens::from_rows(&all[bounds[rank]..bounds[rank + 1]]);
+                    let mine = Rows::of_tokens(&all[bounds[rank]..bounds[rank + 1]]);
                     of_folder(&folder, (&model, weight), Some(&mut state), &mine, budget)
                 });
                 for (rank, found) in found.iter().enumerate() {
@@ -214,7 +212,7 @@ fn a_rank_keeps_its_shard_and_a_pass_two_units_more() {
     let folder = folder.path();
     let config = write_model(folder);
     let shape = config.shape();
-    let tokens = || Tokens::from_rows(&rows(2));
+    let tokens = || Rows::of_tokens(&rows(2));
     for kind in [Kind::Float, Kind::BFloat16] {
         let size = kind.elt_size_in_bytes();
         let psi = shape.num_params() as usize * size;

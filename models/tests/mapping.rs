@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use echelon_core::data::Rows;
 use echelon_core::pack::PackedRows;
-use echelon_core::rollout::Tokens;
 use echelon_core::zero::forward;
 use echelon_models::checkpoint::Checkpoint;
 use echelon_models::config::DecoderConfig;
@@ -94,7 +94,7 @@ fn logprobs(
 /// One test for all of it: memory is the process's, and the tests of a file share one.
 #[test]
 fn a_forward_pass_leaves_the_weights_in_the_file() {
-    let batch = PackedRows::new(&Tokens::from_rows(&[((0..32).collect(), vec![true; 32])]), Device::Cpu);
+    let batch = PackedRows::new(&Rows::of_tokens(&[((0..32).collect(), vec![true; 32])]), Device::Cpu);
     let folders = [Kind::Float, Kind::BFloat16].map(|kind| (kind, tempfile::tempdir().unwrap()));
     for (kind, folder) in &folders {
         let folder = folder.path();

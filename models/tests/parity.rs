@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use echelon_core::data::Rows;
 use echelon_core::pack::PackedRows;
-use echelon_core::rollout::Tokens;
 use echelon_core::zero::forward;
 use echelon_models::checkpoint::Checkpoint;
 use echelon_models::config::{DecoderConfig, HeadKind};
@@ -37,7 +37,7 @@ fn batch(expected: &Value) -> PackedRows {
         .map(ids)
         .map(|ids| (ids.clone(), vec![true; ids.len()]))
         .collect();
-    PackedRows::new(&Tokens::from_rows(&rows), Device::Cpu)
+    PackedRows::new(&Rows::of_tokens(&rows), Device::Cpu)
 }
 
 /// Ours minus transformers' for every token, in f64.

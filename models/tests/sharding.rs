@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
+use echelon_core::data::Rows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::Interrupt;
 use echelon_core::random::{Domain, uniform};
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
 use echelon_core::zero::{
     OptimizerConfig, ParamWithGrad, PassConfig, Sharding, StatePart, Trainable, TrainingState, ZeroStage,
 };
@@ -101,10 +101,10 @@ fn run_rank(folder: &Path, kind: Kind, case: Case, group: ProcessGroup, nudge: O
         let all = rows(step);
         let num_tokens: f64 = all.iter().map(|(_, mask)| mask.iter().filter(|&&m| m).count() as f64).sum();
         let mine: Vec<_> = all.into_iter().skip(group.rank()).step_by(case.ranks).collect();
-        let mine = Tokens::from_rows(&mine);
+        let mine = Rows::of_tokens(&mine);
         let before = group.bytes_sent();
         let mut loss = 0.0;
-        for batch in policy.micro_batches(&mine.lengths).unwrap() {
+        for batch in policy.micro_batches(&mine.lengths, 1).unwrap() {
             let loss_of = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Double) / num_tokens);
             loss += policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
         }
@@ -118,7 +118,7 @@ fn run_rank(folder: &Path, kind: Kind, case: Case, group: ProcessGroup, nudge: O
         }
     }
     let mut logprobs = Vec::new();
-    let all = Tokens::from_rows(&rows(99));
+    let all = Rows::of_tokens(&rows(99));
     let take = |rows: &[i64], output: LogprobOutput| {
         for (place, &row) in rows.iter().enumerate() {
             let row = output.logprobs.get(place as i64).narrow(0, 0, all.lengths[row as usize]);
@@ -312,8 +312,8 @@ fn one_ranks_bad_loss_is_everyones() {
                 let case = Case { ranks: 2, stage, checkpointing: false, tokens_per_micro_batch: 1000 };
                 let mut policy = policy(folder, Kind::Float, &Sharding { group, stage, offload: false }, case, None);
                 let before = policy.state.tensors().unwrap();
-                let mine = Tokens::from_rows(&rows(1));
-                for batch in policy.micro_batches(&mine.lengths).unwrap() {
+                let mine = Rows::of_tokens(&rows(1));
+                for batch in policy.micro_batches(&mine.lengths, 1).unwrap() {
                     let spoiled = if rank == 1 { f64::NAN } else { 1.0 };
                     let loss_of = |output: &LogprobOutput| Ok(output.logprobs.sum(Kind::Double) * spoiled);
                     policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
@@ -344,7 +344,7 @@ fn ranks_stop_together() {
                 let case = Case { ranks: 2, stage, checkpointing: false, tokens_per_micro_batch: 9 };
                 let mut policy = policy(folder, Kind::Float, &Sharding { group, stage, offload: false }, case, None);
                 let all = rows(1);
-                let mine = Tokens::from_rows(if rank == 0 { &all[..] } else { &all[..1] });
+                let mine = Rows::of_tokens(if rank == 0 { &all[..] } else { &all[..1] });
                 let interrupt = Interrupt::default();
                 let mut passes = 0;
                 let each = |_: &[i64], _| {
@@ -380,8 +380,8 @@ fn a_state_comes_back_as_it_went() {
                         let sharding = Sharding { group: group.clone(), stage, offload: false };
                         let mut policy = policy(folder, Kind::Float, &sharding, case, None);
                         for step in 0..3 {
-                            let mine = Tokens::from_rows(&rows(step)[rank..=rank]);
-                            for batch in policy.micro_batches(&mine.lengths).unwrap() {
+                            let mine = Rows::of_tokens(&rows(step)[rank..=rank]);
+                            for batch in policy.micro_batches(&mine.lengths, 1).unwrap() {
                                 let loss_of = |output: &LogprobOutput| Ok(output.logprobs.sum(Kind::Double));
                                 policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
                             }
@@ -417,8 +417,8 @@ fn a_pass_tells_its_micro_batch() {
     let group = ProcessGroup::solo();
     let sharding = Sharding { group: group.clone(), stage: case.stage, offload: false };
     let mut policy = policy(&folder, Kind::Float, &sharding, case, None);
-    let mine = Tokens::from_rows(&rows(1));
-    let batches = policy.micro_batches(&mine.lengths).unwrap();
+    let mine = Rows::of_tokens(&rows(1));
+    let batches = policy.micro_batches(&mine.lengths, 1).unwrap();
     assert!(batches.len() > 1);
     for (index, batch) in batches.iter().enumerate() {
         let loss_of = |output: &LogprobOutput| {

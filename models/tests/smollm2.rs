@@ -6,8 +6,8 @@
 
 use std::path::PathBuf;
 
+use echelon_core::data::Rows;
 use echelon_core::role::Role;
-use echelon_core::rollout::Tokens;
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, Trainable, TrainingState};
 use echelon_models::checkpoint::Checkpoint;
 use echelon_models::config::DecoderConfig;
@@ -34,7 +34,7 @@ fn gradients_equal_transformers() {
     let expected = &reference["grad"];
     let ids: Vec<i64> = expected["ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
     let wanted = ids.len() - 1;
-    let rows = Tokens::from_rows(&[(ids, vec![true; wanted + 1])]);
+    let rows = Rows::of_tokens(&[(ids, vec![true; wanted + 1])]);
     for activation_checkpointing in [false, true] {
         let mut policy = trainable(&folder, activation_checkpointing);
         let cross_entropy = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Float) / wanted as f64);

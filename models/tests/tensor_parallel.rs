@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 
 use echelon_core::Error;
+use echelon_core::data::Rows;
 use echelon_core::pack::PackedRows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::Interrupt;
 use echelon_core::random::{Domain, uniform};
-use echelon_core::rollout::Tokens;
 use echelon_core::shape::TensorParallelPart;
 use echelon_core::zero::{Backbone, Head, PassConfig, forward, forward_rows};
 use echelon_models::checkpoint::{Checkpoint, random_parameter};
@@ -50,12 +50,12 @@ fn folders() -> Vec<PathBuf> {
     folders
 }
 
-fn rows() -> Tokens {
+fn rows() -> Rows {
     let row = |length: usize| {
         let id = |at: usize| (uniform(3, Domain::Data, length as u64, at as u32, 0) * 100.0) as i64;
         ((0..length).map(id).collect(), (0..length).map(|at| at > 1).collect())
     };
-    Tokens::from_rows(&[row(14), row(3), row(9)])
+    Rows::of_tokens(&[row(14), row(3), row(9)])
 }
 
 /// Log-probs `[b, T]`, or a reward model's scores `[b]`, as flat numbers.

@@ -6,6 +6,7 @@ pub mod control;
 pub mod device_thread;
 pub mod devices;
 pub mod launch;
+pub mod layout;
 pub mod ledger;
 pub mod planner;
 pub mod rates;

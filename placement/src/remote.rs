@@ -6,9 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use echelon_core::message::{Message, decode, encode, error_from_text, error_to_text};
 use echelon_core::progress::Progress;
-use echelon_core::role::{Answer, Endpoint};
 use echelon_core::shared_message::SharedMessages;
-use echelon_core::verb::{Serve, Verb};
+use echelon_core::verb::{Answer, Endpoint, Request, Serve, Verb};
 use echelon_core::{Error, Result};
 
 use crate::control::{Call, ControlError, RemoteWorker, heartbeat};
@@ -48,11 +47,8 @@ impl RemoteRank {
     }
 }
 
-impl<V: Verb + Message> Endpoint<V> for RemoteRank
-where
-    V::Reply: Message,
-{
-    fn call(&self, request: V) -> Answer<'_, V::Reply> {
+impl<V: Verb> Endpoint<V> for RemoteRank {
+    fn call(&self, request: Request<V>) -> Answer<'_, V::Reply> {
         Box::pin(async move { self.ask(&request, DEADLINE).await })
     }
 }
@@ -66,8 +62,7 @@ pub fn serve<H, V>(
     begin: impl FnOnce(&mut H) + Send + 'static,
 ) where
     H: Serve<V> + 'static,
-    V: Verb + Message,
-    V::Reply: Message,
+    V: Verb,
 {
     let Call { body, reply, .. } = call;
     let shared = shared.cloned();

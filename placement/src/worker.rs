@@ -4,8 +4,7 @@ use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex};
 
-use echelon_core::role::{Answer, Endpoint};
-use echelon_core::verb::{Serve, Verb};
+use echelon_core::verb::{Answer, Endpoint, Request, Serve, Verb};
 use echelon_core::{Error, Result};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::oneshot;
@@ -102,7 +101,7 @@ fn gone(ended: &Mutex<Option<String>>) -> Error {
 }
 
 impl<H: Serve<V> + 'static, V: Verb> Endpoint<V> for Worker<H> {
-    fn call(&self, request: V) -> Answer<'_, V::Reply> {
+    fn call(&self, request: Request<V>) -> Answer<'_, V::Reply> {
         Box::pin(self.run(move |host: &mut H| host.serve(request)))
     }
 }
@@ -153,43 +152,50 @@ fn take<T>(slot: &ReplySlot<T>) -> Option<oneshot::Sender<Result<T>>> {
 
 #[cfg(test)]
 mod tests {
+    use serde::{Deserialize, Serialize};
+
     use super::*;
 
     struct Counter(u64);
 
+    #[derive(Clone, Serialize, Deserialize)]
     struct Add(u64);
 
     impl Verb for Add {
-        type Reply = u64;
+        type Reply = f64;
         const NAME: &'static str = "add";
     }
 
     impl Serve<Add> for Counter {
-        fn serve(&mut self, Add(n): Add) -> Result<u64> {
+        fn serve(&mut self, Request { verb: Add(n), .. }: Request<Add>) -> Result<f64> {
             assert!(n < 100, "a hundred is too much");
             self.0 += n;
-            Ok(self.0)
+            Ok(self.0 as f64)
         }
+    }
+
+    fn add(n: u64) -> Request<Add> {
+        Request::of_worker(Add(n))
     }
 
     #[tokio::test]
     async fn requests_are_answered_in_order() {
         let (worker, handle) = start_worker("counter", || Ok(Counter(1))).await.unwrap();
-        let (a, b) = tokio::join!(worker.call(Add(2)), worker.call(Add(3)));
-        assert_eq!((a.unwrap(), b.unwrap()), (3, 6));
+        let (a, b) = tokio::join!(worker.call(add(2)), worker.call(add(3)));
+        assert_eq!((a.unwrap(), b.unwrap()), (3.0, 6.0));
         worker.stop();
         handle.await.unwrap();
-        let after = worker.call(Add(1)).await.unwrap_err();
+        let after = worker.call(add(1)).await.unwrap_err();
         assert!(matches!(after, Error::WorkerGone(_)), "{after}");
     }
 
     #[tokio::test]
     async fn a_panic_is_an_error_with_its_message() {
         let (worker, _handle) = start_worker("counter", || Ok(Counter(1))).await.unwrap();
-        let error = worker.call(Add(100)).await.unwrap_err().to_string();
+        let error = worker.call(add(100)).await.unwrap_err().to_string();
         assert!(error.contains("a hundred is too much"), "{error}");
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        let error = worker.call(Add(1)).await.unwrap_err().to_string();
+        let error = worker.call(add(1)).await.unwrap_err().to_string();
         assert!(error.contains("a hundred is too much"), "{error}");
     }
 

@@ -9,8 +9,8 @@ use echelon_models::head::LogprobHead;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::models::{Held, Policy, made_policy};
 use crate::program::Failure;
+use echelon_roles::models::{Held, Policy, made_policy};
 
 /// A model's shape by its name on the page.
 #[derive(Clone, Copy, Debug, PartialEq)]

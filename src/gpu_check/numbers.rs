@@ -5,9 +5,10 @@
 //! to 11 bits (5e-4), so where it is on against orders the bound breaks. In bfloat16 the device must be no further from
 //! the CPU's float32 than twice what the CPU's own bfloat16 is: rounding is the same, its places differ.
 
+use echelon_core::data::Rows;
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
-use echelon_core::rollout::{Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::{PassConfig, Sharding, forward_rows, stack_rows};
 use echelon_generation::{Engine, EngineConfig, Policy};
@@ -19,8 +20,8 @@ use tch::{Device, Kind, Tensor};
 use super::models::{HALF_BILLION, OPTIMIZER, Shape, TINY, frozen};
 use super::place::{Place, recipes};
 use super::verdict::Findings;
-use crate::models::{Held, frozen_policy, trainable_policy};
 use crate::program::Failure;
+use echelon_roles::models::{Held, frozen_policy, trainable_policy};
 
 const FLOAT32_BOUND: f64 = 1e-4;
 
@@ -59,20 +60,20 @@ fn held(kind: Kind, device: Device) -> Held {
 }
 
 /// Rows of unlike lengths, every token of which but the first is predicted.
-fn rows_of(rows: usize, length: usize, vocabulary: i64) -> Tokens {
+fn rows_of(rows: usize, length: usize, vocabulary: i64) -> Rows {
     let row = |row: usize| {
         let length = length - row % 5;
         let ids = (0..length).map(|at| ((at * 31 + row * 97 + 2) as i64) % vocabulary).collect();
         (ids, (0..length).map(|at| at > 0).collect())
     };
-    Tokens::from_rows(&(0..rows).map(row).collect::<Vec<_>>())
+    Rows::of_tokens(&(0..rows).map(row).collect::<Vec<_>>())
 }
 
 /// Float32 and bfloat16 on the device beside the CPU's float32.
 fn compare(
     name: &str,
     model: &dyn Fn(Kind, Device) -> Result<Model, Failure>,
-    rows: &Tokens,
+    rows: &Rows,
     device: Device,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
@@ -93,7 +94,7 @@ fn compare(
 }
 
 /// `[B, T]` log-probs on the CPU.
-fn through((model, head): (&Decoder, &LogprobHead), rows: &Tokens, pass: PassConfig) -> Result<Tensor, Failure> {
+fn through((model, head): (&Decoder, &LogprobHead), rows: &Rows, pass: PassConfig) -> Result<Tensor, Failure> {
     let mut parts = Vec::new();
     forward_rows((model, head), &pass, rows, &Interrupt::default(), |_, output| parts.push(output.logprobs))?;
     let size = rows.token_ids.size();
@@ -107,11 +108,11 @@ fn apart(found: &Tensor, expected: &Tensor) -> (f64, f64) {
 }
 
 /// The norm of the gradients of one micro-batch in float32.
-fn gradients(folder: &std::path::Path, rows: &Tokens, device: Device, findings: &mut Findings) -> Result<(), Failure> {
+fn gradients(folder: &std::path::Path, rows: &Rows, device: Device, findings: &mut Findings) -> Result<(), Failure> {
     let norm = |device: Device| -> Result<f64, Failure> {
         let training = (OPTIMIZER, &Sharding::whole());
         let mut policy = trainable_policy(Role::Actor, folder, None, held(Kind::Float, device), training, 1.0)?;
-        policy.micro_batches(&rows.lengths)?;
+        policy.micro_batches(&rows.lengths, 1)?;
         policy.forward_backward(rows, |output: &LogprobOutput| Ok(-output.logprobs.mean(Kind::Float)))?;
         Ok(policy.optimizer_step(0.0)?.grad_norm)
     };
@@ -148,7 +149,7 @@ fn engine((model, head): &Model, vocabulary: i64, device: Device, findings: &mut
         let mask = (0..ids.len()).map(|at| at >= before).collect();
         (ids, mask)
     };
-    let rows = Tokens::from_rows(&sequences.iter().map(row).collect::<Vec<_>>());
+    let rows = Rows::of_tokens(&sequences.iter().map(row).collect::<Vec<_>>());
     let scored = through((model, head), &rows, held(Kind::Float, device).pass)?;
     let mut worst: f64 = 0.0;
     for (index, sequence) in sequences.iter().enumerate() {

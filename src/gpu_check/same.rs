@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use echelon_algorithms::ppo::{self, Moment};
+use echelon_algorithms::{Algorithm, Moment, Outcome};
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts};
@@ -15,12 +15,15 @@ use echelon_models::tokenizer::Tokenizer;
 
 use super::place::{Place, recipes};
 use super::verdict::Findings;
-use crate::crew::End;
-use crate::layout::Layout;
+use crate::devices;
+use crate::model_folders;
 use crate::program::Failure;
 use crate::recipe::Recipe;
-use crate::run::metrics::step_metrics;
-use crate::wire::{self, RunInputs, Wired};
+use crate::run::metrics::metrics_of;
+use crate::settings;
+use crate::wire::{self, Rewards};
+use crate::workers::End;
+use echelon_placement::layout::Layout;
 
 const BOUND: f64 = 1e-3;
 
@@ -93,24 +96,30 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         format!("ppo.kl_coef={KL_COEF}"),
     ];
     let recipe = Recipe::load(&recipes("quickstart.toml")?, &sets)?.resolve();
-    let folders = wire::model_folders(&recipe)?;
-    let (held, _) = wire::held(&recipe.train.compute, &recipe.placement.devices, None)?;
+    let folders = model_folders::model_folders(&recipe)?;
+    let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None)?;
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).map_err(Failure::other)?);
     let run_folder = place.scratch("same")?;
-    let inputs = RunInputs { folders, held, tokenizer: tokenizer.clone(), layout, run_folder };
-    let parts = (Interrupt::default(), Arc::new(Unwatched) as _);
-    let Wired { roles, ppo, crew } = wire::wire(&recipe, inputs, parts, Arc::new(|_| ())).await?;
+    let rewards = Rewards::start(&recipe, &folders)?;
+    let mut ppo = settings::ppo(&recipe, rewards.alone);
+    let spec = recipe.spec(&folders, held, layout, &run_folder);
+    let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
+    let (roles, workers) =
+        wire::connect((spec, tokenizer.clone()), devices, Some(rewards), parts, Arc::new(|_| ())).await?;
+    let sampling = settings::sampling(&recipe, recipe.rollout.temperature);
     let mut numbers = Vec::new();
     for step in 1..=place.size(3, 2) {
         let prompts = prompts(&tokenizer, step, rows)?;
-        let now = Moment { step, kl_coef: KL_COEF, interrupt: &Interrupt::default() };
+        let now = Moment { step, interrupt: &Interrupt::default() };
         // Twice in a row, as an evaluation and a rollout.
-        roles.generator.generate(prompts.clone(), &ppo.sampling).await?;
-        let report = ppo::step(&ppo, &roles, prompts, now).await?;
-        let metrics = step_metrics(&report, KL_COEF).scalars;
+        roles.generator().generate(prompts.clone(), &sampling).await?;
+        let rows = roles.generator().generate(prompts, &sampling).await?.rows;
+        let Outcome { report, .. } = ppo.learn(&roles, rows, now).await?;
+        roles.actor().publish_weights(roles.generator(), step).await?;
+        let metrics = metrics_of(&report, None).scalars;
         numbers.extend(metrics.into_iter().map(|(name, value)| (format!("{name} of step {step}"), value)));
     }
-    crew.finish(End::Done).await;
+    workers.finish(End::Done).await;
     Ok(numbers)
 }
 

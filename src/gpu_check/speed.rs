@@ -6,8 +6,9 @@
 use std::path::Path;
 use std::time::Instant;
 
+use echelon_core::data::Rows;
 use echelon_core::progress::{Interrupt, Unwatched};
-use echelon_core::rollout::{GenerationReport, Prompt, Prompts, SamplingConfig, Tokens};
+use echelon_core::rollout::{GenerationReport, Prompt, Prompts, SamplingConfig};
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::PassConfig;
 use echelon_generation::{Engine, EngineConfig, Policy as Sampled};
@@ -19,9 +20,9 @@ use super::child::dies_with_us;
 use super::models::{HALF_BILLION, ONE_AND_A_HALF_BILLION, Shape, TINY, frozen, learning};
 use super::place::{Place, failed, this_program};
 use super::verdict::Findings;
-use crate::models::{Held, Policy};
 use crate::monitor::{ModelSize, forward_flops_per_token, training_flops_per_token};
 use crate::program::Failure;
+use echelon_roles::models::{Held, Policy};
 
 /// Of several measurements the fastest.
 const TRIES: usize = 4;
@@ -142,7 +143,7 @@ fn decode(place: &Place, shape: Shape) -> Result<Findings, Failure> {
     Ok(findings)
 }
 
-/// Tokens made, and seconds of a decoding step: of all `new` tokens but the first, which prefill makes.
+/// Rows made, and seconds of a decoding step: of all `new` tokens but the first, which prefill makes.
 fn decoding_step(
     model: &(Decoder, LogprobHead),
     shape: Shape,
@@ -185,7 +186,7 @@ fn ids(row: usize, length: usize, shape: Shape) -> Vec<i64> {
     (0..length).map(|at| ((at * 7919 + row * 104_729 + 2) as i64) % shape.vocabulary).collect()
 }
 
-/// Tokens of one pass.
+/// Rows of one pass.
 const PASS_TOKENS: i64 = 8192;
 
 /// Steps `passes-0.5b` and `passes-1.5b`.
@@ -260,14 +261,14 @@ pub fn held(device: Device) -> Held {
     Held { kind: Kind::BFloat16, pass, weight_layout: WeightLayout::Plain, deterministic: false }
 }
 
-pub fn rows_of(shape: Shape, (rows, length): (usize, usize)) -> Tokens {
+pub fn rows_of(shape: Shape, (rows, length): (usize, usize)) -> Rows {
     let row = |row: usize| (ids(row, length, shape), (0..length).map(|at| at > 0).collect());
-    Tokens::from_rows(&(0..rows).map(row).collect::<Vec<_>>())
+    Rows::of_tokens(&(0..rows).map(row).collect::<Vec<_>>())
 }
 
 /// One micro-batch; its gradients stay.
-pub fn forward_backward(policy: &mut Policy, rows: &Tokens) -> Result<(), Failure> {
-    policy.micro_batches(&rows.lengths)?;
+pub fn forward_backward(policy: &mut Policy, rows: &Rows) -> Result<(), Failure> {
+    policy.micro_batches(&rows.lengths, 1)?;
     policy.forward_backward(rows, |output: &LogprobOutput| Ok(-output.logprobs.mean(Kind::Float)))?;
     Ok(())
 }

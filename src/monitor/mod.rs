@@ -1,7 +1,8 @@
 //! What a person sees of a run: TensorBoard, `metrics.jsonl`, `samples.jsonl`, the terminal and `report.html`.
 //!
 //! [`RunLog`] writes the files of a run folder, one step at a time; [`Terminal`] shows the run while it goes;
-//! [`write_report`] makes a page of the files afterwards. Nothing here knows models, algorithms or recipes.
+//! [`write_report`] makes a page of the files afterwards. Nothing here knows models or recipes; what a line and
+//! the page lead with, an algorithm says.
 
 mod chart;
 mod clock;
@@ -25,7 +26,7 @@ pub(crate) use report::escape;
 pub use report::{EvalResponse, Evaluation, write_report};
 pub use samples::{Sample, SampleLog, samples_markdown};
 pub use tensorboard::EventWriter;
-pub use terminal::{Outcome, Phase, StepLine, Terminal, TerminalOptions};
+pub use terminal::{Phase, StepLine, Summary, Terminal, TerminalOptions};
 
 /// The files of a run folder that grow by the step: `metrics.jsonl`, `samples.jsonl` and `tensorboard/`.
 #[derive(Debug)]

@@ -8,6 +8,8 @@ use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::ReportLeads;
+use echelon_core::whole_file::write_whole;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -24,16 +26,15 @@ const MAX_PAIRS: usize = 30;
 
 /// Writes `report.html` into the run folder from the other files there, and returns its path.
 ///
-/// Reads `metrics.jsonl`, and where they exist `recipe.resolved.toml`, `plan.txt`, `eval_before.json`, `eval_after.json`
+/// `leads` says what comes first. Reads `metrics.jsonl`, and where they exist `recipe.resolved.toml`, `plan.txt`, `eval_before.json`, `eval_after.json`
 /// and `samples.jsonl`. A torn last line of a killed run is left out.
 ///
 /// # Errors
 /// `metrics.jsonl` is missing, a file is damaged, or the report cannot be written.
-pub fn write_report(run_dir: &Path) -> Result<PathBuf, MonitorError> {
-    let page = Run::read(run_dir)?.page();
-    let (path, unfinished) = (run_dir.join(REPORT_FILE), run_dir.join("report.html.unfinished"));
-    std::fs::write(&unfinished, page).map_err(|source| MonitorError::io("write", &unfinished, source))?;
-    std::fs::rename(&unfinished, &path).map_err(|source| MonitorError::io("write", &path, source))?;
+pub fn write_report(run_dir: &Path, leads: ReportLeads) -> Result<PathBuf, MonitorError> {
+    let page = Run::read(run_dir, leads)?.page();
+    let path = run_dir.join(REPORT_FILE);
+    write_whole(&path, page).map_err(|source| MonitorError::io("write", &path, source))?;
     Ok(path)
 }
 
@@ -125,6 +126,7 @@ fn script_json(json: &str) -> String {
 
 /// The files of a run folder, read.
 struct Run {
+    leads: ReportLeads,
     name: String,
     recipe: Option<String>,
     plan: Option<String>,
@@ -139,7 +141,7 @@ struct Run {
 }
 
 impl Run {
-    fn read(run_dir: &Path) -> Result<Self, MonitorError> {
+    fn read(run_dir: &Path, leads: ReportLeads) -> Result<Self, MonitorError> {
         let metrics_path = run_dir.join(METRICS_FILE);
         let missing = || MonitorError::io("read", &metrics_path, ErrorKind::NotFound.into());
         let metrics = read_if_present(&metrics_path)?.ok_or_else(missing)?;
@@ -148,6 +150,7 @@ impl Run {
         let samples = read_if_present(&samples_path)?.unwrap_or_default();
         let recipe = read_if_present(&run_dir.join("recipe.resolved.toml"))?;
         Ok(Self {
+            leads,
             name: recipe.as_deref().and_then(recipe_name).unwrap_or_else(|| folder_name(run_dir)),
             recipe,
             plan: read_if_present(&run_dir.join(PLAN_FILE))?,
@@ -279,12 +282,7 @@ impl Run {
             push(" class=\"wide\"", "Training reward", value, "first → last steps".into());
         }
         let last_steps = format!("mean, last {} steps", self.steps.len().min(END_STEPS));
-        for (name, key) in [
-            ("KL to the reference", "train/kl"),
-            ("Explained variance", "train/explained_variance"),
-            ("Response length", "train/response_length"),
-            ("Tokens per second", "perf/tokens_per_second"),
-        ] {
+        for (name, key) in self.leads.tiles.iter().chain(&[("Tokens per second", "perf/tokens_per_second")]) {
             if self.end_mean(key).is_finite() {
                 push("", name, significant(self.end_mean(key), 3), last_steps.clone());
             }
@@ -300,7 +298,7 @@ impl Run {
         let mut shown: Vec<&str> = vec!["step"];
         let mut main = String::new();
         main.extend(self.rewards_figure());
-        for (title, keys) in MAIN_CHARTS {
+        for (title, keys) in self.leads.charts.iter().chain(SPEED_CHARTS) {
             let present: Vec<&str> = keys.iter().copied().filter(|key| self.has(key)).collect();
             main.extend(self.figure(title, &present, window));
             shown.extend(present);
@@ -454,28 +452,9 @@ impl Run {
     }
 }
 
-/// The main curves in reading order: does it learn, does it stay close, does it stay sound, how fast is it.
-const MAIN_CHARTS: [(&str, &[&str]); 19] = [
-    ("Reward", &["train/reward"]),
-    ("Held-out reward", &["eval/reward"]),
-    ("Held-out loss", &["eval/loss"]),
-    ("Held-out accuracy", &["eval/accuracy"]),
-    ("KL to the reference", &["train/kl"]),
-    ("Response length (tokens)", &["train/response_length"]),
-    ("Loss", &["train/loss"]),
-    ("Accuracy", &["train/accuracy"]),
-    ("Policy loss", &["train/policy_loss"]),
-    ("Critic loss", &["train/critic_loss"]),
-    ("Explained variance", &["train/explained_variance"]),
-    ("Clip ratio", &["train/ppo_clip_ratio"]),
-    ("KL to the step's start", &["train/ppo_kl"]),
-    ("Entropy", &["train/entropy"]),
-    ("Gradient norm", &["train/actor_grad_norm", "train/critic_grad_norm"]),
-    ("Gradient norm", &["train/grad_norm"]),
-    ("Learning rate", &["train/actor_lr", "train/critic_lr", "train/lr"]),
-    ("Tokens per second", &["perf/tokens_per_second"]),
-    ("Model FLOP/s utilisation", &["perf/mfu"]),
-];
+/// Curves of every run, behind those that its algorithm leads with.
+const SPEED_CHARTS: &[(&str, &[&str])] =
+    &[("Tokens per second", &["perf/tokens_per_second"]), ("Model FLOP/s utilisation", &["perf/mfu"])];
 
 /// What held-out rows of a model that learns from examples are measured at, the first of them in words.
 const HELD_OUT: [(&str, &str); 3] = [
@@ -646,6 +625,9 @@ fn folder_name(run_dir: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use echelon_algorithms::Algorithm;
+    use echelon_algorithms::ppo::Ppo;
+
     use super::*;
     use crate::monitor::{Metrics, MetricsLog};
 
@@ -681,7 +663,7 @@ mod tests {
     }
 
     fn report(directory: &Path) -> String {
-        std::fs::read_to_string(write_report(directory).unwrap()).unwrap()
+        std::fs::read_to_string(write_report(directory, Ppo::REPORT).unwrap()).unwrap()
     }
 
     /// The JSON inside the script element of that id, found as a browser finds it: up to the first `</script`.
@@ -745,7 +727,7 @@ mod tests {
         std::fs::write(&path, "").unwrap();
         assert!(report(directory.path()).contains("No step of this run was finished"));
         std::fs::remove_file(&path).unwrap();
-        let error = write_report(directory.path()).unwrap_err().to_string();
+        let error = write_report(directory.path(), Ppo::REPORT).unwrap_err().to_string();
         assert!(error.contains(METRICS_FILE), "{error}");
     }
 
@@ -779,7 +761,7 @@ mod tests {
     fn a_damaged_evaluation_is_named() {
         let directory = run_folder();
         std::fs::write(directory.path().join("eval_after.json"), "{\"mean_reward\": \"high\"}").unwrap();
-        let error = write_report(directory.path()).unwrap_err().to_string();
+        let error = write_report(directory.path(), Ppo::REPORT).unwrap_err().to_string();
         assert!(error.contains("eval_after.json") && error.contains("line 1"), "{error}");
     }
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use console::{measure_text_width, truncate_str};
+use echelon_algorithms::Lead;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{Metrics, duration_text, fixed};
@@ -100,7 +101,7 @@ impl Terminal {
     }
 
     /// The run's last lines.
-    pub fn summary(&self, outcome: &Outcome) {
+    pub fn summary(&self, outcome: &Summary) {
         let screen = &self.screen;
         screen.print("");
         screen.print(&screen.bold(&format!("done: {} steps in {}", outcome.steps, duration_text(outcome.seconds))));
@@ -110,7 +111,7 @@ impl Terminal {
 
 /// How a run ended, for [`Terminal::summary`].
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outcome {
+pub struct Summary {
     /// Steps of this run, those before a resume included.
     pub steps: u64,
     /// Wall-clock seconds of this program.
@@ -131,7 +132,7 @@ pub struct Outcome {
     pub tensorboard: Option<PathBuf>,
 }
 
-impl Outcome {
+impl Summary {
     fn rows(&self) -> Vec<(&'static str, String)> {
         let mut rows = Vec::new();
         if let (Some((before, spread)), Some((after, _))) = (self.reward_before, self.reward_after) {
@@ -182,25 +183,22 @@ impl StepLine {
         self
     }
 
-    /// The line of a PPO step from its metrics; what was not measured is left out.
-    pub fn ppo(step: u64, metrics: &Metrics) -> Self {
+    /// The line of a step from its metrics, which `leads` lead; what was not measured is left out.
+    pub fn of(step: u64, metrics: &Metrics, leads: &[Lead]) -> Self {
         let get = |name: &str| metrics.get(name).filter(|value| value.is_finite());
-        let spread = get("train/reward_std").or_else(|| get("rollout/reward_std"));
-        let reward = get("train/reward").map(|mean| match spread {
-            Some(spread) => format!("{} ±{}", fixed(mean, 3), fixed(spread, 2)),
-            None => fixed(mean, 3),
+        let shown = |name: &str, digits| get(name).map(|value| fixed(value, digits));
+        let fields = leads.iter().filter_map(|lead| {
+            let first = shown(lead.metric, lead.digits);
+            let value = match (first, lead.second) {
+                (Some(first), Some((sign, metric, digits))) => match shown(metric, digits) {
+                    Some(second) => format!("{first}{sign}{second}"),
+                    None => first,
+                },
+                (None, Some((_, metric, _))) => shown(metric, lead.digits)?,
+                (first, None) => first?,
+            };
+            Some((lead.label.to_owned(), value))
         });
-        let loss = match (get("train/policy_loss"), get("train/critic_loss")) {
-            (Some(policy), Some(critic)) => Some(format!("{}/{}", fixed(policy, 3), fixed(critic, 2))),
-            (policy, critic) => policy.or(critic).map(|loss| fixed(loss, 3)),
-        };
-        let fields = [
-            ("reward", reward),
-            ("kl", get("train/kl").map(|kl| fixed(kl, 4))),
-            ("len", get("train/response_length").map(|length| fixed(length, 1))),
-            ("clip", get("train/ppo_clip_ratio").map(|ratio| fixed(ratio, 2))),
-            ("loss", loss),
-        ];
         let timing = |(label, name): (&str, &str)| Some((label.to_owned(), get(&format!("train/timing/{name}"))?));
         Self {
             step,
@@ -210,7 +208,7 @@ impl StepLine {
                 .filter_map(timing)
                 .collect(),
             tokens_per_second: get("perf/tokens_per_second"),
-            fields: fields.into_iter().filter_map(|(label, value)| Some((label.to_owned(), value?))).collect(),
+            fields: fields.collect(),
         }
     }
 
@@ -448,6 +446,9 @@ fn wrap(text: &str, width: usize) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use echelon_algorithms::Algorithm;
+    use echelon_algorithms::ppo::Ppo;
+
     use super::*;
 
     /// Keeps what was written, and a clock that a test moves.
@@ -504,7 +505,7 @@ mod tests {
     #[test]
     fn a_plain_step_line_is_whole() {
         let probe = Probe::default();
-        probe.terminal(100, None, false).step(&StepLine::ppo(12, &ppo_metrics()));
+        probe.terminal(100, None, false).step(&StepLine::of(12, &ppo_metrics(), Ppo::LEADS));
         assert_eq!(
             probe.text(),
             "step  12/100  reward 0.412 ±0.31  kl 0.0031  len 17.2  clip 0.02  loss -0.011/0.23  \
@@ -516,14 +517,14 @@ mod tests {
     fn a_step_line_fits_any_width_and_keeps_the_reward_longest() {
         for width in 20..160 {
             let probe = Probe::default();
-            probe.terminal(100, Some(width), true).step(&StepLine::ppo(12, &ppo_metrics()));
+            probe.terminal(100, Some(width), true).step(&StepLine::of(12, &ppo_metrics(), Ppo::LEADS));
             let text = probe.text();
             let line = text.trim_end_matches('\n');
             assert!(measure_text_width(line) <= width, "{width}: {line}");
             assert!(width < 40 || console::strip_ansi_codes(line).contains("reward 0.412"), "{width}: {line}");
         }
         let probe = Probe::default();
-        probe.terminal(100, Some(80), false).step(&StepLine::ppo(12, &ppo_metrics()));
+        probe.terminal(100, Some(80), false).step(&StepLine::of(12, &ppo_metrics(), Ppo::LEADS));
         assert_eq!(probe.text(), "step  12/100  reward 0.412 ±0.31  kl 0.0031  8.9s  410 tok/s  eta 13m03s\n");
     }
 
@@ -532,7 +533,7 @@ mod tests {
         let probe = Probe::default();
         let mut metrics = Metrics::new();
         metrics.set("train/reward", 1.0).set("train/kl", f64::NAN).set("train/timing/step_total", 2.0);
-        probe.terminal(3, None, false).step(&StepLine::ppo(3, &metrics));
+        probe.terminal(3, None, false).step(&StepLine::of(3, &metrics, Ppo::LEADS));
         assert_eq!(probe.text(), "step 3/3  reward 1.000  2.0s\n");
     }
 
@@ -550,8 +551,8 @@ mod tests {
     #[test]
     fn colour_only_where_allowed() {
         let (plain, coloured) = (Probe::default(), Probe::default());
-        plain.terminal(9, Some(100), false).step(&StepLine::ppo(1, &ppo_metrics()));
-        coloured.terminal(9, Some(100), true).step(&StepLine::ppo(1, &ppo_metrics()));
+        plain.terminal(9, Some(100), false).step(&StepLine::of(1, &ppo_metrics(), Ppo::LEADS));
+        coloured.terminal(9, Some(100), true).step(&StepLine::of(1, &ppo_metrics(), Ppo::LEADS));
         assert!(!plain.text().contains('\x1b'));
         assert!(coloured.text().contains("\x1b[36m0.412"));
         assert_eq!(console::strip_ansi_codes(&coloured.text()), plain.text());
@@ -601,7 +602,7 @@ mod tests {
     #[test]
     fn the_summary_tells_the_gain_and_where_to_look() {
         let probe = Probe::default();
-        let outcome = Outcome {
+        let outcome = Summary {
             steps: 100,
             seconds: 890.0,
             num_prompts: 200,

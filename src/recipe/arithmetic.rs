@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use echelon_core::role::Role;
+use echelon_placement::layout::{Layout, RoleGroup};
+
 use super::tables::Recipe;
 
 /// How a step's prompts become optimizer steps.
@@ -60,6 +63,22 @@ impl Recipe {
 }
 
 impl BatchArithmetic {
+    /// What each rank works on, a line for each group of roles.
+    pub fn shares(&self, layout: &Layout) -> Vec<String> {
+        let line = |(workers, groups): (&Vec<usize>, Vec<&RoleGroup>)| {
+            let names: Vec<String> = groups.iter().map(|group| group.role.to_string()).collect();
+            let (names, parts) = (names.join(", "), workers.len() / groups[0].tensor_parallel);
+            let trains = groups.iter().any(|group| matches!(group.role, Role::Actor | Role::Critic));
+            let share = if trains { self.training_share(parts) } else { self.share(parts) };
+            let by = match groups[0].tensor_parallel {
+                1 => "on each rank".into(),
+                size => format!("for each engine of {size}"),
+            };
+            format!("{names}: {share} {by}")
+        };
+        layout.by_place().into_iter().filter(|(workers, _)| workers.len() > 1).map(line).collect()
+    }
+
     /// Most micro-batches of one mini-batch on one of `ranks` ranks, when every sequence has full length.
     pub fn micro_batches_at_most(&self, ranks: usize) -> usize {
         let rows = self.mini_batch_size.div_ceil(ranks);
@@ -131,4 +150,46 @@ fn count(number: usize, noun: &str) -> String {
         _ => "s",
     };
     format!("{number} {noun}{plural}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_group_has_its_own_shares() {
+        let batch = BatchArithmetic {
+            prompts: 16,
+            samples_per_prompt: 1,
+            responses: 16,
+            mini_batch_size: 8,
+            epochs: 1,
+            optimizer_steps: 2,
+            steps: 1,
+            critic_optimizer_steps: 2,
+            actor_optimizer_steps: 2,
+            actor_warmup_steps: 0,
+            max_prompt_tokens: 10,
+            max_new_tokens: 10,
+            tokens_per_micro_batch: 40,
+        };
+        let group = |role, workers: &[usize], tensor_parallel| RoleGroup {
+            role,
+            workers: workers.to_vec(),
+            zero_stage: 3,
+            adam_offload: false,
+            moves_to_host: false,
+            tensor_parallel,
+        };
+        let groups = vec![
+            group(Role::Actor, &[0, 1], 1),
+            group(Role::Critic, &[2, 3], 1),
+            group(Role::Generator, &[4, 5, 6, 7], 2),
+        ];
+        let layout = Layout { num_workers: 8, devices: (0..8).collect(), groups };
+        let shares = batch.shares(&layout);
+        assert_eq!(shares[0], "actor: 8 responses, 4 of each mini-batch in at most 2 micro-batches on each rank");
+        assert_eq!(shares[2], "generator: 8 responses for each engine of 2");
+        assert_eq!((shares.len(), batch.shares(&Layout::together(1, 0, false)).len()), (3, 0));
+    }
 }

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use echelon_algorithms::ppo::Ppo;
+use echelon_algorithms::ppo::PpoKeys;
 use echelon_core::compute::Compute;
 use echelon_core::optimizer::Optimizer;
 use echelon_placement::devices::Placement;
@@ -32,7 +32,7 @@ table! {
         /// What one step samples.
         pub rollout: Rollout = Rollout::default();
         /// How a step learns from its rollout.
-        pub ppo: Ppo = Ppo::default();
+        pub ppo: PpoKeys = PpoKeys::default();
         /// Length of the run, numbers and memory.
         pub train: Train = Train::default();
         /// The engine that samples.

@@ -1,45 +1,75 @@
-//! The policy on held-out prompts: the same prompts and random numbers every time.
+//! What a policy, or a model that learns from examples, is like on held-out rows.
 
-use echelon_core::Result;
-use echelon_core::rollout::{Prompts, SamplingConfig};
-use tch::Kind;
+use std::path::Path;
 
-use crate::monitor::{EvalResponse, Evaluation, Metrics};
-use crate::recipe::ResolvedRecipe;
-use crate::wire::{self, Wired};
+use echelon_algorithms::Outcome;
+use echelon_algorithms::columns::SCORES;
+use echelon_core::data::{PROMPTS, RESPONSES};
 
-pub struct Evaluator {
-    prompts: Prompts,
-    sampling: SamplingConfig,
+use super::feed::Feed;
+use super::metrics::metrics_of;
+use crate::monitor::{self, EvalResponse, Metrics, MonitorError};
+
+pub enum Evaluation {
+    /// Of a policy: its responses, with their rewards.
+    Responses(monitor::Evaluation),
+    Examples(Metrics),
 }
 
-impl Evaluator {
-    pub fn new(prompts: Prompts, recipe: &ResolvedRecipe) -> Evaluator {
-        Evaluator { prompts, sampling: wire::sampling(recipe, recipe.eval.temperature) }
-    }
-
-    /// Rewards are the sources' scores as they are, without shaping or KL.
-    pub async fn run(&self, wired: &Wired) -> Result<Evaluation> {
-        let rollout = wired.roles.generator.generate(self.prompts.clone(), &self.sampling).await?;
-        let scored = wired.roles.reward.scores(&rollout).await?.scores;
-        let rewards: Vec<f64> = Vec::try_from(&scored).expect("a vector of scores");
-        let texts = rollout.prompts.iter().zip(&rollout.responses).zip(&rewards);
+impl Evaluation {
+    pub fn of(found: &Outcome, feed: &Feed) -> Evaluation {
+        let Outcome { report, rows } = found;
+        if feed.is_short() {
+            return Evaluation::Examples(metrics_of(report, None));
+        }
+        let rewards: Vec<f64> = Vec::try_from(&rows[SCORES]).expect("a vector of scores");
+        let texts = rows[PROMPTS].iter().zip(&rows[RESPONSES]).zip(&rewards);
         let responses = texts.map(|((prompt, response), &reward)| EvalResponse {
-            prompt: prompt.clone(),
-            response: response.clone(),
+            prompt: prompt.to_string(),
+            response: response.to_string(),
             reward,
         });
-        Ok(Evaluation {
-            mean_reward: scored.mean(Kind::Double).double_value(&[]),
-            std_reward: scored.std(false).double_value(&[]),
-            num_prompts: self.prompts.rows.len(),
+        Evaluation::Responses(monitor::Evaluation {
+            mean_reward: report.stats.get("eval/reward").unwrap_or(f64::NAN),
+            std_reward: report.stats.get("eval/reward_std").unwrap_or(f64::NAN),
+            num_prompts: feed.num_held_out(),
             responses: responses.collect(),
         })
     }
-}
 
-pub fn eval_metrics(evaluation: &Evaluation) -> Metrics {
-    let mut metrics = Metrics::new();
-    metrics.set("eval/reward", evaluation.mean_reward).set("eval/reward_std", evaluation.std_reward);
-    metrics
+    /// That of before a resume, where it is a policy's.
+    pub fn read(path: &Path) -> Result<Option<Evaluation>, MonitorError> {
+        Ok(monitor::Evaluation::read(path)?.map(Evaluation::Responses))
+    }
+
+    pub fn write(&self, path: &Path) -> Result<(), MonitorError> {
+        match self {
+            Evaluation::Responses(evaluation) => evaluation.write(path),
+            Evaluation::Examples(metrics) => metrics.write_file(path),
+        }
+    }
+
+    /// For a person, in a line.
+    pub fn said(&self) -> String {
+        match self {
+            Evaluation::Responses(found) => {
+                let reward = format!("{:.3} ±{:.3}", found.mean_reward, found.std_reward);
+                format!("reward {reward} on {} held-out prompts", found.num_prompts)
+            }
+            Evaluation::Examples(metrics) => {
+                let shown: Vec<String> =
+                    metrics.scalars.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+                shown.join(", ")
+            }
+        }
+    }
+
+    pub fn num_prompts(&self) -> usize {
+        if let Evaluation::Responses(found) = self { found.num_prompts } else { 0 }
+    }
+
+    /// Mean and standard deviation of the rewards.
+    pub fn reward(&self) -> Option<(f64, f64)> {
+        if let Evaluation::Responses(found) = self { Some((found.mean_reward, found.std_reward)) } else { None }
+    }
 }

@@ -1,112 +1,118 @@
 //! A step's report as named metrics, samples and speed.
 
-use echelon_algorithms::ppo::StepReport;
-use echelon_core::rollout::FinishReason;
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use echelon_algorithms::columns::{KL, REWARDS, SCORES};
+use echelon_algorithms::masked::masked_row_mean;
+use echelon_core::data::{PROMPTS, RESPONSES, Report, Rows, TRUNCATED};
+use echelon_core::verb::{Generate, Learn, Logprobs, Publish, Scores, Span, Values, Verb};
 use echelon_models::config::DecoderConfig;
+use tch::{Kind, Tensor};
 
 use crate::monitor::{
     Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, process_age, record_perf, samples_markdown,
     training_flops_per_token,
 };
-use crate::recipe::{ResolvedRecipe, ScoreSource};
 
 /// Samples of a step that are written down.
 const SAMPLES: usize = 8;
 
-/// OpenRLHF's names where it has one. Everything outside `perf/` and `train/timing/` is deterministic.
-pub fn step_metrics(report: &StepReport, kl_coef: f64) -> Metrics {
+/// What a step told, as metrics: those of `perf/` behind the others, and behind `policy_version` where there is one.
+/// Everything outside `perf/` and `train/timing/` is deterministic.
+pub fn metrics_of(report: &Report, policy_version: Option<u64>) -> Metrics {
+    let (speed, learning): (Vec<_>, Vec<_>) = report.stats.numbers().partition(|(name, _)| name.starts_with("perf/"));
+    let version = policy_version.map(|version| ("train/policy_version", version as f64));
     let mut metrics = Metrics::new();
-    metrics
-        .set("train/reward", mean(&report.scores))
-        .set("train/reward_std", deviation(&report.scores))
-        .set("train/score", mean(&report.shaped_scores))
-        .set("train/return", report.return_mean)
-        .set("train/total_reward", mean(&report.total_rewards))
-        .set("train/kl", report.kl)
-        .set("train/kl_coef", kl_coef)
-        .set("train/response_length", mean(&report.response_lengths))
-        .set("train/truncated", report.truncated_rate)
-        .set("train/values", report.values_mean)
-        .set("train/explained_variance", report.explained_variance);
-    if !report.actor.is_empty() {
-        let of = |read: fn(&echelon_core::verb::ActorReport) -> f64| report.actor.iter().map(read).collect::<Vec<_>>();
-        metrics
-            .set("train/policy_loss", mean(&of(|r| r.policy_loss)))
-            .set("train/kl_loss", mean(&of(|r| r.kl_loss)))
-            .set("train/entropy", mean(&of(|r| r.entropy)))
-            .set("train/ppo_clip_ratio", mean(&of(|r| r.clip_fraction)))
-            .set("train/ppo_kl", mean(&of(|r| r.ppo_kl)))
-            .set("train/approx_kl", mean(&of(|r| r.approx_kl)))
-            .set("train/ratio_max", of(|r| r.ratio_max).into_iter().fold(f64::NAN, f64::max))
-            .set("train/actor_grad_norm", mean(&of(|r| r.grad_norm)))
-            .set("train/actor_lr", report.actor.last().map_or(f64::NAN, |r| r.lr));
-        metrics.set_histogram("train/ratios", report.actor.iter().flat_map(|r| r.ratios.iter().copied()).collect());
+    for (name, number) in learning.into_iter().chain(version).chain(speed) {
+        metrics.set(name, number);
     }
-    let of = |read: fn(&echelon_core::verb::CriticReport) -> f64| report.critic.iter().map(read).collect::<Vec<_>>();
-    metrics
-        .set("train/critic_loss", mean(&of(|r| r.critic_loss)))
-        .set("train/critic_clip_ratio", mean(&of(|r| r.clip_fraction)))
-        .set("train/critic_grad_norm", mean(&of(|r| r.grad_norm)))
-        .set("train/critic_lr", report.critic.last().map_or(f64::NAN, |r| r.lr))
-        .set("train/policy_version", report.policy_version as f64)
-        .set("perf/rollout_logprob_diff_max", report.logprob_diff_max)
-        .set("perf/rollout_logprob_diff_mean", report.logprob_diff_mean);
-    for (name, mean) in &report.sources {
-        metrics.set(format!("train/reward_{name}"), *mean);
+    for (name, values) in report.histograms.values() {
+        metrics.set_histogram(name, values);
     }
-    metrics.set_histogram("train/rewards", narrow(&report.scores));
-    metrics.set_histogram("train/response_lengths", narrow(&report.response_lengths));
     metrics
 }
 
 /// The first responses of the step, one per prompt.
-pub fn samples_of(step: u64, report: &StepReport, samples_per_prompt: usize) -> Vec<Sample> {
-    let Some(rollout) = &report.rollout else { return Vec::new() };
-    let rows = (0..rollout.num_rows()).step_by(samples_per_prompt).take(SAMPLES);
-    rows.map(|row| Sample {
+pub fn samples_of(step: u64, rows: &Rows, samples_per_prompt: usize) -> Vec<Sample> {
+    let numbers =
+        |numbers: &Tensor| Vec::<f64>::try_from(numbers.to_kind(Kind::Double)).expect("a number for each row");
+    let none = vec![0.0; rows.num_rows()];
+    let lengths = numbers(&rows.own_lengths());
+    let truncated: Vec<bool> = Vec::try_from(&rows[TRUNCATED]).expect("a vector of flags");
+    let scores = rows.get(SCORES).map_or_else(|| none.clone(), numbers);
+    let summed = |rewards: &Tensor| numbers(&rewards.sum_dim_intlist(1, false, Kind::Double));
+    let rewards = rows.get(REWARDS).map_or_else(|| scores.clone(), summed);
+    let kl = rows.get(KL).map_or(none, |kl| numbers(&masked_row_mean(kl, &rows.own)));
+    let sample = |row: usize| Sample {
         step,
-        prompt: rollout.prompts[row].clone(),
-        response: rollout.responses[row].clone(),
-        reward: report.total_rewards[row],
-        score: report.scores[row],
-        kl: report.row_kl[row],
-        response_length: report.response_lengths[row] as u64,
-        finish_reason: match rollout.finish_reasons[row] {
-            FinishReason::Stop => "stop".into(),
-            FinishReason::Length => "length".into(),
-        },
-    })
-    .collect()
+        prompt: rows[PROMPTS][row].to_string(),
+        response: rows[RESPONSES][row].to_string(),
+        reward: rewards[row],
+        score: scores[row],
+        kl: kl[row],
+        response_length: lengths[row] as u64,
+        finish_reason: if truncated[row] { "length" } else { "stop" }.into(),
+    };
+    (0..rows.num_rows()).step_by(samples_per_prompt).take(SAMPLES).map(sample).collect()
+}
+
+/// Where the seconds of a step went: from the calls on its roles, those that overlap counted once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PhaseSeconds {
+    pub generation: f64,
+    /// Scoring by all roles, and what the driver makes of it until the first optimizer step.
+    pub experience: f64,
+    pub train: f64,
+    pub publish: f64,
+}
+
+impl PhaseSeconds {
+    pub fn of(calls: &[Span]) -> PhaseSeconds {
+        let of = |wanted: fn(&Span) -> bool| {
+            let began = calls.iter().filter(|span| wanted(span)).map(|span| span.began).min();
+            began.zip(calls.iter().filter(|span| wanted(span)).map(|span| span.ended).max())
+        };
+        let seconds =
+            |span: Option<(Instant, Instant)>| span.map_or(0.0, |(began, ended)| (ended - began).as_secs_f64());
+        let scoring = of(is_scoring);
+        let training = of(|span| span.verb == Learn::NAME);
+        let until = scoring.zip(training).map_or(scoring, |((began, _), (learns, _))| Some((began, learns)));
+        PhaseSeconds {
+            generation: seconds(of(|span| span.verb == Generate::NAME)),
+            experience: seconds(until),
+            train: seconds(training),
+            publish: seconds(of(|span| span.verb == Publish::NAME)),
+        }
+    }
+}
+
+fn is_scoring(span: &Span) -> bool {
+    [Logprobs::NAME, Values::NAME, Scores::NAME].contains(&span.verb)
 }
 
 /// The arithmetic of a step, for tokens/s and MFU.
 pub struct Work {
     size: ModelSize,
-    /// Models that score: actor, critic, and reference and reward model where there are any.
-    scoring_models: f64,
     /// Age of the process at the beginning of the run's first step; none after it.
     age: Option<f64>,
-    epochs: f64,
     samples_per_prompt: usize,
     pub last_kl: Option<f64>,
 }
 
 impl Work {
-    /// Critic, reference and reward model are counted as large as the actor.
-    pub fn new(config: &DecoderConfig, recipe: &ResolvedRecipe) -> Work {
+    /// All models are counted as large as the actor.
+    pub fn new(config: &DecoderConfig, samples_per_prompt: usize) -> Work {
         let shape = config.shape();
         let embedding = if config.tied_embeddings { 0 } else { config.vocab_size * config.hidden_size };
-        let model_rewards = recipe.reward.sources.iter().filter(|s| matches!(s.source, ScoreSource::Model(_))).count();
         Work {
             size: ModelSize {
                 params: (shape.num_params() - embedding) as f64,
                 layers: config.num_layers as f64,
                 hidden: (config.num_heads * config.head_dim) as f64,
             },
-            scoring_models: 2.0 + f64::from(u8::from(recipe.reference.is_some())) + model_rewards as f64,
             age: None,
-            epochs: recipe.ppo.epochs as f64,
-            samples_per_prompt: recipe.rollout.samples_per_prompt,
+            samples_per_prompt,
             last_kl: None,
         }
     }
@@ -118,63 +124,43 @@ impl Work {
 
     /// Sets timings, tokens per second and MFU; `matmul_rate` is what the run's devices reach together, in floating-point
     /// operations per second.
-    pub fn record(&mut self, metrics: &mut Metrics, report: &StepReport, seconds: f64, matmul_rate: Option<f64>) {
-        let Some(rollout) = &report.rollout else { return };
-        let tokens: i64 = rollout.lengths.iter().sum();
-        let context = tokens as f64 / rollout.num_rows() as f64 / 2.0;
+    pub fn record(
+        &mut self,
+        metrics: &mut Metrics,
+        (rows, sampled, calls): (&Rows, &Report, &[Span]),
+        seconds: f64,
+        matmul_rate: Option<f64>,
+    ) {
+        let (tokens, timing) = (rows.num_tokens(), PhaseSeconds::of(calls));
+        let context = tokens as f64 / rows.num_rows() as f64 / 2.0;
         let forward = forward_flops_per_token(self.size, context);
-        let generated = rollout.generation.prefill_tokens + rollout.generation.generated_tokens;
-        let learned: i64 = report.actor.iter().map(|r| r.num_tokens).sum::<i64>()
-            + report.critic.iter().map(|r| r.num_tokens).sum::<i64>();
-        let timing = &report.timing;
+        let training = training_flops_per_token(self.size, context);
+        let of = |name| sampled.stats.get(name).unwrap_or(0.0);
+        let sum = |wanted: fn(&Span) -> bool| {
+            calls.iter().filter(|span| wanted(span)).map(|span| span.tokens as f64).sum::<f64>()
+        };
+        let (scored, learned) = (sum(is_scoring), sum(|span| span.verb == Learn::NAME));
+        let learners =
+            calls.iter().filter(|span| span.verb == Learn::NAME).map(|span| span.role).collect::<BTreeSet<_>>();
+        let (prefilled, generated) = (of("prefill_tokens"), of("generated_tokens"));
         let phase = |name, tokens: f64, seconds, flops| PhaseWork { name, tokens: tokens as u64, seconds, flops };
         let phases = [
-            phase(
-                "generation",
-                rollout.generation.generated_tokens as f64,
-                timing.generation_s,
-                forward * generated as f64,
-            ),
-            phase(
-                "make_experience",
-                tokens as f64 * self.scoring_models,
-                timing.experience_s,
-                forward * tokens as f64 * self.scoring_models,
-            ),
-            phase(
-                "ppo_train",
-                tokens as f64 * self.epochs,
-                timing.train_s,
-                training_flops_per_token(self.size, context) * learned as f64,
-            ),
+            phase("generation", generated, timing.generation, forward * (prefilled + generated)),
+            phase("make_experience", scored, timing.experience, forward * scored),
+            phase("ppo_train", learned / learners.len().max(1) as f64, timing.train, training * learned),
         ];
         record_perf(metrics, &phases, tokens as u64, seconds, matmul_rate);
+        let waited = timing.generation - of("seconds") + of("first_token_s");
         metrics
-            .set("train/timing/broadcast", timing.publish_s)
-            .set("perf/weight_sync_s", timing.publish_s)
-            .set("perf/prefill_tokens", rollout.generation.prefill_tokens as f64)
-            .set("perf/decode_steps", rollout.generation.decode_steps as f64);
-        let generation = &rollout.generation;
-        let waited = timing.generation_s - generation.seconds + generation.first_token_s;
-        metrics.set("perf/first_token_s", waited);
+            .set("train/timing/broadcast", timing.publish)
+            .set("perf/weight_sync_s", timing.publish)
+            .set("perf/prefill_tokens", prefilled)
+            .set("perf/decode_steps", of("decode_steps"))
+            .set("perf/first_token_s", waited);
         if let Some(age) = self.age {
             metrics.set("perf/start_to_first_token_s", age + waited);
         }
-        metrics.set_text("samples", samples_markdown(&samples_of(0, report, self.samples_per_prompt)));
-        self.last_kl = Some(report.kl);
+        metrics.set_text("samples", samples_markdown(&samples_of(0, rows, self.samples_per_prompt)));
+        self.last_kl = metrics.get("train/kl");
     }
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Population standard deviation.
-fn deviation(values: &[f64]) -> f64 {
-    let center = mean(values);
-    (values.iter().map(|value| (value - center).powi(2)).sum::<f64>() / values.len() as f64).sqrt()
-}
-
-fn narrow(values: &[f64]) -> Vec<f32> {
-    values.iter().map(|&value| value as f32).collect()
 }

@@ -6,7 +6,7 @@ use crate::kl::KlEstimator;
 
 table! {
     /// How a step learns from its rollout.
-    pub struct Ppo {
+    pub struct PpoKeys {
         /// Passes over each rollout.
         pub epochs: usize = 1, in between(1.0, MOST);
         /// Responses per optimizer step; divides the step's responses.
@@ -50,7 +50,7 @@ choice! {
     }
 }
 
-impl Ppo {
+impl PpoKeys {
     /// Rules between its keys.
     pub fn check(&self, rules: &mut Rules) {
         if let Some(high) = self.policy_clip_high.filter(|high| *high < self.policy_clip) {

@@ -11,6 +11,7 @@ mod aside;
 mod flat;
 mod flat_weights;
 mod frozen;
+mod learn;
 mod optimizer;
 mod pass;
 mod sharding;
@@ -21,10 +22,9 @@ pub use aside::Aside;
 pub use flat::{FlatUnit, ParamWithGrad};
 pub use flat_weights::{FlatLayout, FlatWeights};
 pub use frozen::{FrozenState, FrozenWhole};
+pub use learn::Told;
 pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
 pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
 pub use sharding::{Sharding, ZeroStage};
 pub use state_file::{StateFileError, TensorFile, TensorWriter, write_tensors};
-pub use trainable::{
-    PassConfig, PolicyOutput, ScalarValues, Trainable, forward_rows, forward_rows_through, stack_rows,
-};
+pub use trainable::{PassConfig, Trainable, forward_rows, forward_rows_through, stack_rows};

@@ -44,11 +44,6 @@ impl Sharding {
         Sharding { group: group.clone(), stage: ZeroStage::Three, offload: false }
     }
 
-    /// Whether a model that does not learn is divided as well.
-    pub fn divides_frozen(&self) -> bool {
-        self.parameters()
-    }
-
     pub(super) fn optimizer(&self) -> bool {
         self.divides(ZeroStage::One)
     }

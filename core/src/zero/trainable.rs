@@ -4,10 +4,10 @@ use tch::{Device, Tensor};
 
 use super::optimizer::{StepReport, TrainingState};
 use super::pass::{Backbone, Head, Units, WholeModel, forward_backward, forward_units, idle_pass};
+use crate::data::{Rows, micro_batches};
 use crate::error::{Error, Result};
 use crate::pack::PackedRows;
 use crate::progress::Interrupt;
-use crate::rollout::{Tokens, micro_batches};
 
 /// How rows go through a model.
 #[derive(Clone, Copy, Debug)]
@@ -37,15 +37,10 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
         Trainable { state, model, head, pass, passes: 0, idle: 0, bad_loss: None }
     }
 
-    /// The micro-batches of this rank's rows, as row indices, and agrees with the other ranks on their number: call
-    /// [`Trainable::forward_backward`] for each, then [`Trainable::optimizer_step`].
-    pub fn micro_batches(&mut self, lengths: &[i64]) -> Result<Vec<Vec<i64>>> {
-        let batches = micro_batches(lengths, self.pass.tokens_per_micro_batch);
-        self.agree_on(batches)
-    }
-
-    /// [`Trainable::micro_batches`] with batches made elsewhere.
-    pub fn agree_on(&mut self, batches: Vec<Vec<i64>>) -> Result<Vec<Vec<i64>>> {
+    /// The micro-batches of this rank's rows, of which `unit` neighbours stay together, as row indices; agrees with the other
+    /// ranks on their number: call [`Trainable::forward_backward`] for each, then [`Trainable::optimizer_step`].
+    pub fn micro_batches(&mut self, lengths: &[i64], unit: usize) -> Result<Vec<Vec<i64>>> {
+        let batches = micro_batches(lengths, unit, self.pass.tokens_per_micro_batch);
         self.idle = self.state.agree(batches.len())? - batches.len();
         Ok(batches)
     }
@@ -53,7 +48,7 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
     /// Runs rows through the model without a graph, a micro-batch at a time, in the order of the rows.
     pub fn forward_rows(
         &mut self,
-        rows: &Tokens,
+        rows: &Rows,
         interrupt: &Interrupt,
         each: impl FnMut(&[i64], H::Output),
     ) -> Result<()> {
@@ -62,7 +57,7 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
 
     /// Adds the gradients of `loss` on one micro-batch to the accumulated ones; returns the loss. One that is not finite
     /// makes [`Trainable::optimizer_step`] refuse.
-    pub fn forward_backward(&mut self, rows: &Tokens, loss: impl FnOnce(&H::Output) -> Result<Tensor>) -> Result<f64> {
+    pub fn forward_backward(&mut self, rows: &Rows, loss: impl FnOnce(&H::Output) -> Result<Tensor>) -> Result<f64> {
         self.begin_pass();
         let packed = PackedRows::new(rows, self.pass.device);
         let (model, recompute) = ((&self.model, &self.head), self.pass.activation_checkpointing);
@@ -103,7 +98,7 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
 pub fn forward_rows<B: Backbone, H: Head>(
     model: (&B, &H),
     pass: &PassConfig,
-    rows: &Tokens,
+    rows: &Rows,
     interrupt: &Interrupt,
     each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
@@ -116,11 +111,11 @@ pub fn forward_rows_through<B: Backbone, H: Head>(
     units: &mut dyn Units,
     (model, head): (&B, &H),
     pass: &PassConfig,
-    rows: &Tokens,
+    rows: &Rows,
     interrupt: &Interrupt,
     mut each: impl FnMut(&[i64], H::Output),
 ) -> Result<()> {
-    let batches = micro_batches(&rows.lengths, pass.tokens_per_micro_batch);
+    let batches = micro_batches(&rows.lengths, 1, pass.tokens_per_micro_batch);
     let passes = units.agree(batches.len())?; // before the first pass: ranks are in step
     for index in 0..passes {
         let stop = model.any_stops(interrupt.check().is_err())?;
@@ -145,17 +140,4 @@ pub fn stack_rows(parts: &[Tensor], size: [i64; 2]) -> Tensor {
     let wide: Vec<Tensor> =
         parts.iter().map(|part| part.to_device(Device::Cpu).constant_pad_nd([0, size[1] - part.size()[1]])).collect();
     if wide.is_empty() { Tensor::zeros(size, tch::kind::FLOAT_CPU) } else { Tensor::cat(&wide, 0) }
-}
-
-/// An output with log-probs (and, when learning, entropy) per token.
-pub trait PolicyOutput {
-    /// `[b, T]`.
-    fn logprobs(&self) -> &Tensor;
-    /// `[b, T]`.
-    fn entropy(&self) -> Option<&Tensor>;
-}
-
-/// An output with one number per token `[b, T]` or per row `[b]`.
-pub trait ScalarValues {
-    fn values(&self) -> &Tensor;
 }

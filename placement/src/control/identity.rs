@@ -5,12 +5,13 @@
 //! arguments or the environment, which others can read.
 
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use echelon_core::whole_file::WholeFile;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
@@ -113,14 +114,12 @@ impl Credentials {
     /// The folder cannot be written to.
     pub fn write(&self, path: &Path) -> Result<(), ControlError> {
         let failed = |error: io::Error| ControlError::Credentials { path: path.into(), cause: error.to_string() };
-        let partial = path.with_extension(format!("partial-{}", std::process::id()));
-        let _ = fs::remove_file(&partial);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&partial).map_err(failed)?;
-        let written = file.write_all(self.text().as_bytes()).and_then(|()| fs::rename(&partial, path));
-        written.map_err(|error| {
-            let _ = fs::remove_file(&partial);
-            failed(error)
-        })
+        let write = || {
+            let mut file = WholeFile::create(path, 0o600)?;
+            file.write_all(self.text().as_bytes())?;
+            file.finish()
+        };
+        write().map_err(failed)
     }
 
     /// Reads what [`Credentials::write`] wrote.

@@ -222,7 +222,7 @@ impl Environment<'_> {
         let place = self.place(launcher, rank, world_size, local_rank);
         let nodes = self.get("SLURM_STEP_NODELIST").or_else(|| self.get("SLURM_JOB_NODELIST"));
         let first = match (&place.master, nodes) {
-            (None, Some(nodes)) => expand_node_list(&nodes)?.into_iter().next(),
+            (None, Some(nodes)) => Some(first_host(&nodes)?),
             (master, _) => master.clone(),
         };
         Ok(Some(Place {
@@ -323,17 +323,22 @@ impl fmt::Display for Launcher {
     }
 }
 
-/// Host names of a Slurm node list, as `scontrol show hostnames` prints them: `gpu[001-003,7],r[1-2]n[08-09]`.
+/// The first of the hosts of a Slurm node list, which `scontrol show hostnames` prints: `gpu[001-003,7],r[1-2]n[08-09]`.
 ///
 /// # Errors
 /// Brackets or ranges that make no sense, or more than 65,536 hosts.
-pub fn expand_node_list(list: &str) -> Result<Vec<String>, EnvironmentError> {
+fn first_host(list: &str) -> Result<String, EnvironmentError> {
     let wrong = |expected| EnvironmentError::Value { variable: "node list".into(), value: list.into(), expected };
-    let mut hosts = Vec::new();
+    let (mut first, mut count) = (None, 0);
     for part in split_outside_brackets(list).ok_or_else(|| wrong("brackets in pairs"))? {
-        expand(part, &mut hosts).map_err(wrong)?;
+        let (host, hosts) = hosts(part).map_err(wrong)?;
+        if host.is_empty() {
+            return Err(wrong("no empty host name"));
+        }
+        count += hosts;
+        first.get_or_insert(host);
     }
-    Ok(hosts)
+    if count > HOSTS { Err(wrong("at most 65,536 hosts")) } else { first.ok_or_else(|| wrong("no empty host name")) }
 }
 
 /// More hosts than any cluster has.
@@ -359,28 +364,23 @@ fn split_outside_brackets(list: &str) -> Option<Vec<&str>> {
     (depth == 0).then_some(parts)
 }
 
-fn expand(part: &str, hosts: &mut Vec<String>) -> Result<(), &'static str> {
-    let Some((before, rest)) = part.split_once('[') else {
-        if part.is_empty() {
-            return Err("no empty host name");
-        }
-        hosts.push(part.into());
-        return if hosts.len() > HOSTS { Err("at most 65,536 hosts") } else { Ok(()) };
-    };
+/// The first of the names that a part of a node list stands for, and how many there are.
+fn hosts(part: &str) -> Result<(String, usize), &'static str> {
+    let Some((before, rest)) = part.split_once('[') else { return Ok((part.into(), 1)) };
     let (ranges, after) = rest.split_once(']').ok_or("brackets in pairs")?;
+    let (mut lowest, mut count) = (None, 0);
     for range in ranges.split(',') {
         let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let width = first.len();
         let number = |digits: &str| digits.parse::<usize>().map_err(|_| "numbers in brackets");
-        let (first, last) = (number(first)?, number(last)?);
-        if last < first || last - first >= HOSTS {
+        let (number, last) = (number(first)?, number(last)?);
+        if last < number || last - number >= HOSTS {
             return Err("ranges that rise, to at most 65,536 hosts");
         }
-        for number in first..=last {
-            expand(&format!("{before}{number:0width$}{after}"), hosts)?;
-        }
+        count += last - number + 1;
+        lowest.get_or_insert(format!("{number:0width$}", width = first.len()));
     }
-    Ok(())
+    let (after, times) = hosts(after)?;
+    Ok((before.to_string() + &lowest.unwrap_or_default() + &after, count.saturating_mul(times)))
 }
 
 #[cfg(test)]
@@ -490,12 +490,18 @@ mod tests {
     }
 
     #[test]
-    fn node_lists_expand() {
-        let hosts = expand_node_list("gpu[001-003,7],login1").unwrap();
-        assert_eq!(hosts, ["gpu001", "gpu002", "gpu003", "gpu7", "login1"]);
-        assert_eq!(expand_node_list("r[1-2]n[08-09]").unwrap(), ["r1n08", "r1n09", "r2n08", "r2n09"]);
+    fn a_node_list_has_a_first_host() {
+        for (list, first) in [
+            ("gpu[001-003,7],login1", "gpu001"),
+            ("gpu[7,001-003]", "gpu7"),
+            ("login1,gpu[1-2]", "login1"),
+            ("r[1-2]n[08-09]", "r1n08"),
+            ("a[0-9999]b[1-6]", "a0b1"),
+        ] {
+            assert_eq!(first_host(list).unwrap(), first, "{list}");
+        }
         for wrong in ["", "a[", "a]", "a[3-1]", "a[x]", "a[1-99999999]", "a,,b", "a[0-9999]b[0-9999]"] {
-            assert!(expand_node_list(wrong).is_err(), "{wrong}");
+            assert!(first_host(wrong).is_err(), "{wrong}");
         }
     }
 

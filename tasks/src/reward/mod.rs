@@ -1,4 +1,4 @@
-//! Scores for responses, without a model: rules, a remote server, a program, and weighted sums of them.
+//! Scores for responses, without a model: rules, a remote server, a program.
 //!
 //! Each is a [`RewardSource`]. Invariants:
 //! * RW-1: a source answers with one finite number per request, in order, or with an error that names the request.
@@ -10,7 +10,6 @@ mod error;
 mod format;
 mod length;
 mod math;
-mod mix;
 mod number;
 mod pattern;
 mod rule;
@@ -22,7 +21,6 @@ pub use error::{RequestExcerpt, RewardError};
 pub use format::FormatRule;
 pub use length::LengthRule;
 pub use math::MathRule;
-pub use mix::WeightedMix;
 pub use pattern::RegexRule;
 pub use rule::RuleConfig;
 pub use sentiment::{Lexicon, SentimentRule};
@@ -88,5 +86,36 @@ pub fn score_checked(source: &dyn RewardSource, requests: &[RewardRequest]) -> R
             request: RequestExcerpt::new(requests, index),
             score: scores[index],
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fixed(Vec<f64>);
+
+    impl RewardSource for Fixed {
+        fn name(&self) -> String {
+            "fixed".to_owned()
+        }
+
+        fn score(&self, _: &[RewardRequest]) -> Result<Vec<f64>, RewardError> {
+            Ok(self.0.clone())
+        }
+    }
+
+    #[test]
+    fn a_source_that_breaks_the_rules_is_named() {
+        let (prompt, response, label) = ("1+1".to_owned(), "2".to_owned(), None);
+        let request = RewardRequest { prompt, response, label, num_response_tokens: 1, finished: true };
+        let requests = [request.clone(), request];
+        let error = |scores| score_checked(&Fixed(scores), &requests).unwrap_err().to_string();
+        assert_eq!(error(vec![1.0]), "reward \"fixed\": 2 requests, 1 scores");
+        assert_eq!(
+            error(vec![1.0, f64::NAN]),
+            "reward \"fixed\": request 2 of 2 (prompt \"1+1\"): its score is NaN, not a finite number"
+        );
+        assert_eq!(score_checked(&Fixed(vec![]), &[]).unwrap(), Vec::<f64>::new());
     }
 }
