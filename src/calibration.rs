@@ -13,15 +13,17 @@ use std::time::Instant;
 use echelon_core::data::Rows;
 use echelon_core::process_group::{MeetingPoint, Patience, ProcessGroup};
 use echelon_core::progress::{Interrupt, Unwatched};
+use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::store::total;
+use echelon_core::verb::{Learn, Verb};
+use echelon_core::workload::{Gives, RoleModel, Sampling, Workload, passes_with_sampling};
 use echelon_core::zero::{OptimizerConfig, Sharding};
 use echelon_core::{Error, Result};
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::head::LogprobOutput;
 use echelon_placement::cluster::{Cluster, Link};
-use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, plan};
 use echelon_placement::rates::Rates;
 use tch::{Kind, Tensor};
@@ -120,21 +122,23 @@ impl Probe {
         let prompt = (workload.mean_prompt_tokens.round() as usize).max(2);
         let response = (workload.mean_response_tokens.round() as usize).max(1);
         let shallow = of_depth(&config, depths(&config)[0]).shape().num_params();
+        let batch = workload.passes.iter().filter(|pass| pass.verb == Learn::NAME).map(|pass| pass.rows).max();
         let rows = (PASS_FLOPS / (6.0 * shallow as f64 * (prompt + response) as f64)) as usize;
-        let rows = rows.min(workload.tokens_per_micro_batch / (prompt + response)).clamp(1, workload.mini_batch.max(1));
+        let rows = rows.min(workload.tokens_per_micro_batch / (prompt + response)).clamp(1, batch.unwrap_or(1));
+        let training = workload.main_role().and_then(|role| workload.training(role));
+        let models = vec![RoleModel { role: Role::Actor, shape, gives: Gives::Logprobs, training, offload: false }];
+        let sampling = workload.sampling.clone();
+        let sampling =
+            sampling.map(|like| Sampling { published: Role::Actor, prompts: rows, samples_per_prompt: 1, ..like });
         let workload = Workload {
-            actor: shape,
-            critic: None,
-            reference: None,
-            reward: None,
-            prompts: rows,
-            samples_per_prompt: 1,
+            passes: passes_with_sampling(&models, rows, rows, 1),
+            models,
+            sampling,
+            rows,
             max_prompt_tokens: prompt,
             max_response_tokens: response,
             mean_prompt_tokens: prompt as f64,
             mean_response_tokens: response as f64,
-            mini_batch: rows,
-            epochs: 1,
             ..workload.clone()
         };
         let here = Here { generate: 1, score: 1, train: 1, threads: 1 };
@@ -209,7 +213,7 @@ impl Probe {
         let (prompt, length) = (work.max_prompt_tokens, work.max_tokens());
         let ids = (0..length as i64).map(|t| t * 31 % self.config.vocab_size).collect::<Vec<_>>();
         let row = (ids, (0..length).map(|t| t >= prompt).collect::<Vec<_>>());
-        Rows::of_tokens(&vec![row; work.prompts])
+        Rows::of_tokens(&vec![row; work.rows])
     }
 
     /// Also while the run's own step may not be stopped.
@@ -227,6 +231,7 @@ impl Probe {
     fn generate(&self, policy: &Policy) -> Result<f64> {
         self.is_wanted()?;
         let work = &self.workload;
+        let Some(limits) = &work.sampling else { return Ok(0.0) };
         let max_new_tokens = work.max_response_tokens.min(PROBE_TOKENS);
         let sampling = SamplingConfig {
             temperature: 1.0,
@@ -240,11 +245,11 @@ impl Probe {
         let ids = |id: usize| (0..work.max_prompt_tokens).map(move |t| ((id + t) as i64 * 31) % self.config.vocab_size);
         let prompt =
             |id: usize| Prompt { id: id as u64, token_ids: ids(id).collect(), text: String::new(), label: None };
-        let rows = (0..work.prompts).map(prompt).collect();
+        let rows = (0..work.rows).map(prompt).collect();
         let prompts = Prompts { rows, samples_per_prompt: 1, seed: 1, evaluation: true };
         let engine = Engine::new(EngineConfig {
-            max_sequences: work.max_sequences,
-            max_batched_tokens: work.max_batched_tokens,
+            max_sequences: limits.max_sequences,
+            max_batched_tokens: limits.max_batched_tokens,
             kv_cache_bytes: None,
             weight_layout: self.held.weight_layout,
         });

@@ -2,45 +2,37 @@
 
 use std::path::Path;
 
-use echelon_core::device::{self, DeviceChoice};
+use echelon_core::compute::{Compute, ComputeDtype};
+use echelon_core::device;
 use echelon_core::weight_layout::WeightLayout;
 use echelon_core::zero::PassConfig;
 use echelon_placement::control::Credentials;
+use echelon_placement::devices::Devices;
 use echelon_placement::launch::Place;
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::node;
 use crate::program::Failure;
-use crate::recipe::{self, Compute, Devices, Dtype};
 use echelon_roles::models::Held;
 
 /// The device and dtype that a recipe asks for, and a warning where the device is not what the hardware suggests. A worker
 /// among several of its host has its `place`, which names its device. Weights lie plainly: the driver decides otherwise, and
 /// tells its workers.
 pub fn held(compute: &Compute, devices: &Devices, place: Option<&Place>) -> Result<(Held, Option<String>), Failure> {
-    let choice = match devices.device {
-        recipe::Device::Auto => DeviceChoice::Auto,
-        recipe::Device::Cpu => DeviceChoice::Cpu,
-        recipe::Device::Cuda => DeviceChoice::Cuda,
-    };
-    let mut chosen = device::choose(choice).map_err(Failure::input)?;
+    let mut chosen = device::choose(devices.device).map_err(Failure::input)?;
     if let (Device::Cuda(_), Some(place)) = (chosen.device, place) {
         let visible = tch::Cuda::device_count() as u32;
         chosen.device = Device::Cuda(place.device_index(visible).map_err(Failure::input)? as usize);
     }
-    let kind = match compute.dtype {
-        Dtype::Float32 => Kind::Float,
-        Dtype::Bfloat16 => Kind::BFloat16,
-        Dtype::Float64 => Kind::Double,
-        Dtype::Auto if chosen.device == Device::Cpu => Kind::Float,
-        Dtype::Auto => Kind::BFloat16,
-    };
+    let on_cpu = chosen.device == Device::Cpu;
+    let usual = if on_cpu { ComputeDtype::Float32 } else { ComputeDtype::Bfloat16 };
+    let kind = compute.dtype.fixed().unwrap_or(usual).kind();
     let pass = PassConfig {
         device: chosen.device,
         tokens_per_micro_batch: compute.tokens_per_micro_batch as i64,
         activation_checkpointing: compute.activation_checkpointing,
     };
-    let deterministic = chosen.device == Device::Cpu || compute.deterministic.fixed().unwrap_or(false);
+    let deterministic = on_cpu || compute.deterministic.fixed().unwrap_or(false);
     Ok((Held { kind, pass, weight_layout: WeightLayout::Plain, deterministic }, chosen.warning))
 }
 

@@ -5,12 +5,13 @@ use std::path::PathBuf;
 
 use echelon_core::Error;
 use echelon_core::data::Rows;
+use echelon_core::memory::Work;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::store::total;
+use echelon_core::workload::Workload;
 use echelon_placement::cluster::Cluster;
 use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
-use echelon_placement::ledger::Workload;
 use echelon_placement::planner::{Constraints, StepSeconds, plan};
 use echelon_placement::rates::Rates;
 use tch::Device;
@@ -47,12 +48,13 @@ impl Forecast {
         layout: &Layout,
     ) -> Result<Forecast, Failure> {
         let on_cpu = held.pass.device == Device::Cpu;
-        let here = here(layout, recipe.placement.devices.listen.is_some());
+        let workload = workload_of(recipe, shapes(folders)?);
+        let here = here(&workload, layout, recipe.placement.devices.listen.is_some());
         // A worker alone at work has its threads to itself; what several take from each other is measured.
         let threads = here.threads * layout.num_workers;
         let cluster = on_cpu.then(|| Cluster::cpu(layout.num_workers, threads, total())).transpose();
         Ok(Forecast {
-            workload: workload_of(recipe, shapes(folders)?),
+            workload,
             constraints: Constraints {
                 // What was planned and now runs.
                 zero_stage: Some(layout.group(Role::Actor).zero_stage),
@@ -123,26 +125,20 @@ impl Forecast {
 
 /// How many workers of this host are at work in each phase, groups apart at the same time. Where others start them they may
 /// be anywhere: one is measured.
-fn here(layout: &Layout, started_elsewhere: bool) -> Here {
+fn here(workload: &Workload, layout: &Layout, started_elsewhere: bool) -> Here {
     let threads = match layout.num_workers {
         1 => tch::get_num_threads().max(1) as usize,
         several => threads_per_worker(available_threads(), several as u32),
     };
-    let of = |wanted: &[Role]| match started_elsewhere {
+    let of = |work: Work| match started_elsewhere {
         true => 1,
         false => {
-            let groups = layout.groups.iter().filter(|group| wanted.contains(&group.role));
+            let groups = layout.groups.iter().filter(|group| workload.passes(group.role, work).next().is_some());
             let workers: BTreeSet<usize> = groups.flat_map(|group| group.workers.iter().copied()).collect();
             workers.len().clamp(1, MOST_PROBES)
         }
     };
-    use Role::{Actor, Critic, Generator, Reference, Reward};
-    Here {
-        generate: of(&[Generator]),
-        score: of(&[Actor, Critic, Reference, Reward]),
-        train: of(&[Actor, Critic]),
-        threads,
-    }
+    Here { generate: of(Work::Generate), score: of(Work::Score), train: of(Work::Learn), threads }
 }
 
 /// Probes that run at once: what more workers take from each other shows with these.

@@ -3,24 +3,24 @@
 use std::fmt::Display;
 use std::path::Path;
 
+use echelon_core::compute::{Compute, ComputeDtype};
+use echelon_core::device::DeviceChoice;
 use echelon_core::role::Role;
 use echelon_core::shape::ModelShape;
 use echelon_core::store::total;
+use echelon_core::verb::{Learn, Logprobs, Scores, Verb};
+use echelon_core::workload::{Gives, Pass, RoleModel, Sampling, Training, Workload, passes_with_sampling};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_placement::cluster::Cluster;
+use echelon_placement::devices::Devices;
 use echelon_placement::launch::spawn::available_threads;
-use echelon_placement::ledger::{ComputeDtype, Workload};
-use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, Training, TrainingPlan, plan, plan_training};
+use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
 use echelon_placement::rates::Rates;
-use echelon_placement::tier::Tier;
 
 use crate::monitor::PLAN_FILE;
 use crate::node;
 use crate::program::{Failure, PlanFormat, write_whole};
-use crate::recipe::{
-    self, Auto, Compute, Device, Devices, Dtype, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel,
-    SupervisedTrain,
-};
+use crate::recipe::{Auto, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel, SupervisedTrain};
 use serde::Serialize;
 
 /// The GPUs that a recipe without a kind is planned for.
@@ -72,8 +72,8 @@ impl TrainingJob<'_> {
     ///
     /// # Errors
     /// [`Failure::Input`]: hardware or a model that cannot be planned.
-    pub fn ask(&self) -> Result<Option<Result<TrainingPlan, PlanError>>, Failure> {
-        let Some(training) = self.training()? else { return Ok(None) };
+    pub fn ask(&self) -> Result<Option<Result<Plan, PlanError>>, Failure> {
+        let Some(workload) = self.workload()? else { return Ok(None) };
         let (cluster, compute) = (cluster(self.devices)?, &self.train.compute);
         let constraints = Constraints {
             zero_stage: compute.zero_stage.fixed().map(|stage| stage as u8),
@@ -82,28 +82,34 @@ impl TrainingJob<'_> {
             pools: !self.devices.node_pool.is_empty(),
             ..Constraints::default()
         };
-        Ok(Some(plan_training(&cluster, &training, &constraints, &Rates::of(&cluster))))
+        Ok(Some(plan(&cluster, &workload, &constraints, &Rates::of(&cluster))))
     }
 
-    /// The same in numbers; None where the model's shape is not at hand.
+    /// What a step works on; None where the model's shape is not at hand.
     ///
     /// # Errors
     /// [`Failure::Input`]: a model whose config cannot be read.
-    pub fn training(&self) -> Result<Option<Training>, Failure> {
+    pub fn workload(&self) -> Result<Option<Workload>, Failure> {
         let TrainingJob { role, model, folder, train, devices, rows_per_example } = *self;
         let source = folder.map_or_else(|| model.model.clone(), |folder| ModelSource::Folder(folder.into()));
         let start = StartModel { model: source, shape: model.shape.clone() };
-        let head = if role == Role::Actor { HeadKind::Logits } else { HeadKind::Score };
-        let Some(model) = shape(&start, Some(head))? else { return Ok(None) };
-        let compute = &train.compute;
-        Ok(Some(Training {
-            role,
-            model,
-            rows: train.batch_size * rows_per_example,
-            rows_per_example,
-            max_tokens: train.max_tokens,
+        let (head, gives, says) = match role {
+            Role::Actor => (HeadKind::Logits, Gives::Logprobs, Logprobs::NAME),
+            _ => (HeadKind::Score, Gives::Scalars, Scores::NAME),
+        };
+        let Some(shape) = shape(&start, Some(head))? else { return Ok(None) };
+        let (compute, rows) = (&train.compute, train.batch_size * rows_per_example);
+        Ok(Some(Workload {
+            models: vec![RoleModel { role, shape, gives, training: Some(Training::default()), offload: false }],
+            sampling: None,
+            passes: vec![Pass { role, verb: Learn::NAME, rows, times: 1 }, Pass { role, verb: says, rows, times: 0 }],
+            rows,
+            rows_per_unit: rows_per_example,
+            max_prompt_tokens: 0,
+            max_response_tokens: train.max_tokens,
+            mean_prompt_tokens: 0.0,
             // Unknown before the rows are read: half the limit.
-            mean_tokens: train.max_tokens as f64 / 2.0,
+            mean_response_tokens: train.max_tokens as f64 / 2.0,
             tokens_per_micro_batch: compute.tokens_per_micro_batch,
             dtype: compute_dtype(compute, devices),
             activation_checkpointing: compute.activation_checkpointing,
@@ -118,7 +124,7 @@ impl TrainingJob<'_> {
 pub fn print<P: Serialize + Display>(
     format: PlanFormat,
     (text, mut json): (String, serde_json::Value),
-    plan: Option<Result<P, PlanError>>,
+    plan: Option<Result<P, &PlanError>>,
 ) -> Result<(), Failure> {
     match format {
         PlanFormat::Text => {
@@ -168,7 +174,7 @@ pub fn keep(folder: &Path, plan: Option<&str>) -> Result<(), Failure> {
 /// Counts this machine's GPUs where the recipe leaves it to us: several are then planned for, and the resolved recipe says
 /// how many. One needs no plan.
 pub fn count_gpus(devices: &mut Devices) {
-    if devices.device != Device::Cpu
+    if devices.device != DeviceChoice::Cpu
         && devices.count().is_none()
         && devices.gpu.is_none()
         && let Some(found) = node::gpus().map(|here| here.num_devices()).filter(|&found| found > 1)
@@ -179,7 +185,7 @@ pub fn count_gpus(devices: &mut Devices) {
 
 fn on_cpu(devices: &Devices) -> bool {
     let names_gpus = devices.count().is_some() || devices.gpu.is_some();
-    devices.device == Device::Cpu || (devices.device == Device::Auto && !names_gpus)
+    devices.device == DeviceChoice::Cpu || (devices.device == DeviceChoice::Auto && !names_gpus)
 }
 
 fn cluster(devices: &Devices) -> Result<Cluster, Failure> {
@@ -249,39 +255,46 @@ pub struct Shapes {
 /// What a step of a recipe works on.
 pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
+    let (samples, batch) = (recipe.rollout.samples_per_prompt, recipe.ppo.mini_batch_size);
+    let rows = recipe.rollout.batch_size * samples;
+    let of_actor = Training { entropy_in_loss: recipe.ppo.entropy_coef != 0.0 };
+    let model = |role, shape, gives, training| RoleModel { role, shape, gives, training, offload: false };
+    let mut models = vec![
+        model(Role::Actor, shapes.actor, Gives::Logprobs, Some(of_actor)),
+        model(Role::Critic, shapes.critic, Gives::Scalars, Some(Training::default())),
+    ];
+    models.extend(shapes.reference.map(|shape| RoleModel {
+        offload: recipe.reference_offload,
+        ..model(Role::Reference, shape, Gives::Logprobs, None)
+    }));
+    models.extend(shapes.reward.map(|shape| model(Role::Reward, shape, Gives::Scalars, None)));
     Workload {
-        actor: shapes.actor,
-        critic: Some(shapes.critic),
-        reference: shapes.reference,
-        reward: shapes.reward,
-        prompts: recipe.rollout.batch_size,
-        samples_per_prompt: recipe.rollout.samples_per_prompt,
+        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * recipe.ppo.epochs),
+        models,
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts: recipe.rollout.batch_size,
+            samples_per_prompt: samples,
+            max_sequences: recipe.generation.max_sequences,
+            max_batched_tokens: recipe.generation.max_batched_tokens,
+            kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
+        }),
+        rows,
+        rows_per_unit: 1,
         max_prompt_tokens: prompt,
         max_response_tokens: response,
         // Unknown before the first rollout: half the limits.
         mean_prompt_tokens: prompt as f64 / 2.0,
         mean_response_tokens: response as f64 / 2.0,
-        mini_batch: recipe.ppo.mini_batch_size,
-        epochs: recipe.ppo.epochs,
         tokens_per_micro_batch: recipe.train.compute.tokens_per_micro_batch,
         dtype: compute_dtype(&recipe.train.compute, &recipe.placement.devices),
         activation_checkpointing: recipe.train.compute.activation_checkpointing,
-        entropy_in_loss: recipe.ppo.entropy_coef != 0.0,
-        reference_offload: recipe.reference_offload,
-        max_sequences: recipe.generation.max_sequences,
-        max_batched_tokens: recipe.generation.max_batched_tokens,
-        kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed().map(|bytes| bytes as u64),
     }
 }
 
 fn compute_dtype(compute: &Compute, devices: &Devices) -> ComputeDtype {
-    match compute.dtype {
-        Dtype::Float32 => ComputeDtype::Float32,
-        Dtype::Bfloat16 => ComputeDtype::Bfloat16,
-        Dtype::Float64 => ComputeDtype::Float64,
-        Dtype::Auto if on_cpu(devices) => ComputeDtype::Float32,
-        Dtype::Auto => ComputeDtype::Bfloat16,
-    }
+    let usual = if on_cpu(devices) { ComputeDtype::Float32 } else { ComputeDtype::Bfloat16 };
+    compute.dtype.fixed().unwrap_or(usual)
 }
 
 /// A model's shape from its own `config.json`, or where that is not at hand from the one named for planning.
@@ -311,15 +324,10 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
     let by_hand = by_hand.map(|(role, place)| ByHand {
         role,
         devices: place.devices.clone(),
-        colocate_with: place.colocate_with.map(core_role),
+        colocate_with: place.colocate_with,
     });
     Constraints {
-        tier: match placement.devices.tier {
-            recipe::Tier::Auto => None,
-            recipe::Tier::Small => Some(Tier::Small),
-            recipe::Tier::Medium => Some(Tier::Medium),
-            recipe::Tier::Large => Some(Tier::Large),
-        },
+        tier: placement.devices.tier.fixed(),
         zero_stage: recipe.train.compute.zero_stage.fixed().map(|stage| stage as u8),
         adam_offload: recipe.train.compute.adam_offload.then_some(true),
         tensor_parallel: Some(recipe.generation.tensor_parallel_size).filter(|&size| size > 1),
@@ -327,16 +335,6 @@ pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
         use_all_devices: placement.devices.workers.fixed().is_some(),
         pools: !placement.devices.node_pool.is_empty(),
         ..Constraints::default()
-    }
-}
-
-fn core_role(role: recipe::Role) -> Role {
-    match role {
-        recipe::Role::Actor => Role::Actor,
-        recipe::Role::Critic => Role::Critic,
-        recipe::Role::Reference => Role::Reference,
-        recipe::Role::Reward => Role::Reward,
-        recipe::Role::Generator => Role::Generator,
     }
 }
 

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use echelon_algorithms::Algorithm;
-use echelon_algorithms::ppo::Ppo;
+use echelon_algorithms::ppo::{PolicyLoss, Ppo, ValueLoss};
 use echelon_algorithms::reward_model::{PairwiseRanking, RewardModel};
+use echelon_algorithms::schedule::LrSchedule;
 use echelon_algorithms::sft::{NegativeLogLikelihood, Sft};
 use echelon_core::loss::Loss;
 use echelon_core::role::Role;
@@ -20,7 +21,7 @@ use crate::machine;
 use crate::program::Failure;
 use crate::recipe::{Compute, Devices, Init, Model, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::run_spec::RunSpec;
-use crate::settings::{self, engine_config};
+use crate::settings::engine_config;
 
 /// What a worker builds, at its place among those of its host, and a warning about its device.
 ///
@@ -67,13 +68,13 @@ fn of_ppo(spec: &RunSpec, recipe: &ResolvedRecipe, held: Held) -> RankPlan {
         random: false,
         seed: recipe.seed,
         reads,
-        optimizer: settings::optimizer(optimizer, compute),
+        optimizer: optimizer.config(compute),
         lr: optimizer.lr,
-        schedule: settings::schedule(optimizer, spec.optimizer_steps[&role]),
+        schedule: LrSchedule::of(optimizer, spec.optimizer_steps[&role]),
         losses: vec![loss],
     };
-    let policy_loss: Arc<dyn Loss> = Arc::new(settings::policy_loss(recipe));
-    let value_loss = Arc::new(settings::value_loss(recipe));
+    let policy_loss: Arc<dyn Loss> = Arc::new(PolicyLoss::of(&recipe.ppo));
+    let value_loss = Arc::new(ValueLoss::of(&recipe.ppo));
     let (logprobs, values) = (Reads::Logprobs { temperature }, Reads::Scalars(ScalarRows::Predecessors));
     let trained = vec![
         trained(Role::Actor, logprobs, &recipe.actor.optimizer, policy_loss),
@@ -107,9 +108,9 @@ fn alone(
         random: model.init == Init::Random,
         seed,
         reads,
-        optimizer: settings::optimizer(&model.optimizer, compute),
+        optimizer: model.optimizer.config(compute),
         lr: model.optimizer.lr,
-        schedule: settings::schedule(&model.optimizer, spec.optimizer_steps[&role]),
+        schedule: LrSchedule::of(&model.optimizer, spec.optimizer_steps[&role]),
         losses: vec![loss],
     };
     of_spec(spec, held, vec![trained])

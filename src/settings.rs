@@ -3,20 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use echelon_algorithms::kl::{self, KlController};
-use echelon_algorithms::losses::PolicyClip;
-use echelon_algorithms::ppo::{KlPlacement, PolicyLoss, Ppo, ValueLoss};
+use echelon_algorithms::ppo::Ppo;
 use echelon_algorithms::reward_shaping::ScoreShaping;
-use echelon_algorithms::schedule::{Decay, LrSchedule};
 use echelon_core::rollout::SamplingConfig;
-use echelon_core::zero::OptimizerConfig;
 use echelon_generation::{EngineConfig, check_budget};
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::model_folders::{ModelFolders, fingerprint, shape};
 use crate::program::Failure;
 use crate::prompts::PromptFormat;
-use crate::recipe::{self, Compute, KlEstimator, Optimizer, ResolvedRecipe, Schedule};
+use crate::recipe::ResolvedRecipe;
 use echelon_roles::models::Held;
 
 /// Refuses what the models and the device cannot do, before anything starts.
@@ -88,31 +84,14 @@ pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> Prom
     }
 }
 
+/// The algorithm, which learns from scores normalised by a mean and a standard deviation.
 pub fn ppo(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo {
-    Ppo {
-        epochs: recipe.ppo.epochs,
-        mini_batch_size: recipe.ppo.mini_batch_size,
-        gamma: recipe.ppo.gamma,
-        gae_lambda: recipe.ppo.gae_lambda,
-        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
-        kl_placement: match recipe.ppo.kl_placement {
-            recipe::KlPlacement::Reward => KlPlacement::Reward,
-            recipe::KlPlacement::Loss => KlPlacement::Loss,
-        },
-        kl: match recipe.ppo.kl_target {
-            Some(target) => KlController::adaptive(recipe.ppo.kl_coef, target, recipe.ppo.kl_horizon),
-            None => KlController::fixed(recipe.ppo.kl_coef),
-        },
-        score_shaping: ScoreShaping {
-            normalization,
-            missing_eos_penalty: recipe.reward.missing_eos_penalty,
-            clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
-        },
-        critic_warmup_steps: recipe.ppo.critic_warmup_steps as u64,
-        policy_loss: policy_loss(recipe),
-        value_loss: value_loss(recipe),
-        seed: recipe.seed,
-    }
+    let score_shaping = ScoreShaping {
+        normalization,
+        missing_eos_penalty: recipe.reward.missing_eos_penalty,
+        clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
+    };
+    Ppo::new(&recipe.ppo, score_shaping, recipe.seed)
 }
 
 /// Sampling of the rollout, or of an evaluation at another temperature.
@@ -125,49 +104,5 @@ pub fn sampling(recipe: &ResolvedRecipe, temperature: f64) -> SamplingConfig {
         max_new_tokens: recipe.rollout.max_new_tokens,
         stop: recipe.rollout.stop.clone(),
         ignore_eos: false,
-    }
-}
-
-fn kl_estimator(estimator: KlEstimator) -> kl::KlEstimator {
-    match estimator {
-        KlEstimator::K1 => kl::KlEstimator::K1,
-        KlEstimator::K2 => kl::KlEstimator::K2,
-        KlEstimator::K3 => kl::KlEstimator::K3,
-    }
-}
-
-pub fn policy_loss(recipe: &ResolvedRecipe) -> PolicyLoss {
-    PolicyLoss {
-        clip: PolicyClip {
-            low: recipe.ppo.policy_clip,
-            high: recipe.ppo.policy_clip_high.unwrap_or(recipe.ppo.policy_clip),
-            dual: recipe.ppo.dual_clip,
-        },
-        entropy_coef: recipe.ppo.entropy_coef,
-        kl_estimator: kl_estimator(recipe.ppo.kl_estimator),
-    }
-}
-
-pub fn value_loss(recipe: &ResolvedRecipe) -> ValueLoss {
-    ValueLoss { value_clip: recipe.ppo.value_clip }
-}
-
-/// The learning rate's course over `total` optimizer steps.
-pub fn schedule(optimizer: &Optimizer, total: usize) -> LrSchedule {
-    let decay = match optimizer.schedule {
-        Schedule::Constant => Decay::Constant,
-        Schedule::Linear => Decay::Linear,
-        Schedule::Cosine => Decay::CosineWithMinLr,
-    };
-    LrSchedule::new(decay, total, optimizer.warmup_ratio, optimizer.min_lr_ratio)
-}
-
-/// AdamW's settings.
-pub fn optimizer(optimizer: &Optimizer, compute: &Compute) -> OptimizerConfig {
-    OptimizerConfig {
-        betas: (optimizer.betas[0], optimizer.betas[1]),
-        eps: optimizer.eps,
-        weight_decay: optimizer.weight_decay,
-        max_grad_norm: compute.max_grad_norm.unwrap_or(0.0),
     }
 }

@@ -221,7 +221,7 @@ fn a_pass_at_stage_three_holds_a_few_units_whatever_the_depth() {
         let folders = (folder.path().join("policy"), folder.path().join("scorer"));
         let ranks = ranks_of(ZeroStage::Three, "f32", false, (&folders.0, &folders.1));
         for uses in &ranks {
-            for (phase, units) in [(Phase::Score, 2), (Phase::TrainActor, 2 + 3)] {
+            for (phase, units) in [(Phase::SCORE, 2), (Phase::learn(Role::Actor), 2 + 3)] {
                 let (activations, divided) = (of_actor(&whole, phase).transient(), of_actor(uses, phase));
                 let shard = of_actor(&whole, phase).resident.total() / RANKS as u64;
                 let resident = divided.resident.total() as f64 / shard as f64;

@@ -4,6 +4,7 @@
 //! are k1 = r (unbiased), k2 = r²/2 (low variance), k3 = e^(−r) − 1 + r (unbiased, never negative).
 //! Each is clamped to ±10 as in OpenRLHF, so that one improbable token cannot drown a response's score.
 
+use echelon_schema::choice;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -16,17 +17,18 @@ const MAX_KL: f64 = 10.0;
 /// changes neither value nor gradient; it keeps exp from overflowing, whose gradient would be 0 · ∞ = NaN.
 const MAX_LOG_RATIO: f64 = 20.0;
 
-/// Which estimate of the KL divergence a token contributes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KlEstimator {
-    /// r: unbiased; what a penalty inside the reward wants.
-    #[default]
-    K1,
-    /// r²/2: its gradient is that of the KL divergence itself; what a loss term wants.
-    K2,
-    /// e^(−r) − 1 + r: unbiased and never negative.
-    K3,
+choice! {
+    /// Estimator of the KL divergence per token, with r = log pi - log pi_ref.
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum KlEstimator {
+        /// r: unbiased, right for a penalty inside the reward.
+        K1 = "k1",
+        /// r^2 / 2.
+        K2 = "k2",
+        /// exp(-r) - 1 + r: never negative, right for a penalty inside the loss.
+        K3 = "k3",
+    }
 }
 
 /// Per-token KL estimate `[B, T]`, clamped to ±10 nats, zero outside the mask.

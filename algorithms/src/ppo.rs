@@ -8,13 +8,14 @@
 //!
 //! `cargo run --bin ppo -- recipes/quickstart.toml` runs it. Shapes: B responses per step, T tokens per row.
 
+mod table;
+
 use echelon_core::data::{ROLLOUT_LOGPROBS, Report, Rows, TRUNCATED};
 use echelon_core::loss::{Gives, Loss, Numbers, Output, Per, Term};
 use echelon_core::random::{Domain, permutation};
 use echelon_core::role::Role;
 use echelon_core::verb::Roles;
 use echelon_core::{Error, Result};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -27,34 +28,17 @@ use crate::reward_shaping::{ScoreShaping, token_rewards};
 use crate::whiten::whiten;
 use crate::{Algorithm, Lead, Moment, Outcome, ReportLeads};
 
-/// Where the KL to the reference counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum KlPlacement {
-    /// Subtracted from each token's reward.
-    #[default]
-    Reward,
-    /// A term of the loss, with its gradient.
-    Loss,
-}
+pub use table::{KlPlacement, PpoKeys};
 
 /// The driver's half: what a step decides by, and what it carries from one to the next.
 #[derive(Clone, Debug)]
 pub struct Ppo {
-    pub epochs: usize,
-    /// Responses per optimizer step.
-    pub mini_batch_size: usize,
-    pub gamma: f64,
-    pub gae_lambda: f64,
-    pub kl_estimator: KlEstimator,
-    pub kl_placement: KlPlacement,
-    pub kl: KlController,
-    pub score_shaping: ScoreShaping,
-    /// Steps at the start in which only the critic learns.
-    pub critic_warmup_steps: u64,
-    pub policy_loss: PolicyLoss,
-    pub value_loss: ValueLoss,
-    pub seed: u64,
+    keys: PpoKeys,
+    score_shaping: ScoreShaping,
+    seed: u64,
+    policy_loss: PolicyLoss,
+    value_loss: ValueLoss,
+    kl: KlController,
 }
 
 impl Algorithm for Ppo {
@@ -113,7 +97,7 @@ impl Algorithm for Ppo {
         let kl = self.kl_to_reference(&old_logprobs, ref_logprobs.as_ref(), &own); // [B, T]
         let scores = self.score_shaping.apply(&scored.scores, &rows[TRUNCATED]); // [B]
         let rewards = token_rewards(&kl, &scores, &own, self.kl_coef(KlPlacement::Reward)); // [B, T]
-        let (advantages, returns) = gae(&rewards, &values.to_kind(Kind::Double), &own, self.gamma, self.gae_lambda);
+        let (advantages, returns) = gae(&rewards, &values.to_kind(Kind::Double), &own, self.keys.gamma, self.keys.gae_lambda);
         let rows = rows.with(OLD_LOGPROBS, old_logprobs)?.with_some(REF_LOGPROBS, ref_logprobs)?.with(KL, kl)?;
         let rows = rows.with(SCORES, scored.scores)?.with(SHAPED_SCORES, scores)?.with(REWARDS, rewards)?;
         let rows = rows.with(VALUES, values)?.with(ADVANTAGES, whiten(&advantages, &own))?.with(RETURNS, returns)?;
@@ -122,10 +106,10 @@ impl Algorithm for Ppo {
 
         // Update: one optimizer step per mini-batch, on the policy and on the critic.
         now.interrupt.check()?;
-        for epoch in 0..self.epochs {
+        for epoch in 0..self.keys.epochs {
             for mini_batch in self.mini_batches(rows.num_rows(), now.step, epoch) {
                 let critic = roles.critic().learn(&self.value_loss, rows.select(&mini_batch), []);
-                if now.step <= self.critic_warmup_steps {
+                if now.step <= self.keys.critic_warmup_steps as u64 {
                     report.follow(critic.await?);
                     continue;
                 }
@@ -154,22 +138,32 @@ impl Algorithm for Ppo {
 }
 
 impl Ppo {
+    /// By the recipe's `[ppo]`.
+    pub fn new(keys: &PpoKeys, score_shaping: ScoreShaping, seed: u64) -> Ppo {
+        let kl = match keys.kl_target {
+            Some(target) => KlController::adaptive(keys.kl_coef, target, keys.kl_horizon),
+            None => KlController::fixed(keys.kl_coef),
+        };
+        let (policy_loss, value_loss) = (PolicyLoss::of(keys), ValueLoss::of(keys));
+        Ppo { keys: keys.clone(), score_shaping, seed, policy_loss, value_loss, kl }
+    }
+
     /// Rows of each mini-batch of an epoch: a seeded order, cut into equal parts.
     fn mini_batches(&self, rows: usize, step: u64, epoch: usize) -> Vec<Vec<i64>> {
         let order = permutation(rows, self.seed, Domain::MiniBatches, step, epoch as u32);
-        order.chunks(self.mini_batch_size).map(|rows| rows.iter().map(|&row| row as i64).collect()).collect()
+        order.chunks(self.keys.mini_batch_size).map(|rows| rows.iter().map(|&row| row as i64).collect()).collect()
     }
 
     /// The coefficient of the KL where it counts, 0 in the other place.
     fn kl_coef(&self, place: KlPlacement) -> f64 {
-        if self.kl_placement == place { self.kl.coef() } else { 0.0 }
+        if self.keys.kl_placement == place { self.kl.coef() } else { 0.0 }
     }
 
     /// `[B, T]` f64; zeros without a reference.
     fn kl_to_reference(&self, logprobs: &Tensor, reference: Option<&Tensor>, own: &Tensor) -> Tensor {
         let logprobs = logprobs.to_kind(Kind::Double);
         match reference {
-            Some(reference) => kl_estimate(&logprobs, &reference.to_kind(Kind::Double), own, self.kl_estimator),
+            Some(reference) => kl_estimate(&logprobs, &reference.to_kind(Kind::Double), own, self.keys.kl_estimator),
             None => logprobs.zeros_like(),
         }
     }
@@ -213,6 +207,15 @@ pub struct PolicyLoss {
     pub clip: PolicyClip,
     pub entropy_coef: f64,
     pub kl_estimator: KlEstimator,
+}
+
+impl PolicyLoss {
+    /// By the recipe's `[ppo]`.
+    pub fn of(keys: &PpoKeys) -> PolicyLoss {
+        let high = keys.policy_clip_high.unwrap_or(keys.policy_clip);
+        let clip = PolicyClip { low: keys.policy_clip, high, dual: keys.dual_clip };
+        PolicyLoss { clip, entropy_coef: keys.entropy_coef, kl_estimator: keys.kl_estimator }
+    }
 }
 
 impl Loss for PolicyLoss {
@@ -264,6 +267,13 @@ impl Loss for PolicyLoss {
 #[derive(Clone, Copy, Debug)]
 pub struct ValueLoss {
     pub value_clip: Option<f64>,
+}
+
+impl ValueLoss {
+    /// By the recipe's `[ppo]`.
+    pub fn of(keys: &PpoKeys) -> ValueLoss {
+        ValueLoss { value_clip: keys.value_clip }
+    }
 }
 
 impl Loss for ValueLoss {

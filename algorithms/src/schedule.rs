@@ -2,23 +2,11 @@
 //!
 //! A schedule has no state, so a resumed run needs nothing but its step number.
 
-use serde::{Deserialize, Serialize};
-
-/// What the learning rate does after warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Decay {
-    /// Stays.
-    Constant,
-    /// Falls in a straight line to zero at the last step.
-    Linear,
-    /// Falls along half a cosine wave to `min_lr_ratio` at the last step.
-    #[default]
-    CosineWithMinLr,
-}
+pub use echelon_core::optimizer::Decay;
+use echelon_core::optimizer::Optimizer;
 
 /// Warm-up from zero, then decay.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LrSchedule {
     /// The shape after warm-up.
     pub decay: Decay,
@@ -31,6 +19,11 @@ pub struct LrSchedule {
 }
 
 impl LrSchedule {
+    /// `optimizer`'s course over `total_steps`.
+    pub fn of(optimizer: &Optimizer, total_steps: usize) -> Self {
+        Self::new(optimizer.schedule, total_steps, optimizer.warmup_ratio, optimizer.min_lr_ratio)
+    }
+
     /// A schedule whose warm-up takes `warmup_ratio` of the run, rounded up, as OpenRLHF counts it.
     pub fn new(decay: Decay, total_steps: usize, warmup_ratio: f64, min_lr_ratio: f64) -> Self {
         let warmup_steps = (total_steps as f64 * warmup_ratio).ceil() as usize;
@@ -46,7 +39,7 @@ impl LrSchedule {
         match self.decay {
             Decay::Constant => 1.0,
             Decay::Linear => self.total_steps.saturating_sub(step) as f64 / decay_steps,
-            Decay::CosineWithMinLr => {
+            Decay::Cosine => {
                 let progress = (step - self.warmup_steps) as f64 / decay_steps;
                 let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
                 cosine * (1.0 - self.min_lr_ratio) + self.min_lr_ratio
@@ -61,7 +54,7 @@ mod tests {
 
     #[test]
     fn warm_up_peak_and_floor() {
-        let schedule = LrSchedule::new(Decay::CosineWithMinLr, 100, 0.03, 0.1);
+        let schedule = LrSchedule::new(Decay::Cosine, 100, 0.03, 0.1);
         assert_eq!(schedule.warmup_steps, 3);
         assert_eq!([0, 3].map(|step| schedule.factor(step)), [0.0, 1.0]);
         assert!((schedule.factor(100) - 0.1).abs() < 1e-15);
@@ -81,7 +74,7 @@ mod tests {
 
     #[test]
     fn a_run_that_is_all_warm_up_divides_by_nothing() {
-        for decay in [Decay::Constant, Decay::Linear, Decay::CosineWithMinLr] {
+        for decay in [Decay::Constant, Decay::Linear, Decay::Cosine] {
             let schedule = LrSchedule::new(decay, 4, 1.0, 0.1);
             assert!((0..=4).all(|step| schedule.factor(step).is_finite()));
         }

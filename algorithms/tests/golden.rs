@@ -352,7 +352,7 @@ const FUNCTIONS: &[(&str, Function)] = &[
     }),
     ("lr_schedule", |call| {
         let schedule = LrSchedule {
-            decay: call.parameter::<Decay>("schedule", None)?,
+            decay: call.decay()?,
             warmup_steps: call.parameter("warmup_steps", None)?,
             total_steps: call.parameter("total_steps", None)?,
             min_lr_ratio: call.parameter("min_lr_ratio", Some(0.0))?,
@@ -502,6 +502,13 @@ impl<'a> Call<'a> {
 
     fn number(&self, name: &str) -> Result<f64, String> {
         self.parameter(name, None)
+    }
+
+    /// By transformers' name, which may be longer than ours.
+    fn decay(&self) -> Result<Decay, String> {
+        let name: String = self.parameter("schedule", None)?;
+        let known = Decay::ALL.iter().find(|(_, word, _)| name.starts_with(word));
+        known.map(|(decay, ..)| *decay).ok_or_else(|| format!("no schedule {name:?}"))
     }
 
     fn kl_estimator(&self) -> Result<KlEstimator, String> {

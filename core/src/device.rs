@@ -3,14 +3,19 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use echelon_schema::choice;
 use tch::Device;
 
-/// What a recipe asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceChoice {
-    Auto,
-    Cpu,
-    Cuda,
+choice! {
+    /// Kind of device.
+    pub enum DeviceChoice {
+        /// CUDA where it works, else the CPU.
+        Auto = "auto",
+        /// The CPU.
+        Cpu = "cpu",
+        /// NVIDIA GPUs.
+        Cuda = "cuda",
+    }
 }
 
 /// The device to use, and a sentence when that is not what the hardware suggests.

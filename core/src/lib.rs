@@ -20,6 +20,7 @@ pub mod message;
 pub mod shared_message;
 
 pub mod shape;
+pub mod workload;
 
 pub mod pack;
 
@@ -36,6 +37,9 @@ pub mod random;
 
 pub mod determinism;
 pub mod device;
+
+pub mod compute;
+pub mod optimizer;
 
 pub mod collective;
 mod error;

@@ -3,7 +3,9 @@
 //! Every verb that works on a model is metered: bytes live before it, at its height, and after it, with what went through
 //! the model at once, which is all that a pass's memory depends on. Counters belong to a device: on a CPU to the process.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error;
+use serde::de::value::StrDeserializer;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tch::Device;
 
 use crate::data::{Rows, micro_batches};
@@ -11,28 +13,88 @@ use crate::plain_messages;
 use crate::role::Role;
 use crate::shim;
 
-/// A part of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
+/// What a verb does to a model: what its memory and its seconds depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Work {
+    /// The engine decodes.
     Generate,
+    /// A forward pass.
     Score,
-    TrainActor,
-    TrainCritic,
+    /// Forward and backward passes, and an optimizer step.
+    Learn,
     /// The generator gets the new weights.
-    Sync,
+    Publish,
+}
+
+impl Work {
+    /// None of a verb that works on no model.
+    pub fn of(verb: &str) -> Option<Work> {
+        match verb {
+            "generate" => Some(Work::Generate),
+            "logprobs" | "values" | "scores" => Some(Work::Score),
+            "learn" => Some(Work::Learn),
+            "publish" => Some(Work::Publish),
+            _ => None,
+        }
+    }
+}
+
+/// A part of a step: a kind of work, and whose it is where each role has a part of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Phase {
+    pub work: Work,
+    /// Who learns; None where roles take turns.
+    pub role: Option<Role>,
 }
 
 impl Phase {
-    pub const ALL: [Phase; 5] = [Phase::Generate, Phase::Score, Phase::TrainActor, Phase::TrainCritic, Phase::Sync];
+    pub const GENERATE: Phase = Phase { work: Work::Generate, role: None };
+    pub const SCORE: Phase = Phase { work: Work::Score, role: None };
+    pub const SYNC: Phase = Phase { work: Work::Publish, role: None };
 
-    pub fn name(self) -> &'static str {
-        match self {
-            Phase::Generate => "generate",
-            Phase::Score => "score",
-            Phase::TrainActor => "train actor",
-            Phase::TrainCritic => "train critic",
-            Phase::Sync => "sync",
+    pub fn learn(role: Role) -> Phase {
+        Phase { work: Work::Learn, role: Some(role) }
+    }
+
+    /// The part of a step to which a role's verb belongs; None of a verb that works on no model.
+    pub fn of(role: Role, verb: &str) -> Option<Phase> {
+        let work = Work::of(verb)?;
+        Some(Phase { work, role: (work == Work::Learn).then_some(role) })
+    }
+
+    /// Without the role, such as "train".
+    pub fn short_name(self) -> &'static str {
+        match self.work {
+            Work::Generate => "generate",
+            Work::Score => "score",
+            Work::Learn => "train",
+            Work::Publish => "sync",
+        }
+    }
+
+    /// As a person reads it, such as "train actor".
+    pub fn name(self) -> String {
+        self.role.map_or_else(|| self.short_name().into(), |role| format!("{} {role}", self.short_name()))
+    }
+}
+
+/// As its name, such as "train_actor".
+impl Serialize for Phase {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.name().replace(' ', "_"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Phase {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Phase, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        let learner = |role: &str| Role::deserialize(StrDeserializer::<D::Error>::new(role));
+        match (name.as_str(), name.strip_prefix("train_")) {
+            (_, Some(role)) => Ok(Phase::learn(learner(role)?)),
+            ("generate", _) => Ok(Phase::GENERATE),
+            ("score", _) => Ok(Phase::SCORE),
+            ("sync", _) => Ok(Phase::SYNC),
+            _ => Err(D::Error::custom(format!("`{name}` is no phase"))),
         }
     }
 }
@@ -182,12 +244,16 @@ impl Meter {
     }
 
     /// Call when the role is loaded, before its work.
-    pub fn begin(&mut self, role: Role, phase: Phase) -> Metering {
-        self.begin_with(role, phase, 0)
+    ///
+    /// # Panics
+    /// The verb works on no model ([`Work::of`]).
+    pub fn begin(&mut self, role: Role, verb: &str) -> Metering {
+        self.begin_with(role, verb, 0)
     }
 
     /// [`Meter::begin`], of work for which `brought` bytes are on the device already.
-    pub fn begin_with(&mut self, role: Role, phase: Phase, brought: u64) -> Metering {
+    pub fn begin_with(&mut self, role: Role, verb: &str, brought: u64) -> Metering {
+        let phase = Phase::of(role, verb).unwrap_or_else(|| panic!("`{verb}` works on no model"));
         self.note_peak();
         Metering { role, phase, before: (shim::live_bytes(self.device) as u64).saturating_sub(brought) }
     }

@@ -4,9 +4,10 @@
 
 use std::time::Instant;
 
+use echelon_core::role::Role;
 use echelon_core::shape::{ModelShape, ParamShape, TensorParallelAxis, UnitShape};
+use echelon_core::workload::{ComputeDtype, Gives, RoleModel, Sampling, Training, Workload, passes_with_sampling};
 use echelon_placement::cluster::Cluster;
-use echelon_placement::ledger::{ComputeDtype, Workload};
 use echelon_placement::planner::{Constraints, PlanError, plan};
 use echelon_placement::rates::Rates;
 use serde_json::json;
@@ -20,8 +21,9 @@ const GATED_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let as_text = std::env::args().any(|argument| argument == "--text");
     let gpus = |nodes: usize, devices: usize, kind: &str| Cluster::of(nodes, devices, kind);
-    let large = Workload { prompts: 20480, mini_batch: 5120, ..workload(GATED_70B) };
-    let small = Workload { prompts: 20480, mini_batch: 10240, ..workload(GATED_7B) };
+    let (mut large, mut small) = (workload(GATED_70B), workload(GATED_7B));
+    large.resize(20480, 5120);
+    small.resize(20480, 10240);
     let unlike = gpus(600, 8, "H100-80GB")?.joined(gpus(650, 8, "A100-80GB")?);
     let cases = [
         ("smollm2, 2 CPU workers", Cluster::cpu(2, 2, 16 << 30)?, on_cpu()),
@@ -66,9 +68,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn on_cpu() -> Workload {
-    Workload {
-        prompts: 16,
-        mini_batch: 16,
+    let mut work = Workload {
         max_prompt_tokens: 32,
         max_response_tokens: 48,
         mean_prompt_tokens: 32.0,
@@ -76,35 +76,49 @@ fn on_cpu() -> Workload {
         tokens_per_micro_batch: 1280,
         dtype: ComputeDtype::Float32,
         activation_checkpointing: false,
-        entropy_in_loss: false,
-        reward: None,
-        ..workload(SMOLLM2)
-    }
+        ..workload_of(SMOLLM2, &[Role::Actor, Role::Critic, Role::Reference])
+    };
+    work.resize(16, 16);
+    work
 }
 
 /// Four models of one size; 1,024 prompts of at most 1,024 tokens, as many new ones, on average half of that.
 fn workload(size: [i64; 6]) -> Workload {
+    workload_of(size, &[Role::Actor, Role::Critic, Role::Reference, Role::Reward])
+}
+
+fn workload_of(size: [i64; 6], roles: &[Role]) -> Workload {
+    let model = |&role: &Role| {
+        let scores = matches!(role, Role::Critic | Role::Reward);
+        RoleModel {
+            role,
+            shape: gated(size, scores),
+            gives: if scores { Gives::Scalars } else { Gives::Logprobs },
+            training: matches!(role, Role::Actor | Role::Critic).then(Training::default),
+            offload: false,
+        }
+    };
+    let models: Vec<RoleModel> = roles.iter().map(model).collect();
     Workload {
-        actor: gated(size, false),
-        critic: Some(gated(size, true)),
-        reference: Some(gated(size, false)),
-        reward: Some(gated(size, true)),
-        prompts: 1024,
-        samples_per_prompt: 1,
+        passes: passes_with_sampling(&models, 1024, 128, 8),
+        models,
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts: 1024,
+            samples_per_prompt: 1,
+            max_sequences: 256,
+            max_batched_tokens: 8192,
+            kv_cache_bytes: None,
+        }),
+        rows: 1024,
+        rows_per_unit: 1,
         max_prompt_tokens: 1024,
         max_response_tokens: 1024,
         mean_prompt_tokens: 512.0,
         mean_response_tokens: 512.0,
-        mini_batch: 128,
-        epochs: 1,
         tokens_per_micro_batch: 8192,
         dtype: ComputeDtype::Bfloat16,
         activation_checkpointing: true,
-        entropy_in_loss: false,
-        reference_offload: false,
-        max_sequences: 256,
-        max_batched_tokens: 8192,
-        kv_cache_bytes: None,
     }
 }
 

@@ -26,20 +26,20 @@ pub mod compare;
 mod generation;
 mod pass;
 mod runtime;
-mod workload;
+mod sizes;
 
 use std::borrow::Cow;
 
-use echelon_core::memory::{DecodeLoad, PassLoad};
+use echelon_core::memory::{DecodeLoad, PassLoad, Phase, Work};
 use echelon_core::role::Role;
 use echelon_core::weight_layout::STEPS_THAT_PAY;
+use echelon_core::workload::{ComputeDtype, Sampling, Training, Workload};
 use serde::{Deserialize, Serialize};
 
-pub use echelon_core::memory::Phase;
 pub use runtime::{RUNTIME, runtime_bytes};
-pub use workload::{ComputeDtype, ModelSizes, Workload};
+pub use sizes::ModelSizes;
 
-use crate::tier::role_name;
+use crate::tier::{ROLES, role_name};
 
 /// Bytes of one of the two buffers through which weights go to a generator elsewhere.
 const SYNC_BUCKET_BYTES: u64 = crate::weight_sync::BUCKET_BYTES as u64;
@@ -69,7 +69,12 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn new(role: Role, item: Item) -> Entry {
+    /// Of a role, in a step with these phases.
+    fn new(role: Role, item: Item, phases: &[Phase]) -> Entry {
+        let there = |phase: &&Phase| {
+            let its_turn = !item.transient || phase.role.is_none_or(|learner| learner == role);
+            item.during.contains(phase.work) && its_turn
+        };
         Entry {
             role,
             name: item.name.into(),
@@ -77,7 +82,7 @@ impl Entry {
             formula: item.formula.into(),
             place: item.place,
             transient: item.transient,
-            phases: Phase::ALL.into_iter().filter(|phase| item.phases.contains(*phase)).collect(),
+            phases: phases.iter().filter(there).copied().collect(),
         }
     }
 }
@@ -149,28 +154,27 @@ impl ModelStates {
     }
 }
 
-/// A set of phases, as bits.
+/// A set of kinds of work, as bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Phases(u8);
+pub struct Works(u8);
 
-impl Phases {
-    pub const NONE: Phases = Phases(0);
-    pub const ALL: Phases = Phases(31);
+impl Works {
+    pub const ALL: Works = Works(15);
 
-    pub const fn of(phase: Phase) -> Phases {
-        Phases(1 << phase as u8)
+    pub const fn of(work: Work) -> Works {
+        Works(1 << work as u8)
     }
 
-    pub const fn and(self, phase: Phase) -> Phases {
-        Phases(self.0 | 1 << phase as u8)
+    pub const fn and(self, work: Work) -> Works {
+        Works(self.0 | 1 << work as u8)
     }
 
-    const fn without(self, other: Phases) -> Phases {
-        Phases(self.0 & !other.0)
+    const fn without(self, other: Works) -> Works {
+        Works(self.0 & !other.0)
     }
 
-    pub fn contains(self, phase: Phase) -> bool {
-        self.0 & (1 << phase as u8) != 0
+    pub fn contains(self, work: Work) -> bool {
+        self.0 & (1 << work as u8) != 0
     }
 }
 
@@ -182,10 +186,11 @@ pub struct Item {
     pub formula: &'static str,
     pub place: Place,
     pub transient: bool,
-    pub phases: Phases,
+    /// The kinds of work at which it is there; what is transient at the role's own.
+    pub during: Works,
 }
 
-const AWAY_WHEN_MOVED: Phases = Phases::of(Phase::Generate).and(Phase::Sync);
+const AWAY_WHEN_MOVED: Works = Works::of(Work::Generate).and(Work::Publish);
 
 impl RoleJob<'_> {
     /// The ledger of this role as lines to show.
@@ -205,50 +210,58 @@ impl RoleJob<'_> {
                 each(item)
             }
         };
-        match self.role {
-            Role::Actor | Role::Critic => {
-                self.training_state(&mut each);
-                self.scoring(&loads.score, &mut each);
-                self.training(&loads.train, &mut each);
-            }
-            Role::Reference | Role::Reward => {
-                self.frozen_weights(&mut each);
-                self.scoring(&loads.score, &mut each);
-            }
-            Role::Generator => self.generation(&loads.decode, &mut each),
+        if self.role == Role::Generator {
+            return self.generation(&loads.decode, &mut each);
+        }
+        let training = self.learns();
+        match training {
+            Some(_) => self.training_state(&mut each),
+            None => self.frozen_weights(&mut each),
+        }
+        if self.workload.passes(self.role, Work::Score).next().is_some() {
+            self.scoring(&loads.score, &mut each);
+        }
+        if let Some(training) = training {
+            self.training(&training, &loads.train, &mut each);
         }
     }
 
-    /// Rows of a mini-batch on one rank.
-    pub fn train_rows(&self) -> usize {
-        self.workload.mini_batch.div_ceil(self.ranks)
+    /// How the role learns; None of a frozen one and of the generator.
+    pub fn learns(&self) -> Option<Training> {
+        self.workload.training(self.role)
     }
 
-    /// Rows of a step on one rank.
-    pub fn score_rows(&self) -> usize {
-        self.workload.responses().div_ceil(self.ranks)
+    /// Units of rows of the largest pass of a kind, on one rank.
+    fn units(&self, work: Work) -> usize {
+        let rows = self.workload.passes(self.role, work).map(|pass| pass.rows).max().unwrap_or(0);
+        self.workload.units(rows).div_ceil(self.ranks)
     }
 
     /// The largest loads that the limits allow: every token of a micro-batch may have its prediction wanted.
     pub fn most(&self) -> Loads {
         let work = self.workload;
-        let pass = |rows: usize| {
-            let tokens = work.tokens_at_once(rows) as u64;
-            PassLoad { tokens, predicted: tokens, passes: work.micro_batches(rows) as u64 }
+        let pass = |units: usize| {
+            let tokens = work.tokens_at_once(units) as u64;
+            PassLoad { tokens, predicted: tokens, passes: work.micro_batches(units) as u64 }
         };
+        let decode = work.sampling.as_ref().map_or(DecodeLoad::default(), |sampling| self.most_decoded(sampling));
+        Loads { score: pass(self.units(Work::Score)), train: pass(self.units(Work::Learn)), decode }
+    }
+
+    fn most_decoded(&self, sampling: &Sampling) -> DecodeLoad {
+        let work = self.workload;
         let engines = (self.ranks / self.tensor_parallel).max(1);
-        let prompts = work.prompts.div_ceil(engines).min(work.max_sequences);
-        let prefill = work.max_batched_tokens.min(prompts * work.max_prompt_tokens).max(work.max_prompt_tokens);
-        let decode = DecodeLoad {
+        let prompts = sampling.prompts.div_ceil(engines).min(sampling.max_sequences);
+        let prefill = sampling.max_batched_tokens.min(prompts * work.max_prompt_tokens).max(work.max_prompt_tokens);
+        DecodeLoad {
             slots: self.slots as u64,
             slot_tokens: work.max_tokens() as u64,
             prompt_slot_tokens: work.max_prompt_tokens as u64,
             prefill_tokens: prefill as u64,
             prefill_prompts: prefill.div_ceil(work.max_prompt_tokens).min(prompts) as u64,
-            refills: self.slots < work.sequences(engines),
+            refills: self.slots < sampling.sequences(engines),
             packs: self.on_cpu && work.max_response_tokens > STEPS_THAT_PAY && work.dtype != ComputeDtype::Float64,
-        };
-        Loads { score: pass(self.score_rows()), train: pass(self.train_rows()), decode }
+        }
     }
 
     /// Model states of a trained role.
@@ -259,22 +272,23 @@ impl RoleJob<'_> {
     fn training_state(&self, each: &mut impl FnMut(Item)) {
         let states = self.states();
         let [weights, gradients, master, moments] = self.state_formulas();
-        let moved = |away: Phases| if self.moves_to_host { Phases::ALL.without(away) } else { Phases::ALL };
+        let moved = |away: Works| if self.moves_to_host { Works::ALL.without(away) } else { Works::ALL };
         // A generator that computes on these weights needs them where they are; sync reads them in any case.
-        let kept = self.role == Role::Actor && self.shares_weights;
-        let away = if self.role == Role::Actor { Phases::of(Phase::Generate) } else { AWAY_WHEN_MOVED };
-        let weights_on = if kept { Phases::ALL } else { moved(away) };
+        let is_published = self.workload.published() == Some(self.role);
+        let kept = is_published && self.shares_weights;
+        let away = if is_published { Works::of(Work::Generate) } else { AWAY_WHEN_MOVED };
+        let weights_on = if kept { Works::ALL } else { moved(away) };
         let state_on = moved(AWAY_WHEN_MOVED);
         each(resident("weights", states.weights, weights, weights_on));
         each(resident("gradients", states.gradients, gradients, state_on));
         let adam = if self.adam_offload { Place::Host } else { Place::Device };
-        let adam_on = if self.adam_offload { Phases::ALL } else { state_on };
+        let adam_on = if self.adam_offload { Works::ALL } else { state_on };
         each(Item { place: adam, ..resident("master weights", states.master, master, adam_on) });
         each(Item { place: adam, ..resident("moments", states.moments, moments, adam_on) });
         if self.adam_offload {
             let staged = self.workload.dtype.wide_bytes() * self.model.params.div_ceil(self.ranks as u64);
             let formula = "accumulator bytes x parameters / ranks: gradients on their way to the host's step";
-            each(host("gradient staging", staged, formula, Phases::ALL));
+            each(host("gradient staging", staged, formula, Works::ALL));
         }
         if self.moves_to_host {
             let adam = if self.adam_offload { 0 } else { states.master + states.moments };
@@ -314,11 +328,11 @@ impl RoleJob<'_> {
             _ => "compute bytes x parameters",
         };
         if self.offloaded() {
-            each(host("weights", bytes, formula, Phases::ALL));
+            each(host("weights", bytes, formula, Works::ALL));
             let formula = "compute bytes x parameters, on the device for its turn (offload)";
-            each(transient("weights", bytes, formula, Phases::of(Phase::Score)));
+            each(transient("weights", bytes, formula, Works::of(Work::Score)));
         } else if self.moves_to_host {
-            each(resident("weights", bytes, formula, Phases::ALL.without(AWAY_WHEN_MOVED)));
+            each(resident("weights", bytes, formula, Works::ALL.without(AWAY_WHEN_MOVED)));
             each(host(
                 "moved weights",
                 bytes,
@@ -326,7 +340,7 @@ impl RoleJob<'_> {
                 AWAY_WHEN_MOVED,
             ));
         } else {
-            each(resident("weights", bytes, formula, Phases::ALL));
+            each(resident("weights", bytes, formula, Works::ALL));
         }
     }
 
@@ -337,20 +351,21 @@ impl RoleJob<'_> {
 
     /// Whether a frozen role's weights live in host memory.
     pub fn offloaded(&self) -> bool {
-        self.role == Role::Reference && self.workload.reference_offload
+        let mut models = self.workload.models.iter();
+        models.any(|model| model.role == self.role && model.training.is_none() && model.offload)
     }
 }
 
-fn resident(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -> Item {
-    Item { name, bytes, formula, place: Place::Device, transient: false, phases }
+fn resident(name: &'static str, bytes: u64, formula: &'static str, during: Works) -> Item {
+    Item { name, bytes, formula, place: Place::Device, transient: false, during }
 }
 
-fn host(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -> Item {
-    Item { place: Place::Host, ..resident(name, bytes, formula, phases) }
+fn host(name: &'static str, bytes: u64, formula: &'static str, during: Works) -> Item {
+    Item { place: Place::Host, ..resident(name, bytes, formula, during) }
 }
 
-fn transient(name: &'static str, bytes: u64, formula: &'static str, phases: Phases) -> Item {
-    Item { transient: true, ..resident(name, bytes, formula, phases) }
+fn transient(name: &'static str, bytes: u64, formula: &'static str, during: Works) -> Item {
+    Item { transient: true, ..resident(name, bytes, formula, during) }
 }
 
 /// The instant with the most bytes.
@@ -360,46 +375,39 @@ fn largest<'a>(instants: &[&'a [Item]]) -> &'a [Item] {
 }
 
 /// Bytes of one device and its host share in every phase, added up over the roles that live there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    device: [Sum; 5],
-    host: [Sum; 5],
-}
-
-/// Resident bytes of all roles, and the largest transient bytes of one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Sum {
-    resident: u64,
-    transient: u64,
+    /// What stays, of all roles together, by kind of work.
+    device: [u64; 4],
+    host: [u64; 4],
+    /// What a role's own work takes, by role and kind.
+    turns: [[u64; 4]; 5],
 }
 
 impl Totals {
     /// Adds one more role of the device.
     pub fn add(&mut self, job: &RoleJob) {
-        let mut turns = [0u64; 5];
         job.items(&mut |item| {
-            let sums = if item.place == Place::Device { &mut self.device } else { &mut self.host };
-            for phase in Phase::ALL.into_iter().filter(|phase| item.phases.contains(*phase)) {
-                match item.transient {
-                    true => turns[phase as usize] += item.bytes,
-                    false => sums[phase as usize].resident += item.bytes,
-                }
-            }
+            let sums = match (item.place, item.transient) {
+                (_, true) => &mut self.turns[job.role as usize],
+                (Place::Device, _) => &mut self.device,
+                (Place::Host, _) => &mut self.host,
+            };
+            let there = sums.iter_mut().enumerate().filter(|(work, _)| item.during.0 >> work & 1 == 1);
+            there.for_each(|(_, sum)| *sum += item.bytes);
         });
-        for (sum, turn) in self.device.iter_mut().zip(turns) {
-            sum.transient = sum.transient.max(turn);
-        }
     }
 
     /// Bytes on the device at the height of a phase.
     pub fn device_bytes(&self, phase: Phase) -> u64 {
-        let sum = self.device[phase as usize];
-        sum.resident + sum.transient
+        let turn = |role: Role| self.turns[role as usize][phase.work as usize];
+        self.device[phase.work as usize]
+            + phase.role.map_or_else(|| ROLES.map(turn).into_iter().max().unwrap_or(0), turn)
     }
 
     /// Bytes of host memory that belong to this device in a phase.
     pub fn host_bytes(&self, phase: Phase) -> u64 {
-        self.host[phase as usize].resident
+        self.host[phase.work as usize]
     }
 }
 

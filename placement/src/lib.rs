@@ -4,6 +4,7 @@
 pub mod cluster;
 pub mod control;
 pub mod device_thread;
+pub mod devices;
 pub mod launch;
 pub mod layout;
 pub mod ledger;

@@ -5,6 +5,7 @@
 //! estimates the seconds of a step; and takes the fastest. A workload that does not fit is refused with the numbers and the
 //! nearest single change that would fit.
 
+mod alone;
 mod estimate;
 mod explain;
 mod inventory;
@@ -12,17 +13,20 @@ mod partition;
 mod refusal;
 mod render;
 mod search;
-mod training;
 
+use std::collections::BTreeMap;
+
+use echelon_core::memory::Phase;
 use echelon_core::role::Role;
+use echelon_core::workload::Workload;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use alone::{Alone, Choice};
 pub use refusal::{Change, Refusal, Shortfall};
-pub use training::{Training, TrainingPlan, plan_training};
 
 use crate::cluster::Cluster;
-use crate::ledger::{Entry, ModelSizes, Phase, Place, Workload};
+use crate::ledger::{Entry, ModelSizes, Place};
 use crate::rates::Rates;
 use crate::tier::{ROLES, Tier, role_name};
 use estimate::Problem;
@@ -118,6 +122,9 @@ pub struct Plan {
     /// Combinations of partition, stages, offload and tensor-parallel size, and those that fit.
     pub considered: usize,
     pub fitting: usize,
+    /// Of one model alone: every choice of stage and offload, plainest first; [`Alone`] shows them.
+    #[serde(skip)]
+    pub choices: Vec<Choice>,
 }
 
 /// Roles on common devices.
@@ -163,7 +170,7 @@ pub struct RolePlan {
     pub tensor_parallel: usize,
     /// Sequences that each engine of the generator decodes at once; its KV cache is in the ledger.
     pub slots: usize,
-    /// The generator computes on the actor's own weights.
+    /// The generator computes on the published weights themselves.
     pub shares_weights: bool,
 }
 
@@ -176,13 +183,10 @@ pub struct PhaseBytes {
 }
 
 /// A group's own seconds per step.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupSeconds {
-    pub generate: f64,
-    pub score: f64,
-    pub train_actor: f64,
-    pub train_critic: f64,
-    pub sync: f64,
+    #[serde(flatten)]
+    pub phases: BTreeMap<Phase, f64>,
     pub switch: f64,
 }
 
@@ -224,6 +228,11 @@ impl GroupPlan {
     /// Every device of the group, in rank order.
     pub fn device_numbers(&self) -> impl Iterator<Item = usize> + '_ {
         self.devices.iter().flat_map(|range| range.first..=range.last)
+    }
+
+    /// Whether a role learns: it then has gradients.
+    fn learns(&self, role: Role) -> bool {
+        self.ledger.iter().any(|entry| entry.role == role && entry.name == "gradients")
     }
 
     /// The ledger's bytes of one role in a phase: device, host.
@@ -285,10 +294,11 @@ enum Reject {
         needed: u64,
         usable: u64,
     },
-    /// More ranks than rows.
+    /// More ranks than rows, or than pairs of rows.
     Ranks {
         devices: usize,
-        rows: usize,
+        units: usize,
+        pairs: bool,
     },
     /// Engines of this size do not fill the nodes, or do not divide the model.
     TensorParallel {
@@ -310,10 +320,13 @@ impl<'a> Question<'a> {
         self.check()?;
         let roles = self.workload.roles();
         let hand = Hand::new(&self.constraints.by_hand, &roles, self.cluster.num_devices())?;
-        let inventory =
-            Inventory::new(self.cluster, &hand.devices(), self.constraints.memory_fraction, self.every_slice);
+        let (fraction, alone) = (self.constraints.memory_fraction, self.workload.alone().is_some());
+        let inventory = match alone {
+            true => Inventory::whole(self.cluster, fraction),
+            false => Inventory::new(self.cluster, &hand.devices(), fraction, self.every_slice),
+        };
         let problem = self.problem();
-        let params = problem.models[Role::Actor as usize].map_or(0, |model| model.params);
+        let params = problem.main_params();
         let (mut tier, mut tier_reason) = match self.constraints.tier {
             Some(tier) => (tier, "as the recipe says".to_string()),
             None if !self.constraints.by_hand.is_empty() => {
@@ -327,7 +340,7 @@ impl<'a> Question<'a> {
             let sizes = self.tensor_parallel_sizes(tier, &problem, &inventory);
             let use_all = self.constraints.use_all_devices;
             let outcome = search::search(&problem, &inventory, &partitions, &sizes, use_all);
-            let higher = if self.constraints.tier.is_none() { tier.raised() } else { None };
+            let higher = if self.constraints.tier.is_none() && !alone { tier.raised() } else { None };
             match higher {
                 Some(higher) if outcome.best.is_none() => {
                     first.get_or_insert((tier, tier_reason, outcome));
@@ -346,9 +359,8 @@ impl<'a> Question<'a> {
 
     /// A smaller tier than `auto` goes to by the actor's size, with its seconds, where a step is faster in it.
     fn faster_below(&self, answer: &Answer) -> Result<Option<(Tier, f64)>, PlanError> {
-        let Some(best) = answer.outcome.best.as_ref().filter(|_| self.constraints.tier.is_none()) else {
-            return Ok(None);
-        };
+        let free = self.constraints.tier.is_none() && self.workload.alone().is_none();
+        let Some(best) = answer.outcome.best.as_ref().filter(|_| free) else { return Ok(None) };
         let mut faster = None;
         for tier in [Tier::Small, Tier::Medium].into_iter().filter(|tier| *tier < answer.tier) {
             let constraints = Constraints { tier: Some(tier), ..self.constraints.clone() };
@@ -366,19 +378,28 @@ impl<'a> Question<'a> {
             return Err(PlanError::ZeroStage { found });
         }
         let work = self.workload;
+        let sampled = work.sampling.iter().flat_map(|sampling| {
+            [
+                ("the number of prompts", sampling.prompts),
+                ("the number of samples per prompt", sampling.samples_per_prompt),
+                ("the longest prompt", work.max_prompt_tokens),
+                ("the engine's number of sequences", sampling.max_sequences),
+            ]
+        });
+        let passes = work.passes.iter().filter(|pass| work.training(pass.role).is_some());
+        let learned = passes.map(|pass| ("the mini-batch", work.units(pass.rows)));
         let counts = [
-            ("the number of prompts", work.prompts),
-            ("the number of samples per prompt", work.samples_per_prompt),
-            ("the mini-batch", work.mini_batch),
-            ("the number of epochs", work.epochs),
-            ("the longest prompt", work.max_prompt_tokens),
+            ("the number of rows", work.units(work.rows)),
             ("the longest response", work.max_response_tokens),
             ("the number of tokens per micro-batch", work.tokens_per_micro_batch),
-            ("the engine's number of sequences", work.max_sequences),
             ("the tensor-parallel size", self.constraints.tensor_parallel.unwrap_or(1)),
             ("the number of devices", self.cluster.num_devices()),
         ];
-        counts.into_iter().find(|(_, count)| *count == 0).map_or(Ok(()), |(what, _)| Err(PlanError::Nothing { what }))
+        sampled
+            .chain(learned)
+            .chain(counts)
+            .find(|(_, count)| *count == 0)
+            .map_or(Ok(()), |(what, _)| Err(PlanError::Nothing { what }))
     }
 
     fn problem(&self) -> Problem<'a> {
@@ -387,13 +408,18 @@ impl<'a> Question<'a> {
         let sync_link = within.filter(|_| nodes.len() == 1).unwrap_or(self.cluster.between_nodes);
         Problem {
             workload: self.workload,
+            phases: self.workload.phases(),
             rates: self.rates,
-            models: ROLES.map(|_| None::<ModelSizes>),
+            models: ROLES.map(|role| self.workload.model(role).map(|model| ModelSizes::of(&model.shape))),
             sync_link,
             stages: self.constraints.zero_stage.map_or_else(|| (0..=3).collect(), |stage| vec![stage]),
             offloads: self.constraints.adam_offload.map_or_else(|| vec![false, true], |offload| vec![offload]),
         }
-        .with_models()
+    }
+
+    /// Seconds of a step beside its work; none where the step is one call.
+    fn overhead_s(&self) -> f64 {
+        if self.workload.alone().is_some() { 0.0 } else { self.rates.step_s }
     }
 
     /// In the large tier every size above 1 that divides the model and fits a node, elsewhere 1; the recipe's before all.
@@ -409,11 +435,10 @@ impl<'a> Question<'a> {
 }
 
 impl Problem<'_> {
-    fn with_models(mut self) -> Self {
-        for role in ROLES {
-            self.models[role as usize] = self.workload.shape(role).map(ModelSizes::of);
-        }
-        self
+    /// Parameters of the role whose size stands for the run's.
+    fn main_params(&self) -> u64 {
+        let model = self.workload.main_role().and_then(|role| self.models[role as usize]);
+        model.map_or(0, |model| model.params)
     }
 }
 

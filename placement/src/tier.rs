@@ -9,15 +9,21 @@
 use std::fmt;
 
 use echelon_core::role::Role;
+use echelon_schema::{Choice, choice};
 use serde::{Deserialize, Serialize};
 
-/// How roles share devices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Tier {
-    Small,
-    Medium,
-    Large,
+choice! {
+    /// How roles share devices.
+    #[derive(PartialOrd, Ord, Hash, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Tier, auto "By the actor's parameters: small below 13e9, medium up to 34e9, large above." {
+        /// All roles on the same devices.
+        Small = "small",
+        /// Each role on its own devices; the generator on the actor's.
+        Medium = "medium",
+        /// As medium, the generator tensor-parallel.
+        Large = "large",
+    }
 }
 
 impl Tier {
@@ -74,11 +80,7 @@ impl Tier {
 
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Tier::Small => "small",
-            Tier::Medium => "medium",
-            Tier::Large => "large",
-        })
+        f.write_str(self.word())
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use echelon_core::data::{PROMPTS, RESPONSES, Report, Rows};
-use echelon_core::memory::{Load, MemoryReport, Meter, PassLoad, Phase, StateBytes};
+use echelon_core::memory::{Load, MemoryReport, Meter, PassLoad, StateBytes};
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::rollout::rows_of;
@@ -116,9 +116,8 @@ impl DeviceRoles {
         };
         if self.trained.contains_key(&role) {
             let trained = self.trained(role)?; // loaded before it is metered
-            let (metered, _) = trained.metered();
             answers::<V>(role, trained.answers())?;
-            let metering = self.meter.begin(metered, Phase::Score);
+            let metering = self.meter.begin(role, V::NAME);
             let trained = self.trained(role)?;
             let parts = trained.ask(rows, &interrupt, |rows| each(V::NAME, rows))?;
             let (resident, load) = (trained.state().device_bytes_by_part(), trained.load(rows, 1));
@@ -129,7 +128,7 @@ impl DeviceRoles {
         let deferred = self.frozen.get_mut(&role).ok_or_else(|| not_here(role))?;
         let frozen = deferred.get()?;
         answers::<V>(role, frozen.answers())?;
-        let metering = self.meter.begin(role, Phase::Score);
+        let metering = self.meter.begin(role, V::NAME);
         let parts = match frozen {
             Frozen::Policy(FrozenPolicy { model, head, units }) => {
                 through(&mut **units, (model, head), &pass, rows, &interrupt, |rows| each("reference", rows))?
@@ -204,7 +203,7 @@ impl Serve<Generate> for DeviceRoles {
         }
         self.set_aside()?;
         // Metered when what leaves the device has left it.
-        let metering = self.meter.begin_with(Role::Generator, Phase::Generate, gathered);
+        let metering = self.meter.begin_with(Role::Generator, Generate::NAME, gathered);
         let Generate { prompts, sampling } = &request.verb;
         let generator = self.generator.as_ref().expect("seen above");
         let actor = self.trained.get_mut(&Role::Actor).and_then(Deferred::loaded);
@@ -272,8 +271,8 @@ impl Serve<Learn> for DeviceRoles {
         self.bring_back()?;
         let (role, Request { verb, rows, .. }) = (asked(&request)?, &request);
         let trained = self.trained(role)?; // loaded before it is metered
-        let (loss, (metered, phase)) = (trained.loss(&verb.loss)?, trained.metered());
-        let metering = self.meter.begin(metered, phase);
+        let loss = trained.loss(&verb.loss)?;
+        let metering = self.meter.begin(role, Learn::NAME);
         let trained = self.trained(role)?;
         let learned = trained.learn(&*loss, verb, rows);
         let (resident, load) = (trained.state().device_bytes_by_part(), trained.load(rows, verb.unit));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use echelon_algorithms::schedule::LrSchedule;
 use echelon_core::data::{Report, Rows};
 use echelon_core::loss::{Gives, Loss, check_columns};
-use echelon_core::memory::{PassLoad, Phase};
+use echelon_core::memory::PassLoad;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::{Learn, Logprobs, Scores, Values, Verb};
@@ -106,14 +106,6 @@ impl Trained {
 
     fn gives(&self) -> Gives {
         if let Model::Policy(_) = self.model { Gives::Logprobs } else { Gives::Scalars }
-    }
-
-    /// The role by whose formulas the memory ledger knows this model, and its phase of training.
-    pub fn metered(&self) -> (Role, Phase) {
-        match self.gives() {
-            Gives::Logprobs => (Role::Actor, Phase::TrainActor),
-            Gives::Scalars => (Role::Critic, Phase::TrainCritic),
-        }
     }
 
     /// What of `rows`, of which `unit` stay together, goes through the model at once.

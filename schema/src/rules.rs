@@ -24,7 +24,7 @@ impl<'a> Rules<'a> {
     }
 
     /// Reports `message` at the first of `keys` that the recipe has.
-    pub fn broken(&mut self, keys: &[&str], message: String, help: String) {
+    pub fn broken(&mut self, keys: &[&str], message: impl Into<String>, help: impl Into<String>) {
         let written = keys.iter().find(|key| self.origins.places.contains_key(**key)).unwrap_or(&keys[0]);
         self.problems.push(Problem::new(self.origins.place(written), message).help(help));
     }

@@ -70,6 +70,25 @@ pub trait Scalar: Sized {
     fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self>;
     /// The value as TOML.
     fn show(&self) -> String;
+    /// As `kind`, where the value may be `"auto"`.
+    fn auto_kind() -> String {
+        format!("{} or `\"auto\"`", Self::kind())
+    }
+    /// As `explain`, where the value may be `"auto"`.
+    fn auto_explain() -> String {
+        String::new()
+    }
+    /// As `parse`, where the value may be `"auto"`.
+    fn parse_auto(field: &Field, node: &Node, reader: &mut Reader) -> Option<Auto<Self>> {
+        match &node.item {
+            Item::String(text) if text == "auto" => Some(Auto::Auto),
+            Item::String(_) => {
+                reader.wrong_type(field.name, node, &format!("{} or \"auto\"", Self::kind()));
+                None
+            }
+            _ => Self::parse(field, node, reader).map(Auto::Fixed),
+        }
+    }
 }
 
 impl Scalar for bool {
@@ -303,18 +322,15 @@ fn is_hub_id(text: &str) -> bool {
 
 impl<S: Scalar> Scalar for Auto<S> {
     fn kind() -> String {
-        format!("{} or `\"auto\"`", S::kind())
+        S::auto_kind()
+    }
+
+    fn explain() -> String {
+        S::auto_explain()
     }
 
     fn parse(field: &Field, node: &Node, reader: &mut Reader) -> Option<Self> {
-        match &node.item {
-            Item::String(text) if text == "auto" => Some(Auto::Auto),
-            Item::String(_) => {
-                reader.wrong_type(field.name, node, &format!("{} or \"auto\"", S::kind()));
-                None
-            }
-            _ => S::parse(field, node, reader).map(Auto::Fixed),
-        }
+        S::parse_auto(field, node, reader)
     }
 
     fn show(&self) -> String {

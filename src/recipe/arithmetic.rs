@@ -5,7 +5,7 @@ use std::fmt;
 use echelon_core::role::Role;
 use echelon_placement::layout::{Layout, RoleGroup};
 
-use super::tables::{Optimizer, Recipe};
+use super::tables::Recipe;
 
 /// How a step's prompts become optimizer steps.
 #[derive(Debug, Clone, PartialEq)]
@@ -59,13 +59,6 @@ impl Recipe {
             max_new_tokens: self.rollout.max_new_tokens,
             tokens_per_micro_batch: self.train.compute.tokens_per_micro_batch,
         }
-    }
-}
-
-impl Optimizer {
-    /// Optimizer steps of warm-up among `total`, a part of a step rounded up as OpenRLHF does.
-    pub fn warmup_steps(&self, total: usize) -> usize {
-        (total as f64 * self.warmup_ratio).ceil() as usize
     }
 }
 

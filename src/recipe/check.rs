@@ -1,11 +1,12 @@
 //! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
 
-use echelon_placement::cluster::DeviceKind;
-use echelon_schema::{Auto, Choice, ModelSource, RecipeError, Rules, nearest};
+use echelon_placement::devices::{Devices, Placement};
+use echelon_placement::tier::Tier;
+use echelon_schema::{Auto, Choice, ModelSource, Origins, RecipeError, Rules, nearest};
 
+use super::Root;
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
 use super::tables::*;
-use super::{Origins, Root};
 
 impl Root for Recipe {
     const PROGRAM: &'static str = "ppo";
@@ -31,20 +32,16 @@ impl Root for Recipe {
         check_replay(&self.rollout, rules);
         check_mini_batch(self, rules);
         check_kl(self, rules);
-        check_clips(&self.ppo, rules);
-        check_devices(&self.placement.devices, rules);
+        self.ppo.check(rules);
+        self.placement.devices.check(rules);
         check_parallelism(self, rules);
         check_ranks(self, rules);
-        check_roles(&self.placement, rules);
+        self.placement.check(rules);
         check_eval(self, rules);
         if self.ppo.critic_warmup_steps >= self.train.steps && self.ppo.critic_warmup_steps > 0 {
             let (warmup, steps) = (self.ppo.critic_warmup_steps, self.train.steps);
             let message = format!("`ppo.critic_warmup_steps` = {warmup} leaves the actor none of the {steps} steps");
-            rules.broken(
-                &["ppo.critic_warmup_steps", "train.steps"],
-                message,
-                "make it smaller than `train.steps`".into(),
-            );
+            rules.broken(&["ppo.critic_warmup_steps", "train.steps"], message, "make it smaller than `train.steps`");
         }
     }
 }
@@ -65,7 +62,7 @@ impl Root for SftRecipe {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
         check_supervised(&self.data, &self.train, &self.checkpoint, &["eval/loss", "eval/perplexity"], rules);
-        check_devices(&self.placement, rules);
+        self.placement.check(rules);
         check_no_tier(Self::PROGRAM, &self.placement, rules);
     }
 }
@@ -87,11 +84,11 @@ impl Root for RewardRecipe {
         check_init(self.model.init, &self.model.model, rules);
         let measured = ["eval/accuracy", "eval/loss", "eval/score_mean", "eval/score_std"];
         check_supervised(&self.data, &self.train, &self.checkpoint, &measured, rules);
-        check_devices(&self.placement, rules);
+        self.placement.check(rules);
         check_no_tier(Self::PROGRAM, &self.placement, rules);
         if self.data.chosen_key == self.data.rejected_key {
             let message = format!("`data.chosen_key` and `data.rejected_key` are both \"{}\"", self.data.chosen_key);
-            rules.broken(&["data.rejected_key", "data.chosen_key"], message, String::new());
+            rules.broken(&["data.rejected_key", "data.chosen_key"], message, "");
         }
     }
 }
@@ -128,7 +125,7 @@ fn check_name(name: &str, rules: &mut Rules) {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if rules.has("name") && (name.is_empty() || name.starts_with('.') || !name.chars().all(allowed)) {
         let message = format!("`name` = \"{name}\" cannot name a folder");
-        rules.broken(&["name"], message, "use letters, digits, `-`, `_` and `.`".into());
+        rules.broken(&["name"], message, "use letters, digits, `-`, `_` and `.`");
     }
 }
 
@@ -139,7 +136,7 @@ fn check_reward(reward: &Reward, labels: bool, rules: &mut Rules) {
     } else {
         if let Some(key) = single.first() {
             let message = format!("[reward] has the source `{key}` and {} [[reward.mix]] tables", reward.mix.len());
-            rules.broken(&[&format!("reward.{key}")], message, "move it into a [[reward.mix]] table of its own".into());
+            rules.broken(&[&format!("reward.{key}")], message, "move it into a [[reward.mix]] table of its own");
         }
         for (index, part) in reward.mix.iter().enumerate() {
             check_source(&format!("reward.mix.{index}"), &part.source, labels, rules);
@@ -148,15 +145,11 @@ fn check_reward(reward: &Reward, labels: bool, rules: &mut Rules) {
     let models = reward.source.model.is_some() || reward.mix.iter().any(|part| part.source.model.is_some());
     if reward.normalize && !models {
         let help = "rules, servers and commands score as they are: delete the key";
-        rules.broken(
-            &["reward.normalize"],
-            "`reward.normalize` needs a reward `model` with stored mean and std".into(),
-            help.into(),
-        );
+        rules.broken(&["reward.normalize"], "`reward.normalize` needs a reward `model` with stored mean and std", help);
     }
     if let Some([low, high]) = reward.clip_range.filter(|[low, high]| low >= high) {
         let message = format!("`reward.clip_range` = [{low}, {high}] is empty");
-        rules.broken(&["reward.clip_range"], message, "write the smaller bound first".into());
+        rules.broken(&["reward.clip_range"], message, "write the smaller bound first");
     }
 }
 
@@ -176,7 +169,7 @@ fn check_source(table: &str, source: &RewardSource, labels: bool, rules: &mut Ru
     match source_keys(source)[..] {
         [] => {
             let help = "give one of `model`, `rule`, `url` and `command`, or several [[reward.mix]] tables";
-            return rules.broken(&[table], format!("[{table}] has no source"), help.into());
+            return rules.broken(&[table], format!("[{table}] has no source"), help);
         }
         [_] => {}
         [first, second, ..] => {
@@ -190,11 +183,11 @@ fn check_source(table: &str, source: &RewardSource, labels: bool, rules: &mut Ru
     check_rule_keys(table, source, rules);
     if source.rule == Some(RuleName::Math) && !labels {
         let message = format!("`{}` = \"math\" compares with a label, and `data.label_key` is not set", key("rule"));
-        rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]".into());
+        rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]");
     }
     if let Some(url) = source.url.as_ref().filter(|url| !url.starts_with("http://") && !url.starts_with("https://")) {
         let message = format!("`{}` = \"{url}\" is no address", key("url"));
-        rules.broken(&[&key("url")], message, "it starts with http:// or https://".into());
+        rules.broken(&[&key("url")], message, "it starts with http:// or https://");
     }
 }
 
@@ -232,7 +225,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
     for (name, fits, owner) in owned {
         if !fits && rules.has(&key(name)) && !silent(name) {
             let message = format!("`{name}` in [{table}] belongs to {owner}, which this source is not");
-            rules.broken(&[&key(name)], message, "delete it, or change the source".into());
+            rules.broken(&[&key(name)], message, "delete it, or change the source");
         }
     }
     let lacks = match source.rule {
@@ -242,7 +235,7 @@ fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
         _ => return check_length(table, source, rules),
     };
     let word = source.rule.map(|rule| rule.word()).unwrap_or_default();
-    rules.broken(&[&key("rule")], format!("`{}` = \"{word}\" needs {lacks}", key("rule")), String::new());
+    rules.broken(&[&key("rule")], format!("`{}` = \"{word}\" needs {lacks}", key("rule")), "");
 }
 
 /// Fewest and most tokens that score fully, where the recipe gives any.
@@ -260,35 +253,31 @@ fn check_length(table: &str, source: &RewardSource, rules: &mut Rules) {
     let keys = [keys[0].as_str(), keys[1].as_str()];
     if source.target_tokens.is_some() && (min.is_some() || max.is_some()) {
         let message = format!("[{table}] has `target_tokens` and a range of lengths");
-        rules.broken(&keys, message, "keep `target_tokens`, or `min_tokens` and `max_tokens`".into());
+        rules.broken(&keys, message, "keep `target_tokens`, or `min_tokens` and `max_tokens`");
     } else if let (Some(min), Some(max)) = (min, max)
         && min > max
     {
-        rules.broken(&keys, format!("[{table}] has `min_tokens` = {min} above `max_tokens` = {max}"), String::new());
+        rules.broken(&keys, format!("[{table}] has `min_tokens` = {min} above `max_tokens` = {max}"), "");
     }
 }
 
 fn check_prompts(data: &Data, rules: &mut Rules) {
     if data.prompts.is_some() && !data.mix.is_empty() {
         let message = format!("[data] has `prompts` and {} [[data.mix]] tables", data.mix.len());
-        rules.broken(&["data.prompts"], message, "move it into a [[data.mix]] table of its own".into());
+        rules.broken(&["data.prompts"], message, "move it into a [[data.mix]] table of its own");
     } else if data.prompts.is_none() && data.mix.is_empty() {
         let help = "give `prompts = \"file or folder\"`, or several [[data.mix]] tables";
-        rules.broken(&["data"], "[data] has no prompts".into(), help.into());
+        rules.broken(&["data"], "[data] has no prompts", help);
     }
     if data.system_prompt.is_some() && !data.apply_chat_template {
-        let message = "`data.system_prompt` has no place without a chat template".into();
-        rules.broken(&["data.system_prompt"], message, "set `apply_chat_template = true`, or delete it".into());
+        let message = "`data.system_prompt` has no place without a chat template";
+        rules.broken(&["data.system_prompt"], message, "set `apply_chat_template = true`, or delete it");
     }
 }
 
 fn check_stop(rollout: &Rollout, rules: &mut Rules) {
     if rollout.stop.iter().any(String::is_empty) {
-        rules.broken(
-            &["rollout.stop"],
-            "`rollout.stop` has an empty string, which would end every response".into(),
-            String::new(),
-        );
+        rules.broken(&["rollout.stop"], "`rollout.stop` has an empty string, which would end every response", "");
     }
 }
 
@@ -297,7 +286,7 @@ fn check_replay(rollout: &Rollout, rules: &mut Rules) {
         && record.0 == *replay
     {
         let message = format!("`rollout.record` and `rollout.replay` are both {}", replay.display());
-        rules.broken(&["rollout.record", "rollout.replay"], message, "keep one, or record elsewhere".into());
+        rules.broken(&["rollout.record", "rollout.replay"], message, "keep one, or record elsewhere");
     }
 }
 
@@ -306,7 +295,7 @@ fn check_mini_batch(recipe: &Recipe, rules: &mut Rules) {
     let mini_batch = recipe.ppo.mini_batch_size;
     let keys = ["ppo.mini_batch_size", "rollout.batch_size", "rollout.samples_per_prompt"];
     let Some(responses) = prompts.checked_mul(samples) else {
-        return rules.broken(&keys[1..], format!("{prompts} prompts x {samples} samples is too many"), String::new());
+        return rules.broken(&keys[1..], format!("{prompts} prompts x {samples} samples is too many"), "");
     };
     if !responses.is_multiple_of(mini_batch) {
         let unit =
@@ -334,101 +323,20 @@ fn check_kl(recipe: &Recipe, rules: &mut Rules) {
         return;
     }
     if recipe.reference.model.is_some() {
-        let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0".into();
-        rules.broken(&["reference.model"], message, "delete it, or give `kl_coef` a value above 0".into());
+        let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0";
+        rules.broken(&["reference.model"], message, "delete it, or give `kl_coef` a value above 0");
     }
     if recipe.ppo.kl_target.is_some() {
-        let message = "`ppo.kl_target` cannot adapt `ppo.kl_coef` = 0: it is multiplied, and stays 0".into();
-        rules.broken(&["ppo.kl_target"], message, "start from a `kl_coef` above 0".into());
-    }
-}
-
-fn check_clips(ppo: &Ppo, rules: &mut Rules) {
-    if let Some(high) = ppo.policy_clip_high.filter(|high| *high < ppo.policy_clip) {
-        let message = format!("`ppo.policy_clip_high` = {high} is below `ppo.policy_clip` = {}", ppo.policy_clip);
-        rules.broken(&["ppo.policy_clip_high"], message, "the upper side of the clip is the wider one".into());
+        let message = "`ppo.kl_target` cannot adapt `ppo.kl_coef` = 0: it is multiplied, and stays 0";
+        rules.broken(&["ppo.kl_target"], message, "start from a `kl_coef` above 0");
     }
 }
 
 /// A model that is trained alone shares its devices with nobody.
 fn check_no_tier(program: &str, devices: &Devices, rules: &mut Rules) {
-    if devices.tier != Tier::Auto {
+    if devices.tier != Auto::Auto {
         let message = format!("`placement.tier` says how roles share devices, and `{program}` has one model");
-        rules.broken(&["placement.tier"], message, "delete the key".into());
-    }
-}
-
-fn check_devices(devices: &Devices, rules: &mut Rules) {
-    check_pools(devices, rules);
-    if devices.credentials.is_some() && devices.listen.is_none() {
-        let message = "`placement.credentials` is for workers that others start".to_string();
-        rules.broken(&["placement.credentials"], message, "say where they join: `listen = \"HOST:PORT\"`".into());
-    }
-    let Auto::Fixed(workers) = devices.workers else { return };
-    if let Auto::Fixed(gpus) = devices.gpus_per_node
-        && devices.device != Device::Cpu
-        && workers > devices.nodes * gpus
-    {
-        let message = format!("{workers} workers do not fit on {} x {gpus} GPUs", devices.nodes);
-        rules.broken(&["placement.workers"], message, "one worker runs on one GPU".into());
-    } else if !workers.is_multiple_of(devices.nodes) {
-        let message = format!("{workers} workers are no equal share of {} nodes", devices.nodes);
-        let next = workers.next_multiple_of(devices.nodes);
-        rules.broken(&["placement.workers", "placement.nodes"], message, format!("`workers = {next}` is one"));
-    }
-}
-
-fn check_pools(devices: &Devices, rules: &mut Rules) {
-    check_gpu("placement.gpu", devices.gpu.as_deref(), rules);
-    for (index, pool) in devices.node_pool.iter().enumerate() {
-        check_gpu(&format!("placement.node_pool.{index}.gpu"), Some(&pool.gpu), rules);
-    }
-    if devices.node_pool.is_empty() {
-        return;
-    }
-    for key in ["nodes", "gpus_per_node", "gpu", "host_memory_gib", "workers"] {
-        let key = format!("placement.{key}");
-        let unset = key == "placement.nodes" && devices.nodes == 1; // as a resolved recipe writes it
-        let auto = rules.has(&key)
-            && match &key["placement.".len()..] {
-                "gpus_per_node" => devices.gpus_per_node == Auto::Auto,
-                "host_memory_gib" => devices.host_memory_gib == Auto::Auto,
-                "workers" => devices.workers == Auto::Auto,
-                _ => false,
-            };
-        if rules.has(&key) && !unset && !auto {
-            let message = format!("`{key}` beside [[placement.node_pool]]: the pools say which devices there are");
-            rules.broken(&[&key], message, "keep one of both".into());
-        }
-    }
-    if devices.device == Device::Cpu {
-        let message = "[[placement.node_pool]] declares GPUs, and `placement.device` is \"cpu\"".to_string();
-        rules.broken(&["placement.device"], message, "delete one of both".into());
-    }
-}
-
-fn check_gpu(key: &str, gpu: Option<&str>, rules: &mut Rules) {
-    if let Some(Err(error)) = gpu.map(DeviceKind::named) {
-        rules.broken(&[key], format!("`{key}`: {error}"), String::new());
-    }
-}
-
-impl Devices {
-    /// Devices in use, where the recipe says so.
-    pub fn count(&self) -> Option<usize> {
-        if !self.node_pool.is_empty() {
-            return Some(self.node_pool.iter().map(|pool| pool.nodes * pool.gpus_per_node).sum());
-        }
-        let gpus = self.gpus_per_node.fixed().filter(|_| self.device != Device::Cpu);
-        self.workers.fixed().or(gpus.map(|gpus| gpus * self.nodes))
-    }
-
-    /// Machines.
-    pub fn num_nodes(&self) -> usize {
-        match &self.node_pool[..] {
-            [] => self.nodes,
-            pools => pools.iter().map(|pool| pool.nodes).sum(),
-        }
+        rules.broken(&["placement.tier"], message, "delete the key");
     }
 }
 
@@ -436,7 +344,8 @@ impl Devices {
 fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
     let Placement { devices, actor, critic, reward, reference, generator } = &recipe.placement;
     let hands = [actor, critic, reward, reference, generator];
-    let apart = hands.iter().any(|hand| hand.devices.is_some()) || matches!(devices.tier, Tier::Medium | Tier::Large);
+    let apart = hands.iter().any(|hand| hand.devices.is_some())
+        || matches!(devices.tier, Auto::Fixed(Tier::Medium | Tier::Large));
     if apart {
         return;
     }
@@ -446,7 +355,7 @@ fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
     {
         if workers > rows {
             let message = format!("{workers} workers are more than `{key}` = {rows}");
-            rules.broken(&["placement.workers", key], message, "every worker needs a row".into());
+            rules.broken(&["placement.workers", key], message, "every worker needs a row");
         }
     }
 }
@@ -455,82 +364,30 @@ fn check_parallelism(recipe: &Recipe, rules: &mut Rules) {
     let size = recipe.generation.tensor_parallel_size;
     let Placement { devices, generator, .. } = &recipe.placement;
     let own = generator.devices.as_ref().map(Vec::len);
-    let count = own.or_else(|| devices.count().filter(|_| devices.tier != Tier::Large && devices.tier != Tier::Medium));
+    let count =
+        own.or_else(|| devices.count().filter(|_| !matches!(devices.tier, Auto::Fixed(Tier::Medium | Tier::Large))));
     if let Some(count) = count.filter(|count| !count.is_multiple_of(size)) {
         let message = format!("`generation.tensor_parallel_size` = {size} does not divide the {count} devices");
-        rules.broken(
-            &["generation.tensor_parallel_size"],
-            message,
-            "engines of this size must fill the devices".into(),
-        );
+        rules.broken(&["generation.tensor_parallel_size"], message, "engines of this size must fill the devices");
     }
-}
-
-fn check_roles(placement: &Placement, rules: &mut Rules) {
-    let roles = [
-        ("actor", Role::Actor, &placement.actor),
-        ("critic", Role::Critic, &placement.critic),
-        ("reward", Role::Reward, &placement.reward),
-        ("reference", Role::Reference, &placement.reference),
-        ("generator", Role::Generator, &placement.generator),
-    ];
-    for (name, role, hand) in roles {
-        let key = |field: &str| format!("placement.{name}.{field}");
-        if hand.colocate_with == Some(role) {
-            let message = format!("[placement.{name}] is colocated with itself");
-            rules.broken(&[&key("colocate_with")], message, String::new());
-        }
-        let back = roles.iter().find(|(_, other, _)| hand.colocate_with == Some(*other));
-        if let Some((other, _, _)) = back.filter(|(_, other, back)| back.colocate_with == Some(role) && *other != role)
-        {
-            let message = format!("[placement.{name}] and [placement.{other}] are colocated with each other");
-            rules.broken(&[&key("colocate_with")], message, "give one of them `devices`".into());
-        }
-        if hand.colocate_with.is_some() && hand.devices.is_some() {
-            let message = format!("[placement.{name}] has `devices` and `colocate_with`");
-            rules.broken(&[&key("colocate_with")], message, "keep one: colocated roles share devices".into());
-        }
-        check_device_list(name, hand.devices.as_deref(), placement.devices.count(), rules);
-    }
-}
-
-fn check_device_list(role: &str, devices: Option<&[usize]>, count: Option<usize>, rules: &mut Rules) {
-    let Some(devices) = devices else { return };
-    let key = format!("placement.{role}.devices");
-    if devices.is_empty() {
-        let help = "delete the key to leave the choice to the planner";
-        rules.broken(&[&key], format!("[placement.{role}] has no devices"), help.into());
-    }
-    let count = count.unwrap_or(usize::MAX);
-    if let Some(device) = devices.iter().find(|device| **device >= count) {
-        let message = format!("device {device} in [placement.{role}] does not exist: there are {count}");
-        rules.broken(&[&key], message, "devices are counted from 0 through all machines".into());
-    }
-    if let Some(device) = repeated(devices) {
-        rules.broken(&[&key], format!("device {device} stands twice in [placement.{role}]"), String::new());
-    }
-}
-
-fn repeated(devices: &[usize]) -> Option<usize> {
-    devices.iter().enumerate().find(|(index, device)| devices[..*index].contains(device)).map(|(_, device)| *device)
 }
 
 fn check_eval(recipe: &Recipe, rules: &mut Rules) {
     let eval = &recipe.eval;
     if eval.every_steps.is_some() && eval.prompts.is_none() {
         let help = "give `prompts = \"file or folder\"` in [eval]";
-        rules.broken(&["eval.every_steps"], "`eval.every_steps` has no prompts to evaluate on".into(), help.into());
+        rules.broken(&["eval.every_steps"], "`eval.every_steps` has no prompts to evaluate on", help);
     }
     let sources = std::iter::once(&recipe.reward.source).chain(recipe.reward.mix.iter().map(|part| &part.source));
     let needs_label = sources.into_iter().any(|source| source.rule == Some(RuleName::Math));
     if needs_label && eval.prompts.is_some() && recipe.data.label_key.is_none() {
-        let message = "`eval.prompts` has no labels for `rule = \"math\"`: `data.label_key` is not set".into();
-        rules.broken(&["eval.prompts"], message, "evaluation reads the keys of [data]".into());
+        let message = "`eval.prompts` has no labels for `rule = \"math\"`: `data.label_key` is not set";
+        rules.broken(&["eval.prompts"], message, "evaluation reads the keys of [data]");
     }
     check_best_metric(&recipe.checkpoint, &["eval/reward", "eval/reward_std"], rules);
     if recipe.checkpoint.best_metric.is_some() && (eval.prompts.is_none() || eval.every_steps.is_none()) {
         let help = "give [eval] `prompts` and `every_steps`";
-        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
+        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured", help);
     }
 }
 
@@ -548,11 +405,7 @@ fn check_best_metric(checkpoint: &Checkpoint, measured: &[&'static str], rules: 
 fn check_init(init: Init, model: &ModelSource, rules: &mut Rules) {
     if init == Init::Random && matches!(model, ModelSource::Hub(_)) {
         let help = "name a folder with `config.json` and the tokenizer's files";
-        rules.broken(
-            &["model.model"],
-            format!("`init = \"random\"` needs a folder, and `{model}` is a hub id"),
-            help.into(),
-        );
+        rules.broken(&["model.model"], format!("`init = \"random\"` needs a folder, and `{model}` is a hub id"), help);
     }
 }
 
@@ -566,31 +419,27 @@ fn check_supervised(
     let (single, mixed, held_out, fraction) = data.sources();
     if single && mixed > 0 {
         let message = format!("[data] has `train` and {mixed} [[data.mix]] tables");
-        rules.broken(&["data.train"], message, "move it into a [[data.mix]] table of its own".into());
+        rules.broken(&["data.train"], message, "move it into a [[data.mix]] table of its own");
     } else if !single && mixed == 0 {
         let help = "give `train = \"file or folder\"`, or several [[data.mix]] tables";
-        rules.broken(&["data"], "[data] has nothing to train on".into(), help.into());
+        rules.broken(&["data"], "[data] has nothing to train on", help);
     }
     if held_out && fraction > 0.0 {
-        let message = "[data] has an `eval` source and holds out a fraction as well".into();
-        rules.broken(&["data.eval_fraction"], message, "keep one".into());
+        let message = "[data] has an `eval` source and holds out a fraction as well";
+        rules.broken(&["data.eval_fraction"], message, "keep one");
     }
     if train.steps.is_some() && rules.has("train.epochs") && train.epochs != SupervisedTrain::default().epochs {
-        let message = "[train] has `steps` and `epochs`".into();
-        rules.broken(&["train.epochs"], message, "keep one: `steps` counts optimizer steps".into());
+        let message = "[train] has `steps` and `epochs`";
+        rules.broken(&["train.epochs"], message, "keep one: `steps` counts optimizer steps");
     }
     let evaluates = held_out || fraction > 0.0;
     if train.eval_every_steps.is_some() && !evaluates {
         let help = "give `eval`, or `eval_fraction`, in [data]";
-        rules.broken(
-            &["train.eval_every_steps"],
-            "`train.eval_every_steps` has no rows to evaluate on".into(),
-            help.into(),
-        );
+        rules.broken(&["train.eval_every_steps"], "`train.eval_every_steps` has no rows to evaluate on", help);
     }
     check_best_metric(checkpoint, measured, rules);
     if checkpoint.best_metric.is_some() && !(evaluates && train.eval_every_steps.is_some()) {
         let help = "give held-out rows in [data] and `eval_every_steps` in [train]";
-        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured".into(), help.into());
+        rules.broken(&["checkpoint.best_metric"], "`checkpoint.best_metric` is never measured", help);
     }
 }

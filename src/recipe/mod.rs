@@ -21,6 +21,10 @@ mod tables;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use echelon_algorithms::ppo::PpoKeys;
+pub use echelon_core::compute::Compute;
+pub use echelon_core::optimizer::Optimizer;
+pub use echelon_placement::devices::{Devices, Placement};
 pub use echelon_schema::{Auto, Choice, ModelSource, RecipeError, to_toml};
 use echelon_schema::{Document, Documents, Item, Node, Origins, Problem, Reader, Rules, Table};
 

@@ -8,7 +8,7 @@ use echelon_schema::{ModelSource, to_toml};
 
 use super::arithmetic::BatchArithmetic;
 use super::check::length_range;
-use super::json_of;
+use super::{Optimizer, Placement, PpoKeys, json_of};
 use super::tables::*;
 
 /// A PPO recipe with nothing left to decide.
@@ -35,7 +35,7 @@ pub struct ResolvedRecipe {
     /// What one step samples.
     pub rollout: Rollout,
     /// How a step learns; `policy_clip_high` is always given.
-    pub ppo: Ppo,
+    pub ppo: PpoKeys,
     /// Length of the run, numbers and memory.
     pub train: Train,
     /// The engine that samples.
@@ -172,7 +172,7 @@ impl Recipe {
             },
             data: self.resolve_data(),
             rollout: self.rollout.clone(),
-            ppo: Ppo { policy_clip_high: Some(clip_high), ..self.ppo.clone() },
+            ppo: PpoKeys { policy_clip_high: Some(clip_high), ..self.ppo.clone() },
             train: self.train.clone(),
             generation: self.generation.clone(),
             placement: self.placement.clone(),

@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use echelon_schema::{MOST, ModelSource, above, at_least, between, choice, from_below, table};
+use echelon_core::compute::Compute;
+use echelon_core::optimizer::Optimizer;
+use echelon_placement::devices::Devices;
+use echelon_schema::{MOST, ModelSource, Origins, above, at_least, between, choice, from_below, table};
 
-use super::Origins;
-use super::tables::{Checkpoint, Compute, Devices, Optimizer};
+use super::tables::Checkpoint;
 
 table! {
     /// A supervised fine-tuning run: a causal language model learns completions.

@@ -3,12 +3,13 @@
 //!
 //! Defaults are OpenRLHF's.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use echelon_schema::{Auto, MOST, ModelSource, NewPath, above, above_to, at_least, between, choice, from_below, table};
-
-use super::Origins;
+use echelon_algorithms::ppo::PpoKeys;
+use echelon_core::compute::Compute;
+use echelon_core::optimizer::Optimizer;
+use echelon_placement::devices::Placement;
+use echelon_schema::{Auto, MOST, ModelSource, NewPath, Origins, above, above_to, at_least, between, choice, table};
 
 table! {
     /// A PPO run.
@@ -31,7 +32,7 @@ table! {
         /// What one step samples.
         pub rollout: Rollout = Rollout::default();
         /// How a step learns from its rollout.
-        pub ppo: Ppo = Ppo::default();
+        pub ppo: PpoKeys = PpoKeys::default();
         /// Length of the run, numbers and memory.
         pub train: Train = Train::default();
         /// The engine that samples.
@@ -66,38 +67,6 @@ table! {
         pub shape: Option<PathBuf> = None;
         /// AdamW of the critic.
         pub optimizer: Optimizer = Optimizer { lr: 9e-6, ..Optimizer::default() };
-    }
-}
-
-table! {
-    /// AdamW and its learning-rate schedule.
-    pub struct Optimizer {
-        /// Peak learning rate.
-        pub lr: f64 = 1e-6, in between(0.0, 1.0);
-        /// Decay rates of the two moments.
-        pub betas: [f64; 2] = [0.9, 0.95], in from_below(0.0, 1.0);
-        /// Added to the root of the second moment.
-        pub eps: f64 = 1e-8, in above_to(0.0, 1.0);
-        /// Decoupled weight decay.
-        pub weight_decay: f64 = 0.0, in between(0.0, 1.0);
-        /// Shape of the learning rate after warm-up.
-        pub schedule: Schedule = Schedule::Cosine;
-        /// Part of all optimizer steps over which the learning rate rises linearly from 0; rounded up to whole steps.
-        pub warmup_ratio: f64 = 0.03, in between(0.0, 1.0);
-        /// Where `cosine` ends, as a part of `lr`.
-        pub min_lr_ratio: f64 = 0.1, in between(0.0, 1.0);
-    }
-}
-
-choice! {
-    /// Shape of the learning rate after warm-up.
-    pub enum Schedule {
-        /// Stays at `lr`.
-        Constant = "constant",
-        /// Falls in a straight line to 0.
-        Linear = "linear",
-        /// Falls along half a cosine to `min_lr_ratio * lr`.
-        Cosine = "cosine",
     }
 }
 
@@ -255,64 +224,6 @@ table! {
 }
 
 table! {
-    /// How a step learns from its rollout.
-    pub struct Ppo {
-        /// Passes over each rollout.
-        pub epochs: usize = 1, in between(1.0, MOST);
-        /// Responses per optimizer step; divides the step's responses.
-        pub mini_batch_size: usize = 128, in between(1.0, MOST);
-        /// The probability ratio counts up to 1 - this and 1 + this.
-        pub policy_clip: f64 = 0.2, in above_to(0.0, 1.0);
-        /// Upper side of the clip, when it differs from `policy_clip`.
-        pub policy_clip_high: Option<f64> = None, in above(0.0);
-        /// Bounds the loss of negative advantages at this factor.
-        pub dual_clip: Option<f64> = None, in above(1.0);
-        /// Values may move this far from those of the rollout.
-        pub value_clip: Option<f64> = Some(0.5), in above(0.0);
-        /// Discount per token.
-        pub gamma: f64 = 1.0, in between(0.0, 1.0);
-        /// Weight of longer returns in the advantage estimate.
-        pub gae_lambda: f64 = 1.0, in between(0.0, 1.0);
-        /// Weight of the KL penalty; at 0 the reference model is not loaded.
-        pub kl_coef: f64 = 0.01, in at_least(0.0);
-        /// Estimator of the KL divergence per token.
-        pub kl_estimator: KlEstimator = KlEstimator::K1;
-        /// Where the penalty enters.
-        pub kl_placement: KlPlacement = KlPlacement::Reward;
-        /// Adapt `kl_coef` so that the KL stays near this value.
-        pub kl_target: Option<f64> = None, in above(0.0);
-        /// Responses over which the adaptive `kl_coef` reacts.
-        pub kl_horizon: f64 = 10000.0, in above(0.0);
-        /// Weight of the entropy bonus.
-        pub entropy_coef: f64 = 0.0, in at_least(0.0);
-        /// First steps in which only the critic learns.
-        pub critic_warmup_steps: usize = 0, in at_least(0.0);
-    }
-}
-
-choice! {
-    /// Estimator of the KL divergence per token, with r = log pi - log pi_ref.
-    pub enum KlEstimator {
-        /// r: unbiased, right for a penalty inside the reward.
-        K1 = "k1",
-        /// r^2 / 2.
-        K2 = "k2",
-        /// exp(-r) - 1 + r: never negative, right for a penalty inside the loss.
-        K3 = "k3",
-    }
-}
-
-choice! {
-    /// Where the KL penalty enters.
-    pub enum KlPlacement {
-        /// Subtracted from each token's reward.
-        Reward = "reward",
-        /// Added to the policy loss.
-        Loss = "loss",
-    }
-}
-
-table! {
     /// Length of the run, numbers and memory.
     pub struct Train {
         /// Steps of the run: each is one rollout and its optimizer steps.
@@ -321,40 +232,6 @@ table! {
         /// of it: `perf/planned_*`.
         pub calibrate: bool = false;
         inline_last compute: Compute;
-    }
-}
-
-table! {
-    /// Numbers and memory of training. None of these keys but `dtype` and `max_grad_norm` changes a result.
-    pub struct Compute {
-        /// Tokens per forward and backward pass on one device; a longer sequence goes alone.
-        pub tokens_per_micro_batch: usize = 16192, in between(1.0, MOST);
-        /// Type that models compute in; `auto` is bfloat16 on CUDA, else float32.
-        pub dtype: Dtype = Dtype::Auto;
-        /// What is split over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters.
-        pub zero_stage: Auto<usize> = Auto::Auto, in between(0.0, 3.0);
-        /// Keep master weights and moments in host memory and step there; `false` leaves that to the plan where there is one.
-        pub adam_offload: bool = false;
-        /// Recompute activations in the backward pass instead of keeping them.
-        pub activation_checkpointing: bool = false;
-        /// The same run gives the same bits again: `auto` is so on a CPU, and not on CUDA, where it costs speed.
-        pub deterministic: Auto<bool> = Auto::Auto;
-        /// Gradients are scaled down to this global norm.
-        pub max_grad_norm: Option<f64> = Some(1.0), in above(0.0);
-    }
-}
-
-choice! {
-    /// Type that models compute in.
-    pub enum Dtype {
-        /// bfloat16 on CUDA, else float32.
-        Auto = "auto",
-        /// 32 bits.
-        Float32 = "float32",
-        /// 16 bits, with float32 master weights.
-        Bfloat16 = "bfloat16",
-        /// 64 bits, for checking numbers.
-        Float64 = "float64",
     }
 }
 
@@ -379,119 +256,6 @@ choice! {
     pub enum Engine {
         /// The built-in engine, on the trainer's own weights.
         Embedded = "embedded",
-    }
-}
-
-table! {
-    /// Which devices there are.
-    pub struct Devices {
-        /// Kind of device; `auto` is CUDA where it works.
-        pub device: Device = Device::Auto;
-        /// How roles share devices; `auto` goes by the actor's size.
-        pub tier: Tier = Tier::Auto;
-        /// Machines.
-        pub nodes: usize = 1, in between(1.0, 100_000.0);
-        /// GPUs of each machine; `auto` counts them.
-        pub gpus_per_node: Auto<usize> = Auto::Auto, in between(1.0, 1024.0);
-        /// Kind of GPU that `--plan` plans for: H200, H100-80GB, A100-80GB ...; unset, this machine's, else H100-80GB.
-        pub gpu: Option<String> = None;
-        /// Host memory of each machine that plans count on; `auto` is this machine's where it works itself, else 2 TB.
-        pub host_memory_gib: Auto<f64> = Auto::Auto, in above(0.0);
-        /// Devices in use; on CPU the number of worker processes.
-        pub workers: Auto<usize> = Auto::Auto, in between(1.0, 1_000_000.0);
-        /// Address at which workers that others start join, such as 0.0.0.0:7401; without it they are started on this
-        /// machine.
-        pub listen: Option<SocketAddr> = None;
-        /// File in which the driver writes, for this user alone, what such workers authenticate with, and which it removes
-        /// at the end. Default: one in the folder for temporary files.
-        pub credentials: Option<NewPath> = None;
-        /// Seconds that workers have to join.
-        pub join_timeout_s: f64 = 120.0, in above_to(0.0, 604_800.0);
-        /// Unlike machines, instead of `nodes`, `gpus_per_node` and `gpu`: devices are counted through the pools in order.
-        pub node_pool: Vec<NodePool> = Vec::new();
-    }
-}
-
-table! {
-    /// Machines of one kind.
-    pub struct NodePool {
-        /// Machines of the pool.
-        pub nodes: usize = 1, in between(1.0, 100_000.0);
-        /// GPUs of each.
-        pub gpus_per_node: usize, in between(1.0, 1024.0);
-        /// Their kind, as in `placement.gpu`.
-        pub gpu: String;
-        /// Host memory of each; `auto` is 2 TB.
-        pub host_memory_gib: Auto<f64> = Auto::Auto, in above(0.0);
-    }
-}
-
-choice! {
-    /// Kind of device.
-    pub enum Device {
-        /// CUDA where it works, else the CPU.
-        Auto = "auto",
-        /// The CPU.
-        Cpu = "cpu",
-        /// NVIDIA GPUs.
-        Cuda = "cuda",
-    }
-}
-
-choice! {
-    /// How roles share devices.
-    pub enum Tier {
-        /// By the actor's parameters: small below 13e9, medium up to 34e9, large above.
-        Auto = "auto",
-        /// All roles on the same devices.
-        Small = "small",
-        /// Each role on its own devices; the generator on the actor's.
-        Medium = "medium",
-        /// As medium, the generator tensor-parallel.
-        Large = "large",
-    }
-}
-
-table! {
-    /// Which devices do what.
-    pub struct Placement {
-        inline devices: Devices;
-        /// The actor, by hand.
-        pub actor: RolePlacement = RolePlacement::default();
-        /// The critic, by hand.
-        pub critic: RolePlacement = RolePlacement::default();
-        /// The reward model, by hand.
-        pub reward: RolePlacement = RolePlacement::default();
-        /// The reference, by hand.
-        pub reference: RolePlacement = RolePlacement::default();
-        /// The generator, by hand.
-        pub generator: RolePlacement = RolePlacement::default();
-    }
-}
-
-table! {
-    /// Devices of one role; without either key the planner decides.
-    pub struct RolePlacement {
-        /// Device numbers, counted through all machines from 0.
-        pub devices: Option<Vec<usize>> = None, in at_least(0.0);
-        /// Take turns with this role on its devices.
-        pub colocate_with: Option<Role> = None;
-    }
-}
-
-choice! {
-    /// A role.
-    pub enum Role {
-        /// The policy being trained.
-        Actor = "actor",
-        /// The value model.
-        Critic = "critic",
-        /// The reward model.
-        Reward = "reward",
-        /// The frozen policy.
-        Reference = "reference",
-        /// The sampling engine.
-        Generator = "generator",
     }
 }
 

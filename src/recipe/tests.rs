@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use echelon_schema::{Key, collect_names};
 
+use echelon_algorithms::kl::KlEstimator;
+use echelon_core::optimizer::Decay;
+
 use super::foreign::FOREIGN;
 use super::*;
 
@@ -206,7 +209,7 @@ fn defaults_are_openrlhfs() {
     assert_eq!((recipe.actor.optimizer.lr, recipe.critic.optimizer.lr), (1e-6, 9e-6));
     assert_eq!(recipe.critic.optimizer.betas, [0.9, 0.95]);
     let adam = &recipe.actor.optimizer;
-    assert_eq!((adam.schedule, adam.warmup_ratio, adam.min_lr_ratio), (Schedule::Cosine, 0.03, 0.1));
+    assert_eq!((adam.schedule, adam.warmup_ratio, adam.min_lr_ratio), (Decay::Cosine, 0.03, 0.1));
     assert_eq!((recipe.reward.clip_range, recipe.train.compute.max_grad_norm), (Some([-10.0, 10.0]), Some(1.0)));
 }
 

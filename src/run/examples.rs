@@ -7,7 +7,7 @@ use echelon_algorithms::Algorithm;
 use echelon_core::data::Rows;
 use echelon_core::role::Role;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
-use echelon_placement::planner::TrainingPlan;
+use echelon_placement::planner::{Alone, Plan};
 use echelon_tasks::data::{LoadReport, Mix, MixSource, RowStream, hold_out};
 use serde::{Deserialize, Serialize};
 
@@ -131,7 +131,9 @@ impl<L: Lesson> Program for L {
     fn print_plan(&self, format: PlanFormat) -> Result<(), Failure> {
         let text = self.resolved_text();
         let headed = format!("# The recipe as it would run, with every default.\n\n{text}");
-        plan::print(format, (headed, json_of(&text)), training_job(self, None).ask()?)
+        let plan = training_job(self, None).ask()?;
+        let shown = plan.as_ref().map(|plan| plan.as_ref().map(Alone));
+        plan::print(format, (headed, json_of(&text)), shown)
     }
 
     fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<Self::Algorithm>, Failure> {
@@ -145,7 +147,7 @@ impl<L: Lesson> Program for L {
         let num_rows: usize = data.sources.iter().map(|source| source.rows.len()).sum();
         let total = train.optimizer_steps(num_rows);
         let header = header(self, (&folder, held, warning), &layout, (&data, num_rows, total), run_folder)?;
-        let memory = training_job(self, Some(&folder)).training()?;
+        let workload = training_job(self, Some(&folder)).workload()?;
         Ok(Inputs {
             algorithm: Self::Algorithm::default(),
             spec: RunSpec {
@@ -166,11 +168,11 @@ impl<L: Lesson> Program for L {
             tokenizer,
             held,
             rewards: None,
-            memory: memory.map(|training| MemoryLedger::of_training(&training, held, &layout)),
+            memory: workload.map(|workload| MemoryLedger::new(workload, held, &layout)),
             forecast: None,
             arithmetic: None,
             total: total as u64,
-            plan: plan.map(|plan| format!("workers {layout}\n\n{plan}\n")),
+            plan: plan.map(|plan| format!("workers {layout}\n\n{}\n", Alone(&plan))),
             header,
             notes: Vec::new(),
         })
@@ -189,16 +191,13 @@ fn training_job<'a, L: Lesson>(recipe: &'a L, folder: Option<&'a Path>) -> Train
 }
 
 /// One model on every worker, as the planner would train it, with its plan.
-fn layout<L: Lesson>(recipe: &L, model: &Path, workers: usize) -> Result<(Layout, Option<TrainingPlan>), Failure> {
+fn layout<L: Lesson>(recipe: &L, model: &Path, workers: usize) -> Result<(Layout, Option<Plan>), Failure> {
     let plan = match workers {
         1 => None,
         _ => training_job(recipe, Some(model)).ask()?.transpose().map_err(Failure::input)?,
     };
-    let held = match &plan {
-        Some(plan) => (plan.zero_stage, plan.adam_offload),
-        None => (0, recipe.parts().train.compute.adam_offload),
-    };
-    Ok((Layout::alone(role::<L>(), workers, held), plan))
+    let alone = || Layout::alone(role::<L>(), workers, (0, recipe.parts().train.compute.adam_offload));
+    Ok((plan.as_ref().map_or_else(alone, Layout::of), plan))
 }
 
 fn header<L: Lesson>(

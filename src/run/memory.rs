@@ -5,19 +5,15 @@ use std::collections::HashSet;
 use echelon_core::Error;
 use echelon_core::memory::{MemoryReport, MemoryUse, Phase};
 use echelon_core::role::Role;
+use echelon_core::workload::Workload;
 use echelon_placement::ledger::compare::Comparison;
-use echelon_placement::ledger::{ModelSizes, RoleJob, Workload};
-use echelon_placement::planner::Training;
+use echelon_placement::ledger::{ModelSizes, RoleJob};
 use echelon_placement::tier::ROLES;
 use tch::Device;
 
-use crate::model_folders::{ModelFolders, shapes};
 use crate::monitor::Metrics;
-use crate::plan;
-use crate::program::Failure;
-use crate::recipe::ResolvedRecipe;
 use crate::run::out_of_memory;
-use echelon_placement::layout::{Layout, RoleGroup};
+use echelon_placement::layout::Layout;
 use echelon_roles::models::Held;
 
 /// How far the ledger may be off before a person is told.
@@ -33,40 +29,15 @@ pub struct MemoryLedger {
     models: [Option<ModelSizes>; 5],
     layout: Layout,
     on_cpu: bool,
-    /// Whose name a model that is trained alone has, which the ledger knows by another role's formulas.
-    alone: Option<Role>,
     told: HashSet<(Role, Phase)>,
 }
 
 impl MemoryLedger {
-    /// # Errors
-    /// A model's config cannot be read.
-    pub fn new(
-        recipe: &ResolvedRecipe,
-        folders: &ModelFolders,
-        held: Held,
-        layout: &Layout,
-    ) -> Result<MemoryLedger, Failure> {
-        let workload = plan::workload_of(recipe, shapes(folders)?);
-        Ok(MemoryLedger {
-            models: ROLES.map(|role| workload.shape(role).map(ModelSizes::of)),
+    pub fn new(workload: Workload, held: Held, layout: &Layout) -> MemoryLedger {
+        MemoryLedger {
+            models: ROLES.map(|role| workload.model(role).map(|model| ModelSizes::of(&model.shape))),
             layout: layout.clone(),
             on_cpu: held.pass.device == Device::Cpu,
-            alone: None,
-            workload,
-            told: HashSet::new(),
-        })
-    }
-
-    /// Of a model that is trained alone.
-    pub fn of_training(training: &Training, held: Held, layout: &Layout) -> MemoryLedger {
-        let workload = training.workload();
-        let group = RoleGroup { role: training.learner(), ..layout.group(training.role).clone() };
-        MemoryLedger {
-            models: ROLES.map(|role| workload.shape(role).map(ModelSizes::of)),
-            layout: Layout { groups: vec![group], ..layout.clone() },
-            on_cpu: held.pass.device == Device::Cpu,
-            alone: Some(training.role),
             workload,
             told: HashSet::new(),
         }
@@ -85,7 +56,7 @@ impl MemoryLedger {
             zero_stage: group.zero_stage,
             adam_offload: group.adam_offload && !self.on_cpu,
             tensor_parallel: group.tensor_parallel,
-            slots: self.workload.slots_wanted(ranks / group.tensor_parallel, 0),
+            slots: self.workload.slots_wanted(ranks / group.tensor_parallel, 0).unwrap_or(0),
             shares_weights: self.layout.shares_weights(),
             moves_to_host: group.moves_to_host,
             on_cpu: self.on_cpu,
@@ -100,10 +71,7 @@ impl MemoryLedger {
 
     /// The ledger beside what a rank was metered at, for what it worked on.
     pub fn compare(&self, uses: &[MemoryUse]) -> Vec<Comparison> {
-        let of = |measured: &MemoryUse| {
-            let found = Comparison::new(&self.job(measured.role)?, measured);
-            Some(Comparison { role: self.alone.unwrap_or(found.role), ..found })
-        };
+        let of = |measured: &MemoryUse| Some(Comparison::new(&self.job(measured.role)?, measured));
         uses.iter().filter_map(of).collect()
     }
 
@@ -120,7 +88,7 @@ impl MemoryLedger {
         let comparisons: Vec<Comparison> = reports.iter().flat_map(|report| self.compare(&report.uses)).collect();
         let mut worst: f64 = 0.0;
         for found in &comparisons {
-            let name = format!("perf/memory_{}_{}_bytes", found.role, phase_name(found.phase));
+            let name = format!("perf/memory_{}_{}_bytes", found.role, found.phase.short_name());
             let before = metrics.get(&name).unwrap_or(0.0);
             metrics.set(name, before.max(found.measured() as f64));
             worst = worst.max(found.error().abs());
@@ -128,16 +96,6 @@ impl MemoryLedger {
         metrics.set("perf/memory_ledger_error_max", worst);
         let off = comparisons.iter().filter(|found| is_worth_telling(found));
         off.filter(|found| self.told.insert((found.role, found.phase))).map(warning).collect()
-    }
-}
-
-/// A trained role has one phase of training, and its name is before it.
-fn phase_name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Generate => "generate",
-        Phase::Score => "score",
-        Phase::TrainActor | Phase::TrainCritic => "train",
-        Phase::Sync => "sync",
     }
 }
 
@@ -177,11 +135,11 @@ mod tests {
             formula: "a formula".into(),
             place: Place::Device,
             transient,
-            phases: vec![Phase::Score],
+            phases: vec![Phase::SCORE],
         };
         let measured = MemoryUse {
             role: Role::Critic,
-            phase: Phase::Score,
+            phase: Phase::SCORE,
             resident: StateBytes { weights: 100 << 20, ..StateBytes::default() },
             before: 300 << 20,
             peak: 400 << 20,

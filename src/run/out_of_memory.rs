@@ -3,7 +3,8 @@
 use echelon_core::Error;
 use echelon_core::memory::Phase;
 use echelon_core::role::Role;
-use echelon_placement::ledger::{Entry, Place, RoleJob, Workload};
+use echelon_core::workload::Workload;
+use echelon_placement::ledger::{Entry, Place, RoleJob};
 
 /// What a change must save of a phase's bytes to be worth a try.
 const WORTH_IT: f64 = 0.05;
@@ -14,9 +15,8 @@ const NAMED: usize = 4;
 /// Adds to an error that says so what holds the device's memory, and what to change; `jobs` are the roles as they are held.
 pub fn explained(error: Error, jobs: &[RoleJob]) -> Error {
     let (Error::Worker { role, verb, .. }, Error::OutOfMemory(_)) = (&error, error.root()) else { return error };
-    // A model that is trained alone is in the ledger under the name of the role whose formulas it has.
-    let role = if let [only] = jobs { only.role } else { *role };
-    let Some(phase) = phase_of(role, verb) else { return error };
+    let role = *role;
+    let Some(phase) = Phase::of(role, verb) else { return error };
     let change = nearest_change(role, phase, jobs)
         .map_or("no key of this recipe makes it need less: more or larger devices would".into(), |change| {
             format!("nearest change: {change}")
@@ -26,18 +26,6 @@ pub fn explained(error: Error, jobs: &[RoleJob]) -> Error {
         phase.name(),
         held(role, phase, jobs)
     ))
-}
-
-/// What a call of a role is metered as.
-fn phase_of(role: Role, verb: &str) -> Option<Phase> {
-    match (verb, role) {
-        ("generate", _) => Some(Phase::Generate),
-        ("logprobs" | "values" | "scores" | "assess", _) => Some(Phase::Score),
-        ("update" | "learn", Role::Critic) => Some(Phase::TrainCritic),
-        ("update" | "learn", _) => Some(Phase::TrainActor),
-        ("publish", _) => Some(Phase::Sync),
-        _ => None,
-    }
 }
 
 /// What is on the device in a phase: all that stays, and the pass of the role whose turn it is.
@@ -75,13 +63,14 @@ struct Change {
 fn nearest_change(role: Role, phase: Phase, jobs: &[RoleJob]) -> Option<String> {
     let now = bytes(role, phase, jobs);
     let work = jobs.first()?.workload;
+    let most = |work: &Workload| work.sampling.as_ref().map_or(0, |sampling| sampling.max_sequences);
     let with = |words: String, change: &dyn Fn(&mut Workload), held: &dyn Fn(&mut RoleJob)| {
         let mut changed = work.clone();
         change(&mut changed);
         let jobs: Vec<RoleJob> = jobs
             .iter()
             .map(|job| {
-                let mut job = RoleJob { workload: &changed, slots: job.slots.min(changed.max_sequences), ..*job };
+                let mut job = RoleJob { workload: &changed, slots: job.slots.min(most(&changed)), ..*job };
                 held(&mut job);
                 job
             })
@@ -90,13 +79,14 @@ fn nearest_change(role: Role, phase: Phase, jobs: &[RoleJob]) -> Option<String> 
     };
     let as_held = |_: &mut RoleJob| {};
     let mut changes = Vec::new();
-    if phase == Phase::Generate {
+    if phase == Phase::GENERATE {
         let half = jobs.iter().filter(|job| job.role == Role::Generator).map(|job| job.slots).max().unwrap_or(2) / 2;
         if half >= 1 {
-            changes.push(with(format!("generation.max_sequences = {half}"), &|w| w.max_sequences = half, &as_held));
+            let fewer = |w: &mut Workload| w.sampling.iter_mut().for_each(|sampling| sampling.max_sequences = half);
+            changes.push(with(format!("generation.max_sequences = {half}"), &fewer, &as_held));
         }
     } else {
-        let half = (work.tokens_per_micro_batch / 2).max(work.max_tokens());
+        let half = (work.tokens_per_micro_batch / 2).max(work.max_unit_tokens());
         let words = format!("train.tokens_per_micro_batch = {half}");
         changes.push(with(words, &|w| w.tokens_per_micro_batch = half, &as_held));
         let words = "train.activation_checkpointing = true".to_string();

@@ -15,7 +15,7 @@ use crate::checkpoint::Resumed;
 use crate::devices;
 use crate::forecast::Forecast;
 use crate::machine;
-use crate::model_folders::{self, ModelFolders};
+use crate::model_folders::{self, ModelFolders, shapes};
 use crate::plan;
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
@@ -62,7 +62,7 @@ impl Program for ResolvedRecipe {
 
     fn print_plan(&self, format: PlanFormat) -> Result<(), Failure> {
         let headed = self.to_toml_headed("The recipe as it would run, with every default.");
-        plan::print(format, (headed, self.to_json()), plan::ask(self)?)
+        plan::print(format, (headed, self.to_json()), plan::ask(self)?.as_ref().map(Result::as_ref))
     }
 
     fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<Ppo>, Failure> {
@@ -77,7 +77,7 @@ impl Program for ResolvedRecipe {
         let (weight_layout, note) = machine::weight_layout(&shape.shape(), held, before)?;
         let held = Held { weight_layout, ..held };
         check_replay(&mut feed, resumed, self.train.steps as u64)?;
-        let memory = MemoryLedger::new(self, &folders, held, &layout)?;
+        let memory = MemoryLedger::new(plan::workload_of(self, shapes(&folders)?), held, &layout);
         let forecast = match self.train.calibrate {
             true => Some(Forecast::new(self, &folders, held, &layout)?),
             false => None,

@@ -8,18 +8,20 @@ use echelon_algorithms::losses::PolicyClip;
 use echelon_algorithms::ppo::{PolicyLoss, ValueLoss};
 use echelon_core::data::Rows;
 use echelon_core::loss::{Numbers, Totals};
-use echelon_core::memory::{Load, MemoryUse, Meter, PassLoad, Phase, StateBytes};
+use echelon_core::memory::{Load, MemoryUse, Meter, PassLoad, StateBytes};
 use echelon_core::progress::{Interrupt, Unwatched};
 use echelon_core::role::Role;
 use echelon_core::rollout::{Prompt, Prompts, SamplingConfig};
 use echelon_core::shim;
+use echelon_core::verb::{Generate, Learn, Logprobs, Scores, Values, Verb};
 use echelon_core::weight_layout::WeightLayout;
+use echelon_core::workload::{ComputeDtype, Gives, RoleModel, Sampling, Training, Workload, passes_with_sampling};
 use echelon_core::zero::{OptimizerConfig, PassConfig, Sharding, ZeroStage, forward_rows};
 use echelon_generation::{Engine, EngineConfig, Policy};
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::head::ScalarRows;
 use echelon_placement::ledger::compare::Comparison;
-use echelon_placement::ledger::{ComputeDtype, ModelSizes, RoleJob, Workload};
+use echelon_placement::ledger::{ModelSizes, RoleJob};
 use echelon_roles::models::{Held, export, frozen_policy, frozen_scorer, trainable_policy, trainable_scorer};
 use tch::{Device, Kind, Tensor};
 
@@ -129,20 +131,20 @@ pub fn meter_learners(
         entropy_coef: if setting.entropy { 0.01 } else { 0.0 },
         kl_estimator: KlEstimator::K1,
     };
-    let metering = meter.begin(Role::Actor, Phase::Score);
+    let metering = meter.begin(Role::Actor, Logprobs::NAME);
     actor.forward_rows(&rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, actor.state.bytes_by_part(), load);
-    let metering = meter.begin(Role::Actor, Phase::TrainActor);
+    let metering = meter.begin(Role::Actor, Learn::NAME);
     actor.learn(&loss, &rows, (&totals, &Numbers::of(&[("kl_coef", 0.0)])), 1e-6).unwrap();
     meter.end(metering, actor.state.bytes_by_part(), load);
 
     let reads = ScalarRows::Predecessors;
     let mut critic = trainable_scorer(Role::Critic, scorer, random, 1, held, training, reads).unwrap();
     let loss = ValueLoss { value_clip: Some(0.2) };
-    let metering = meter.begin(Role::Critic, Phase::Score);
+    let metering = meter.begin(Role::Critic, Values::NAME);
     critic.forward_rows(&rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, critic.state.bytes_by_part(), load);
-    let metering = meter.begin(Role::Critic, Phase::TrainCritic);
+    let metering = meter.begin(Role::Critic, Learn::NAME);
     critic.learn(&loss, &rows, (&totals, &Numbers::default()), 1e-6).unwrap();
     meter.end(metering, critic.state.bytes_by_part(), load);
 
@@ -173,7 +175,7 @@ pub fn meter_learners(
             weight_layout: setting.weight_layout,
             ..EngineConfig::default()
         });
-        let metering = meter.begin(Role::Generator, Phase::Generate);
+        let metering = meter.begin(Role::Generator, Generate::NAME);
         let model = Policy { model: &actor.model, head: actor.head.weight(), tokenizer: None };
         let (made, _) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default()).unwrap();
         let load = engine.load(&actor.model, &prompts, &sampling, &made);
@@ -193,7 +195,7 @@ pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<
     let before = bytes();
     let reference = frozen_policy(policy, held, 1.0, (&Sharding::whole(), None)).unwrap();
     let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
-    let metering = meter.begin(Role::Reference, Phase::Score);
+    let metering = meter.begin(Role::Reference, Logprobs::NAME);
     let model = (&reference.model, &reference.head);
     forward_rows(model, &held.pass, &rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, resident, load);
@@ -201,7 +203,7 @@ pub fn meter_frozen(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Vec<
     let before = bytes();
     let reward = frozen_scorer(scorer, held, (&Sharding::whole(), None)).unwrap();
     let resident = StateBytes { weights: bytes() - before, ..StateBytes::default() };
-    let metering = meter.begin(Role::Reward, Phase::Score);
+    let metering = meter.begin(Role::Reward, Scores::NAME);
     let model = (&reward.model, &reward.head);
     forward_rows(model, &held.pass, &rows, &Interrupt::default(), |_, _| ()).unwrap();
     meter.end(metering, resident, load);
@@ -215,37 +217,10 @@ pub fn compare(
     (ranks, stage): (usize, ZeroStage),
     uses: &[MemoryUse],
 ) -> Vec<Comparison> {
-    let shape = |folder: &Path, head| DecoderConfig { head, ..DecoderConfig::read(folder).unwrap() }.shape();
-    let (actor, critic) = (shape(policy, HeadKind::Logits), shape(scorer, HeadKind::Score));
-    let workload = Workload {
-        reference: Some(actor.clone()),
-        reward: Some(critic.clone()),
-        actor,
-        critic: Some(critic),
-        prompts: setting.rows,
-        samples_per_prompt: 1,
-        max_prompt_tokens: setting.prompt_tokens,
-        max_response_tokens: setting.response_tokens,
-        mean_prompt_tokens: setting.prompt_tokens as f64,
-        mean_response_tokens: setting.response_tokens as f64,
-        mini_batch: setting.rows,
-        epochs: 1,
-        tokens_per_micro_batch: setting.tokens_per_micro_batch,
-        dtype: match setting.kind {
-            Kind::BFloat16 => ComputeDtype::Bfloat16,
-            Kind::Double => ComputeDtype::Float64,
-            _ => ComputeDtype::Float32,
-        },
-        activation_checkpointing: setting.activation_checkpointing,
-        entropy_in_loss: setting.entropy,
-        reference_offload: false,
-        max_sequences: setting.max_sequences,
-        max_batched_tokens: 8192,
-        kv_cache_bytes: None,
-    };
+    let workload = workload(setting, (policy, scorer));
     let comparison = |measured: &MemoryUse| {
         let trained = matches!(measured.role, Role::Actor | Role::Critic);
-        let model = ModelSizes::of(workload.shape(measured.role).unwrap());
+        let model = ModelSizes::of(&workload.model(measured.role).unwrap().shape);
         let job = RoleJob {
             role: measured.role,
             model: &model,
@@ -262,4 +237,47 @@ pub fn compare(
         Comparison::new(&job, measured)
     };
     uses.iter().map(comparison).collect()
+}
+
+fn workload(setting: &Setting, (policy, scorer): (&Path, &Path)) -> Workload {
+    let shape = |folder: &Path, head| DecoderConfig { head, ..DecoderConfig::read(folder).unwrap() }.shape();
+    let (logprobs, scalars) = (shape(policy, HeadKind::Logits), shape(scorer, HeadKind::Score));
+    let model = |role, training| {
+        let (shape, gives) = match role {
+            Role::Actor | Role::Reference => (logprobs.clone(), Gives::Logprobs),
+            _ => (scalars.clone(), Gives::Scalars),
+        };
+        RoleModel { role, shape, gives, training, offload: false }
+    };
+    let models = vec![
+        model(Role::Actor, Some(Training { entropy_in_loss: setting.entropy })),
+        model(Role::Critic, Some(Training::default())),
+        model(Role::Reference, None),
+        model(Role::Reward, None),
+    ];
+    Workload {
+        passes: passes_with_sampling(&models, setting.rows, setting.rows, 1),
+        models,
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts: setting.rows,
+            samples_per_prompt: 1,
+            max_sequences: setting.max_sequences,
+            max_batched_tokens: 8192,
+            kv_cache_bytes: None,
+        }),
+        rows: setting.rows,
+        rows_per_unit: 1,
+        max_prompt_tokens: setting.prompt_tokens,
+        max_response_tokens: setting.response_tokens,
+        mean_prompt_tokens: setting.prompt_tokens as f64,
+        mean_response_tokens: setting.response_tokens as f64,
+        tokens_per_micro_batch: setting.tokens_per_micro_batch,
+        dtype: match setting.kind {
+            Kind::BFloat16 => ComputeDtype::Bfloat16,
+            Kind::Double => ComputeDtype::Float64,
+            _ => ComputeDtype::Float32,
+        },
+        activation_checkpointing: setting.activation_checkpointing,
+    }
 }

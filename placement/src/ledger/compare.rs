@@ -1,6 +1,6 @@
 //! The ledger against an allocator: every role and phase that a rank was metered at, for what it really worked on.
 
-use echelon_core::memory::{Load, MemoryUse, Phase};
+use echelon_core::memory::{Load, MemoryUse, Phase, Work};
 use echelon_core::role::Role;
 use serde::{Deserialize, Serialize};
 
@@ -27,8 +27,8 @@ impl Comparison {
     /// Of one metered role and phase; `job` says how the role is held, the load comes from the measurement.
     pub fn new(job: &RoleJob, measured: &MemoryUse) -> Comparison {
         let mut loads = job.most();
-        match (measured.load, measured.phase) {
-            (Load::Pass(pass), Phase::Score) => loads.score = pass,
+        match (measured.load, measured.phase.work) {
+            (Load::Pass(pass), Work::Score) => loads.score = pass,
             (Load::Pass(pass), _) => loads.train = pass,
             (Load::Decode(decode), _) => loads.decode = decode,
         }
@@ -102,8 +102,8 @@ fn relative(ledger: u64, measured: u64) -> f64 {
 impl RoleJob<'_> {
     /// [`RoleJob::entries`] for what goes through the model at once.
     pub fn entries_at(&self, loads: &Loads) -> Vec<Entry> {
-        let mut entries = Vec::new();
-        self.items_at(loads, &mut |item: Item| entries.push(Entry::new(self.role, item)));
+        let (phases, mut entries) = (self.workload.phases(), Vec::new());
+        self.items_at(loads, &mut |item: Item| entries.push(Entry::new(self.role, item, &phases)));
         entries
     }
 }

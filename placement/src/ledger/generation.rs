@@ -1,8 +1,9 @@
 //! What the generator's engine takes: weights of its own, their layout for decoding, the KV cache, prefill and sampling.
 
-use echelon_core::memory::DecodeLoad;
+use echelon_core::memory::{DecodeLoad, Work};
+use echelon_core::workload::ComputeDtype;
 
-use super::{ComputeDtype, Item, Phase, Phases, RoleJob, SYNC_BUCKET_BYTES, largest, resident, transient};
+use super::{Item, RoleJob, SYNC_BUCKET_BYTES, Works, largest, resident, transient};
 
 impl RoleJob<'_> {
     /// Bytes that one more slot of the generator takes.
@@ -14,14 +15,14 @@ impl RoleJob<'_> {
 
     pub(super) fn generation(&self, load: &DecodeLoad, each: &mut impl FnMut(Item)) {
         let (model, dtype, size) = (self.model, self.workload.dtype, self.tensor_parallel);
-        let on = Phases::of(Phase::Generate);
+        let on = Works::of(Work::Generate);
         if !self.shares_weights {
             let weights = dtype.bytes() * model.tensor_parallel_params(size);
             let formula = "compute bytes x (split parameters / tensor-parallel size + replicated ones)";
-            each(resident("weights", weights, formula, on.and(Phase::Sync)));
+            each(resident("weights", weights, formula, on.and(Work::Publish)));
             let bucket = 2 * SYNC_BUCKET_BYTES.min(weights);
             let formula = "2 x the smaller of 64 MiB and the weights";
-            each(transient("sync buckets", bucket, formula, Phases::of(Phase::Sync)));
+            each(transient("sync buckets", bucket, formula, Works::of(Work::Publish)));
         }
         let packed = if load.packs { dtype.bytes() * self.packed_params() } else { 0 };
         let packed = |while_prefilling: bool| {

@@ -4,10 +4,10 @@
 //! w of the accumulators'. Widths are per token. They follow the code of a pass line by line: what autograd saves for a
 //! layer's backward, and which names are still alive when a layer without a graph is at its widest.
 
-use echelon_core::memory::{CHUNK_LOGITS, PassLoad};
-use echelon_core::role::Role;
+use echelon_core::memory::{CHUNK_LOGITS, PassLoad, Work};
+use echelon_core::workload::{ComputeDtype, Gives, Training};
 
-use super::{ComputeDtype, Item, Phase, Phases, RoleJob, largest, transient};
+use super::{Item, RoleJob, Works, largest, transient};
 
 /// Bytes of a sharded pass at one instant.
 #[derive(Clone, Copy, Default)]
@@ -25,7 +25,7 @@ const IN_FLIGHT: &str =
 impl RoleJob<'_> {
     /// A forward pass without a graph: a layer at its widest, or the head.
     pub(super) fn scoring(&self, load: &PassLoad, each: &mut impl FnMut(Item)) {
-        let on = Phases::of(Phase::Score);
+        let on = Works::of(Work::Score);
         let (model, dtype) = (self.model, self.workload.dtype);
         let (b, w) = (dtype.bytes(), dtype.wide_bytes());
         let gathered =
@@ -52,98 +52,16 @@ impl RoleJob<'_> {
         largest(&[&layer, &first, &head]).iter().for_each(|item| each(*item));
     }
 
-    pub(super) fn training(&self, load: &PassLoad, each: &mut impl FnMut(Item)) {
-        let on = Phases::of(if self.role == Role::Actor { Phase::TrainActor } else { Phase::TrainCritic });
-        let (model, dtype) = (self.model, self.workload.dtype);
-        let (b, w) = (dtype.bytes(), dtype.wide_bytes());
-        let narrow = b != w;
-        let (tokens, predicted) = (load.tokens, load.predicted);
-        let hidden = |rows: u64| b * rows * model.hidden;
-        let (kept, kept_formula, recomputed) = self.kept_activations(tokens);
-        let activations = transient("activations", kept, kept_formula, on);
-        let logits = self.chunk_logits(load);
-        let learned = if self.workload.entropy_in_loss { 4 } else { 3 };
-
-        // The head: all layers are done, none is undone.
-        let of_head = transient(
-            "head activations",
-            3 * hidden(predicted),
-            "3 x compute bytes x predicted tokens x hidden: before and after the norm, and the gradient",
-            on,
-        );
-        let head = [
-            activations,
-            of_head,
-            transient(
-                "logits",
-                learned * w * logits,
-                "3 x f32 bytes x logits of a chunk (2^24 at most): logits, probabilities, slope; 4 with entropy in the loss",
-                on,
-            ),
-        ];
-        // In bf16 the head's own gradient is made in bf16, then widened.
-        let has_logits = u64::from(self.has_logits());
-        let slopes = if self.workload.entropy_in_loss { w + b } else { 3 * w + b };
-        let head_gradient = [
-            activations,
-            of_head,
-            transient("logits", slopes * logits, "(f32: 3 x 4, bf16: 2) x logits of a chunk (2^24 at most)", on),
-            transient(
-                "unit gradient",
-                if narrow { has_logits * (b + w) * model.vocab * model.hidden } else { 0 },
-                "(compute + accumulator bytes) x vocabulary x hidden: the head's gradient before it is accumulated",
-                on,
-            ),
-        ];
-        // A layer's backward pass, where its gate's gradients are made.
-        let layer = [
-            activations,
-            transient("recomputed layer", recomputed, "what one layer keeps for its backward pass", on),
-            transient(
-                "activation gradients",
-                b * tokens * (2 * model.intermediate + model.hidden) + hidden(predicted),
-                "compute bytes x (tokens x (2 intermediate + hidden) + predicted tokens x hidden)",
-                on,
-            ),
-            transient(
-                "unit gradient",
-                if narrow { b * model.intermediate * model.hidden } else { 0 },
-                "compute bytes x intermediate x hidden: the first matrix whose gradient is made",
-                on,
-            ),
-        ];
-        // In bf16, the end of a layer: its whole gradient waits to be widened, matrix by matrix.
-        let one_layer = tokens * self.layer_bytes();
-        let undone = if self.workload.activation_checkpointing { 0 } else { one_layer };
-        let widened = if narrow { b * model.layer_unit + w * model.intermediate * model.hidden } else { 0 };
-        let layer_end = [
-            transient("activations", kept - undone.min(kept), kept_formula, on),
-            transient(
-                "unit gradient",
-                widened,
-                "compute bytes x layer unit + accumulator bytes x its largest matrix: widened matrix by matrix",
-                on,
-            ),
-        ];
-        // The end of the backward pass: the embedding's gradient comes as a whole matrix.
-        let left = transient(
-            "activations",
-            4 * hidden(tokens) + hidden(predicted),
-            "compute bytes x hidden x (4 x tokens + predicted tokens): what is left of them",
-            on,
-        );
-        let of_embedding = |bytes: u64| {
-            transient(
-                "unit gradient",
-                bytes * model.vocab * model.hidden,
-                "compute bytes (bf16: + 4) x vocabulary x hidden: the embedding's gradient before it is accumulated",
-                on,
-            )
-        };
-        let embedding = [left, of_embedding(b)];
-        // In bf16 it is widened, when the unit before it is on its way no more.
-        let embedding_widened = [left, of_embedding(b + w)];
+    pub(super) fn training(&self, how: &Training, load: &PassLoad, each: &mut impl FnMut(Item)) {
+        let on = Works::of(Work::Learn);
+        let (model, narrow) = (self.model, self.is_narrow());
         let nothing: [Item; 0] = [];
+        let (kept, kept_formula, recomputed) = self.kept_activations(load.tokens);
+        let activations = transient("activations", kept, kept_formula, on);
+        let (head, head_gradient) = self.head_instants(how, load, activations);
+        let layer = self.layer_instant(load, (activations, recomputed));
+        let layer_end = self.layer_end_instant(load, activations);
+        let (embedding, embedding_widened) = self.embedding_instants(load);
         let instants: [(&[Item], Sharded); 7] = [
             (&head, self.sharded_head()),
             (if narrow { &head_gradient } else { &nothing }, self.sharded_head()),
@@ -160,6 +78,104 @@ impl RoleJob<'_> {
         items.iter().for_each(|item| each(*item));
         each(transient("gathered units", sharded.gathered, GATHERED, on));
         each(transient("communication", sharded.gradients, IN_FLIGHT, on));
+    }
+
+    /// Whether gradients are made in fewer bytes than they are accumulated in.
+    fn is_narrow(&self) -> bool {
+        self.workload.dtype.bytes() != self.workload.dtype.wide_bytes()
+    }
+
+    /// Bytes of the hidden states of so many tokens.
+    fn hidden(&self, tokens: u64) -> u64 {
+        self.workload.dtype.bytes() * tokens * self.model.hidden
+    }
+
+    /// The head, where all layers are done and none is undone; and, in bf16, its own gradient, made in bf16, then widened.
+    fn head_instants(&self, how: &Training, load: &PassLoad, activations: Item) -> ([Item; 3], [Item; 4]) {
+        let on = Works::of(Work::Learn);
+        let (model, dtype) = (self.model, self.workload.dtype);
+        let (b, w) = (dtype.bytes(), dtype.wide_bytes());
+        let (logits, has_logits) = (self.chunk_logits(load), u64::from(self.has_logits()));
+        let learned = if how.entropy_in_loss { 4 } else { 3 };
+        let slopes = if how.entropy_in_loss { w + b } else { 3 * w + b };
+        let of_head = transient(
+            "head activations",
+            3 * self.hidden(load.predicted),
+            "3 x compute bytes x predicted tokens x hidden: before and after the norm, and the gradient",
+            on,
+        );
+        let all_logits = transient(
+            "logits",
+            learned * w * logits,
+            "3 x f32 bytes x logits of a chunk (2^24 at most): logits, probabilities, slope; 4 with entropy in the loss",
+            on,
+        );
+        let made = transient("logits", slopes * logits, "(f32: 3 x 4, bf16: 2) x logits of a chunk (2^24 at most)", on);
+        let widened = transient(
+            "unit gradient",
+            if self.is_narrow() { has_logits * (b + w) * model.vocab * model.hidden } else { 0 },
+            "(compute + accumulator bytes) x vocabulary x hidden: the head's gradient before it is accumulated",
+            on,
+        );
+        ([activations, of_head, all_logits], [activations, of_head, made, widened])
+    }
+
+    /// A layer's backward pass, where its gate's gradients are made.
+    fn layer_instant(&self, load: &PassLoad, (activations, recomputed): (Item, u64)) -> [Item; 4] {
+        let on = Works::of(Work::Learn);
+        let (model, b) = (self.model, self.workload.dtype.bytes());
+        [
+            activations,
+            transient("recomputed layer", recomputed, "what one layer keeps for its backward pass", on),
+            transient(
+                "activation gradients",
+                b * load.tokens * (2 * model.intermediate + model.hidden) + self.hidden(load.predicted),
+                "compute bytes x (tokens x (2 intermediate + hidden) + predicted tokens x hidden)",
+                on,
+            ),
+            transient(
+                "unit gradient",
+                if self.is_narrow() { b * model.intermediate * model.hidden } else { 0 },
+                "compute bytes x intermediate x hidden: the first matrix whose gradient is made",
+                on,
+            ),
+        ]
+    }
+
+    /// In bf16, the end of a layer: its whole gradient waits to be widened, matrix by matrix.
+    fn layer_end_instant(&self, load: &PassLoad, activations: Item) -> [Item; 2] {
+        let (model, dtype) = (self.model, self.workload.dtype);
+        let (b, w) = (dtype.bytes(), dtype.wide_bytes());
+        let one_layer = load.tokens * self.layer_bytes();
+        let undone = if self.workload.activation_checkpointing { 0 } else { one_layer };
+        let widened = if self.is_narrow() { b * model.layer_unit + w * model.intermediate * model.hidden } else { 0 };
+        let formula = "compute bytes x layer unit + accumulator bytes x its largest matrix: widened matrix by matrix";
+        [
+            Item { bytes: activations.bytes.saturating_sub(undone), ..activations },
+            transient("unit gradient", widened, formula, Works::of(Work::Learn)),
+        ]
+    }
+
+    /// The end of the backward pass, where the embedding's gradient comes as a whole matrix; and, in bf16, where it is
+    /// widened, when the unit before it is on its way no more.
+    fn embedding_instants(&self, load: &PassLoad) -> ([Item; 2], [Item; 2]) {
+        let on = Works::of(Work::Learn);
+        let (model, dtype) = (self.model, self.workload.dtype);
+        let left = transient(
+            "activations",
+            4 * self.hidden(load.tokens) + self.hidden(load.predicted),
+            "compute bytes x hidden x (4 x tokens + predicted tokens): what is left of them",
+            on,
+        );
+        let gradient = |bytes: u64| {
+            transient(
+                "unit gradient",
+                bytes * model.vocab * model.hidden,
+                "compute bytes (bf16: + 4) x vocabulary x hidden: the embedding's gradient before it is accumulated",
+                on,
+            )
+        };
+        ([left, gradient(dtype.bytes())], [left, gradient(dtype.bytes() + dtype.wide_bytes())])
     }
 
     /// What all layers keep for the backward pass, in words, and what one layer keeps more when it is run again.
@@ -226,8 +242,8 @@ impl RoleJob<'_> {
         "compute bytes x tokens at once x (2 query widths + 2 key widths + the wider of 6 hidden + 3 intermediate and, where not fused, 4 hidden + 4 intermediate; or attention's 2 hidden + 5 query widths + 2 key widths)"
     }
 
-    fn has_logits(&self) -> bool {
-        matches!(self.role, Role::Actor | Role::Reference)
+    pub fn has_logits(&self) -> bool {
+        self.workload.model(self.role).is_some_and(|model| model.gives == Gives::Logprobs)
     }
 
     /// Logits of one chunk of rows; none for a head that gives one number.

@@ -1,4 +1,5 @@
 use echelon_core::shape::{ModelShape, ParamShape, TensorParallelAxis, UnitShape};
+use echelon_core::workload::{Gives, RoleModel, passes_with_sampling};
 
 use super::*;
 
@@ -47,30 +48,74 @@ pub(crate) const GATED_7B: [i64; 6] = [4096, 32, 32, 32, 11008, 32000];
 pub(crate) const GATED_13B: [i64; 6] = [5120, 40, 40, 40, 13824, 32000];
 pub(crate) const GATED_70B: [i64; 6] = [8192, 80, 64, 8, 28672, 32000];
 
+/// A role's model, as PPO has it.
+pub(crate) fn model(role: Role, size: [i64; 6], tied: bool) -> RoleModel {
+    let scores = matches!(role, Role::Critic | Role::Reward);
+    RoleModel {
+        role,
+        shape: gated(size, tied, scores),
+        gives: if scores { Gives::Scalars } else { Gives::Logprobs },
+        training: matches!(role, Role::Actor | Role::Critic).then(Training::default),
+        offload: false,
+    }
+}
+
 /// All four models of one size, with the batch of the shipped recipes.
 pub(crate) fn workload(size: [i64; 6]) -> Workload {
+    let roles = [Role::Actor, Role::Critic, Role::Reference, Role::Reward];
+    workload_of(roles.map(|role| model(role, size, false)).to_vec())
+}
+
+/// The same of some models.
+pub(crate) fn workload_of(models: Vec<RoleModel>) -> Workload {
     Workload {
-        actor: gated(size, false, false),
-        critic: Some(gated(size, false, true)),
-        reference: Some(gated(size, false, false)),
-        reward: Some(gated(size, false, true)),
-        prompts: 1024,
-        samples_per_prompt: 1,
+        passes: passes_with_sampling(&models, 1024, 128, 8),
+        models,
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts: 1024,
+            samples_per_prompt: 1,
+            max_sequences: 256,
+            max_batched_tokens: 8192,
+            kv_cache_bytes: None,
+        }),
+        rows: 1024,
+        rows_per_unit: 1,
         max_prompt_tokens: 1024,
         max_response_tokens: 1024,
         mean_prompt_tokens: 512.0,
         mean_response_tokens: 512.0,
-        mini_batch: 128,
-        epochs: 1,
         tokens_per_micro_batch: 8192,
         dtype: ComputeDtype::Bfloat16,
         activation_checkpointing: true,
-        entropy_in_loss: false,
-        reference_offload: false,
-        max_sequences: 256,
-        max_batched_tokens: 8192,
-        kv_cache_bytes: None,
     }
+}
+
+/// PPO of SmolLM2 on CPU cores: 16 prompts, of which one optimizer step is made.
+pub(crate) fn on_cpu() -> Workload {
+    let models = [Role::Actor, Role::Critic, Role::Reference].map(|role| model(role, SMOLLM2, true));
+    let mut work = Workload {
+        max_prompt_tokens: 32,
+        max_response_tokens: 48,
+        mean_prompt_tokens: 32.0,
+        mean_response_tokens: 43.0,
+        tokens_per_micro_batch: 1280,
+        dtype: ComputeDtype::Float32,
+        activation_checkpointing: false,
+        ..workload_of(models.to_vec())
+    };
+    work.resize(16, 16);
+    with_sampling(work, |sampling| sampling.max_sequences = 16)
+}
+
+pub(crate) fn with_sampling(mut work: Workload, change: impl FnOnce(&mut Sampling)) -> Workload {
+    change(work.sampling.as_mut().expect("it samples"));
+    work
+}
+
+/// A role's model in numbers.
+fn sizes(work: &Workload, role: Role) -> ModelSizes {
+    ModelSizes::of(&work.model(role).expect("it has a model").shape)
 }
 
 fn job<'a>(role: Role, model: &'a ModelSizes, workload: &'a Workload, ranks: usize, stage: u8) -> RoleJob<'a> {
@@ -146,29 +191,20 @@ fn smollm2_by_hand() {
     assert_eq!((model.embedding_unit, model.layer_unit, model.last_unit), (49152 * 576, 3_540_096, 576));
     assert!(model.tied);
     assert_eq!(model.layer_params, 30 * 3_540_096);
-    let work = Workload {
-        dtype: ComputeDtype::Float32,
-        activation_checkpointing: false,
-        max_prompt_tokens: 32,
-        max_response_tokens: 48,
-        mini_batch: 16,
-        prompts: 16,
-        tokens_per_micro_batch: 1280,
-        max_sequences: 16,
-        ..workload(SMOLLM2)
-    };
+    let work = on_cpu();
     let actor = RoleJob { on_cpu: true, ..job(Role::Actor, &model, &work, 1, 0) };
     let entries = actor.entries();
     let of = |name: &str, phase| entries.iter().find(|e| e.name == name && e.phases == [phase]).unwrap().bytes;
     // Per token and layer: 4 x 576 + 5 x 576 + 3 x 1536 numbers, 9 log-sum-exps and two norms' scales; the embedding's output.
-    assert_eq!(of("activations", Phase::TrainActor), 1280 * 4 * (30 * (9 * 576 + 3 * 1536 + 9 + 2) + 576));
+    assert_eq!(of("activations", Phase::learn(Role::Actor)), 1280 * 4 * (30 * (9 * 576 + 3 * 1536 + 9 + 2) + 576));
     // Chunks of 341 rows; the layers' backward takes less.
-    assert_eq!(of("logits", Phase::TrainActor), 3 * 4 * 341 * 49152);
-    assert_eq!(of("logits", Phase::Score), 2 * 4 * 341 * 49152);
-    let learns_entropy = Workload { entropy_in_loss: true, ..work.clone() };
+    assert_eq!(of("logits", Phase::learn(Role::Actor)), 3 * 4 * 341 * 49152);
+    assert_eq!(of("logits", Phase::SCORE), 2 * 4 * 341 * 49152);
+    let mut learns_entropy = work.clone();
+    learns_entropy.models[0].training = Some(Training { entropy_in_loss: true });
     let actor = RoleJob { workload: &learns_entropy, ..actor };
     let entries = actor.entries();
-    let logits = entries.iter().find(|e| e.name == "logits" && e.phases == [Phase::TrainActor]).unwrap();
+    let logits = entries.iter().find(|e| e.name == "logits" && e.phases == [Phase::learn(Role::Actor)]).unwrap();
     assert_eq!(logits.bytes, 4 * 4 * 341 * 49152);
     assert!(!entries.iter().any(|e| e.name == "communication" || e.name == "gathered units"), "one rank sends nothing");
     let generator = RoleJob { shares_weights: true, ..job(Role::Generator, &model, &work, 1, 0) };
@@ -180,7 +216,7 @@ fn smollm2_by_hand() {
 #[test]
 fn stage_3_gathers_two_units_and_shards_frozen_roles() {
     let work = workload(GATED_7B);
-    let model = ModelSizes::of(&work.actor);
+    let model = sizes(&work, Role::Actor);
     let entries = job(Role::Reference, &model, &work, 8, 3).entries();
     assert_eq!(entry(&entries, "weights").bytes, 2 * model.params.div_ceil(8));
     assert_eq!(
@@ -195,42 +231,43 @@ fn stage_3_gathers_two_units_and_shards_frozen_roles() {
 #[test]
 fn offload_moves_master_and_moments_to_the_host() {
     let work = workload(GATED_7B);
-    let model = ModelSizes::of(&work.actor);
+    let model = sizes(&work, Role::Actor);
     let plain = job(Role::Actor, &model, &work, 8, 2);
     let (mut on_device, mut offloaded) = (Totals::default(), Totals::default());
     on_device.add(&plain);
     offloaded.add(&RoleJob { adam_offload: true, ..plain });
     let shard = model.params.div_ceil(8);
-    let difference = on_device.device_bytes(Phase::TrainActor) - offloaded.device_bytes(Phase::TrainActor);
+    let difference =
+        on_device.device_bytes(Phase::learn(Role::Actor)) - offloaded.device_bytes(Phase::learn(Role::Actor));
     assert_eq!(difference, 12 * shard);
-    assert_eq!(offloaded.host_bytes(Phase::Generate), (12 + 4) * shard, "with gradients on their way");
-    assert_eq!(on_device.host_bytes(Phase::TrainActor), 0);
+    assert_eq!(offloaded.host_bytes(Phase::GENERATE), (12 + 4) * shard, "with gradients on their way");
+    assert_eq!(on_device.host_bytes(Phase::learn(Role::Actor)), 0);
 }
 
 #[test]
 fn training_state_leaves_the_device_while_generating() {
     let work = workload(GATED_7B);
-    let model = ModelSizes::of(&work.actor);
+    let model = sizes(&work, Role::Actor);
     let moved = RoleJob { moves_to_host: true, ..job(Role::Actor, &model, &work, 8, 3) };
     let mut totals = Totals::default();
     totals.add(&moved);
-    assert_eq!(totals.device_bytes(Phase::Generate), 0);
-    assert_eq!(totals.host_bytes(Phase::Generate), (2 + 12) * model.params.div_ceil(8));
-    assert_eq!(totals.device_bytes(Phase::Sync), 2 * model.params.div_ceil(8), "sync reads the weights");
-    assert_eq!(totals.host_bytes(Phase::TrainActor), 0);
+    assert_eq!(totals.device_bytes(Phase::GENERATE), 0);
+    assert_eq!(totals.host_bytes(Phase::GENERATE), (2 + 12) * model.params.div_ceil(8));
+    assert_eq!(totals.device_bytes(Phase::SYNC), 2 * model.params.div_ceil(8), "sync reads the weights");
+    assert_eq!(totals.host_bytes(Phase::learn(Role::Actor)), 0);
 }
 
 /// Roles take turns: the phase needs the resident bytes of all, and one role's pass.
 #[test]
 fn transient_bytes_of_several_roles_do_not_add_up() {
     let work = workload(GATED_7B);
-    let (actor, critic) = (ModelSizes::of(&work.actor), ModelSizes::of(work.critic.as_ref().unwrap()));
+    let (actor, critic) = (sizes(&work, Role::Actor), sizes(&work, Role::Critic));
     let mut both = Totals::default();
     both.add(&job(Role::Actor, &actor, &work, 1, 0));
-    let alone = both.device_bytes(Phase::Score);
+    let alone = both.device_bytes(Phase::SCORE);
     let other = job(Role::Critic, &critic, &work, 1, 0);
     both.add(&other);
-    assert_eq!(both.device_bytes(Phase::Score), alone + other.states().total(), "the critic's pass is the smaller one");
+    assert_eq!(both.device_bytes(Phase::SCORE), alone + other.states().total(), "the critic's pass is the smaller one");
 }
 
 #[test]
@@ -247,14 +284,14 @@ fn tensor_parallel_splits_what_has_an_axis() {
 #[test]
 fn every_byte_has_a_formula_and_the_totals_are_the_entries() {
     let work = workload(GATED_7B);
-    let model = ModelSizes::of(&work.actor);
+    let model = sizes(&work, Role::Actor);
     for role in [Role::Actor, Role::Critic, Role::Reference, Role::Reward, Role::Generator] {
         let job = RoleJob { adam_offload: true, ..job(role, &model, &work, 8, 3) };
         let entries = job.entries();
         assert!(entries.iter().all(|entry| !entry.formula.is_empty() && entry.bytes > 0));
         let mut totals = Totals::default();
         totals.add(&job);
-        for phase in Phase::ALL {
+        for phase in work.phases() {
             let of = |place: Place| {
                 let here = entries.iter().filter(|e| e.place == place && e.phases.contains(&phase));
                 here.map(|entry| entry.bytes).sum::<u64>()

@@ -6,11 +6,13 @@
 //! stages 0 to 2 and 3Ψ(N−1)/N at stage 3 with one micro-batch; from stage 2 on every micro-batch reduces, and at stage 3
 //! every micro-batch gathers twice.
 
+use echelon_core::memory::{Phase, Work};
 use echelon_core::role::Role;
+use echelon_core::workload::{ComputeDtype, Workload};
 
 use super::Reject;
 use crate::cluster::Link;
-use crate::ledger::{ComputeDtype, ModelSizes, Phase, Place, RoleJob, Totals, Workload};
+use crate::ledger::{ModelSizes, Place, RoleJob, Totals};
 use crate::rates::Rates;
 use crate::tier::{ROLES, RoleSet};
 
@@ -21,6 +23,7 @@ const ADAM_BYTES: f64 = 28.0;
 #[derive(Debug)]
 pub(super) struct Problem<'a> {
     pub workload: &'a Workload,
+    pub phases: Vec<Phase>,
     pub rates: &'a Rates,
     /// By role; None where a role has no model.
     pub models: [Option<ModelSizes>; 5],
@@ -53,10 +56,9 @@ pub(super) struct Slice {
 /// The choices within one group. Roles that are not in the group keep the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct GroupConfig {
-    /// Actor, critic, reference, reward.
-    pub stages: [u8; 4],
-    /// Actor, critic.
-    pub offloads: [bool; 2],
+    /// By role.
+    pub stages: [u8; 5],
+    pub offloads: [bool; 5],
     pub tensor_parallel: usize,
 }
 
@@ -65,8 +67,8 @@ pub(super) struct GroupConfig {
 pub(super) struct Cost {
     pub generate: f64,
     pub score: f64,
-    pub train_actor: f64,
-    pub train_critic: f64,
+    /// By role.
+    pub learn: [f64; 5],
     pub sync: f64,
     /// Training state to host memory and back.
     pub switch: f64,
@@ -90,7 +92,7 @@ impl Cost {
     }
 
     pub fn train(&self) -> f64 {
-        self.train_actor + self.train_critic
+        self.learn.iter().sum()
     }
 }
 
@@ -120,7 +122,7 @@ impl Problem<'_> {
             self.add_role(&mut cost, role, roles, slice, config);
         }
         if moves {
-            let bytes = totals.host_bytes(Phase::Generate).saturating_sub(totals.host_bytes(Phase::Score));
+            let bytes = totals.host_bytes(Phase::GENERATE).saturating_sub(totals.host_bytes(Phase::SCORE));
             cost.switch = 2.0 * bytes as f64 / self.host_link(slice);
         }
         Ok(cost)
@@ -130,36 +132,37 @@ impl Problem<'_> {
     fn held(&self, roles: RoleSet, slice: &Slice, config: &GroupConfig, moves: bool) -> Result<(Held, Totals), Reject> {
         let one = Held { moves_to_host: moves, slots: 1 };
         let totals = self.totals(roles, slice, config, one);
-        fits(&totals, slice)?;
+        self.fits(&totals, slice)?;
         if !roles.contains(Role::Generator) {
             return Ok((one, totals));
         }
-        let shared = if slice.shares_host_memory { totals.host_bytes(Phase::Generate) } else { 0 };
-        let room = slice.usable_bytes - totals.device_bytes(Phase::Generate) - shared;
+        let shared = if slice.shares_host_memory { totals.host_bytes(Phase::GENERATE) } else { 0 };
+        let room = slice.usable_bytes - totals.device_bytes(Phase::GENERATE) - shared;
         let more = room / self.job(Role::Generator, roles, slice, config, one).slot_bytes();
         let held = Held { slots: self.slots_wanted(slice, config).min(1 + more as usize), ..one };
         Ok((held, totals))
     }
 
     fn slots_wanted(&self, slice: &Slice, config: &GroupConfig) -> usize {
-        let model = self.models[Role::Generator as usize].expect("a generator computes the actor's model");
+        let model = self.models[Role::Generator as usize].expect("a generator computes the published model");
         let per_token = model.kv_bytes_per_token(self.workload.dtype, config.tensor_parallel);
-        self.workload.slots_wanted(slice.devices / config.tensor_parallel, per_token)
+        self.workload.slots_wanted(slice.devices / config.tensor_parallel, per_token).unwrap_or(0)
     }
 
     /// The ledger's jobs of `roles` on one device of `slice`.
     pub fn job(&self, role: Role, roles: RoleSet, slice: &Slice, config: &GroupConfig, held: Held) -> RoleJob<'_> {
-        let stage = config.stages.get(role as usize).copied().unwrap_or(0);
-        let actor_whole = roles.contains(Role::Actor) && config.stages[Role::Actor as usize] < 3;
+        let stage = if role == Role::Generator { 0 } else { config.stages[role as usize] };
+        let whole = |published: Role| roles.contains(published) && config.stages[published as usize] < 3;
+        let published_whole = self.workload.published().is_some_and(whole);
         RoleJob {
             role,
             model: self.models[role as usize].as_ref().expect("a placed role has a model"),
             workload: self.workload,
             ranks: slice.devices,
             zero_stage: stage,
-            adam_offload: config.offloads.get(role as usize).copied().unwrap_or(false),
+            adam_offload: config.offloads[role as usize],
             tensor_parallel: config.tensor_parallel,
-            shares_weights: roles.contains(Role::Generator) && actor_whole && config.tensor_parallel == 1,
+            shares_weights: roles.contains(Role::Generator) && published_whole && config.tensor_parallel == 1,
             slots: held.slots,
             moves_to_host: held.moves_to_host && role != Role::Generator,
             on_cpu: slice.shares_host_memory,
@@ -175,28 +178,17 @@ impl Problem<'_> {
     }
 
     fn check_ranks(&self, roles: RoleSet, slice: &Slice, config: &GroupConfig) -> Result<(), Reject> {
-        let trains = roles.contains(Role::Actor) || roles.contains(Role::Critic);
-        let rows = if trains { self.workload.mini_batch } else { self.workload.responses() };
-        if slice.devices > rows {
-            return Err(Reject::Ranks { devices: slice.devices, rows });
+        let passes = self.workload.passes.iter().filter(|pass| roles.contains(pass.role));
+        let units = passes.map(|pass| self.workload.units(pass.rows)).min().unwrap_or(0);
+        if slice.devices > units {
+            let pairs = self.workload.rows_per_unit > 1;
+            return Err(Reject::Ranks { devices: slice.devices, units, pairs });
         }
         if roles.contains(Role::Generator) {
-            let size = config.tensor_parallel;
-            let model = self.models[Role::Generator as usize].expect("a generator computes the actor's model");
-            if !slice.per_node.is_multiple_of(size) || !model.splits_into(size) {
-                let divided = [model.num_heads, model.num_kv_heads, model.intermediate, slice.per_node as u64];
-                return Err(Reject::TensorParallel { size, divided });
-            }
-            if slice.devices / size > self.workload.prompts {
-                return Err(Reject::Ranks { devices: slice.devices / size, rows: self.workload.prompts });
-            }
-            if self.slots_wanted(slice, config) == 0 {
-                let per_token = model.kv_bytes_per_token(self.workload.dtype, size);
-                return Err(Reject::KvCache { needed: per_token * self.workload.max_tokens() as u64 });
-            }
+            self.check_engines(slice, config)?;
         }
         let lowest = self.stages.first().copied().unwrap_or(0);
-        let sharded = |role: Role| config.stages.get(role as usize).is_some_and(|stage| *stage > lowest);
+        let sharded = |role: Role| config.stages[role as usize] > lowest;
         let offloads = config.offloads.contains(&true) && self.offloads.contains(&false);
         if (slice.devices == 1 && roles.iter().any(sharded)) || (slice.shares_host_memory && offloads) {
             return Err(Reject::Redundant);
@@ -204,40 +196,74 @@ impl Problem<'_> {
         Ok(())
     }
 
+    /// Engines fit the nodes and the model, and each has a prompt and room for a sequence.
+    fn check_engines(&self, slice: &Slice, config: &GroupConfig) -> Result<(), Reject> {
+        let size = config.tensor_parallel;
+        let model = self.models[Role::Generator as usize].expect("a generator computes the published model");
+        if !slice.per_node.is_multiple_of(size) || !model.splits_into(size) {
+            let divided = [model.num_heads, model.num_kv_heads, model.intermediate, slice.per_node as u64];
+            return Err(Reject::TensorParallel { size, divided });
+        }
+        let (devices, units) = (slice.devices / size, self.workload.sampling.as_ref().map_or(0, |how| how.prompts));
+        if devices > units {
+            return Err(Reject::Ranks { devices, units, pairs: false });
+        }
+        if self.slots_wanted(slice, config) == 0 {
+            let per_token = model.kv_bytes_per_token(self.workload.dtype, size);
+            return Err(Reject::KvCache { needed: per_token * self.workload.max_tokens() as u64 });
+        }
+        Ok(())
+    }
+
+    /// Whether every phase fits; the worst one if not. Where device memory is host memory, both count together.
+    fn fits(&self, totals: &Totals, slice: &Slice) -> Result<(), Reject> {
+        let mut worst: Option<(u64, Reject)> = None;
+        for &phase in &self.phases {
+            let (device, host) = (totals.device_bytes(phase), totals.host_bytes(phase));
+            let on_device = if slice.shares_host_memory { device + host } else { device };
+            let on_host = if slice.shares_host_memory { 0 } else { host };
+            for (place, needed, usable) in
+                [(Place::Device, on_device, slice.usable_bytes), (Place::Host, on_host, slice.usable_host_bytes)]
+            {
+                let lacking = needed.saturating_sub(usable);
+                if lacking > worst.as_ref().map_or(0, |(most, _)| *most) {
+                    worst = Some((lacking, Reject::Memory { phase, place, needed, usable }));
+                }
+            }
+        }
+        worst.map_or(Ok(()), |(_, reject)| Err(reject))
+    }
+
     fn add_role(&self, cost: &mut Cost, role: Role, roles: RoleSet, slice: &Slice, config: &GroupConfig) {
         let job = self.job(role, roles, slice, config, cost.held);
-        match role {
-            Role::Actor => {
-                cost.score += self.score_s(&job, slice);
-                cost.train_actor += self.train_s(&job, slice);
-            }
-            Role::Critic => {
-                cost.score += self.score_s(&job, slice);
-                cost.train_critic += self.train_s(&job, slice);
-            }
-            Role::Reference | Role::Reward => cost.score += self.score_s(&job, slice),
-            Role::Generator => {
-                cost.generate += self.generate_s(&job, slice);
-                cost.sync += self.sync_s(&job, roles, slice, config);
+        if role == Role::Generator {
+            cost.generate += self.generate_s(&job, slice);
+            cost.sync += self.sync_s(&job, roles, slice, config);
+            return;
+        }
+        for pass in self.workload.passes.iter().filter(|pass| pass.role == role) {
+            let units = self.workload.units(pass.rows).div_ceil(slice.devices);
+            match Work::of(pass.verb) {
+                Some(Work::Learn) => cost.learn[role as usize] += self.train_s(&job, units, slice) * pass.times as f64,
+                _ => cost.score += self.score_s(&job, units, slice) * pass.times as f64,
             }
         }
     }
 
-    /// Multiplications of one rank's forward pass over `rows` expected rows: layers, and the head on response tokens.
-    fn forward_flops(&self, job: &RoleJob, rows: f64) -> (f64, f64) {
+    /// Multiplications of one rank's forward pass over so many expected units: layers, and the head on response tokens.
+    fn forward_flops(&self, job: &RoleJob, units: f64) -> (f64, f64) {
         let (model, workload) = (job.model, self.workload);
-        let tokens = rows * workload.mean_tokens();
-        let attention = (2 * model.num_layers * model.query_width) as f64 * tokens * workload.mean_tokens();
+        let tokens = units * workload.mean_unit_tokens();
+        let attention = (2 * model.num_layers * model.query_width) as f64 * tokens * workload.mean_unit_tokens();
         let layers = 2.0 * model.layer_params as f64 * tokens + attention;
-        let has_logits = matches!(job.role, Role::Actor | Role::Reference);
-        let logits = (2 * model.vocab * model.hidden) as f64 * rows * workload.mean_response_tokens;
-        (layers, if has_logits { logits } else { 0.0 })
+        let predicted = workload.mean_response_tokens * workload.rows_per_unit as f64;
+        let logits = (2 * model.vocab * model.hidden) as f64 * units * predicted;
+        (layers, if job.has_logits() { logits } else { 0.0 })
     }
 
-    fn score_s(&self, job: &RoleJob, slice: &Slice) -> f64 {
-        let rows = job.score_rows();
-        let passes = self.workload.micro_batches(rows) as f64;
-        let (layers, head) = self.forward_flops(job, rows as f64);
+    fn score_s(&self, job: &RoleJob, units: usize, slice: &Slice) -> f64 {
+        let passes = self.workload.micro_batches(units) as f64;
+        let (layers, head) = self.forward_flops(job, units as f64);
         let computing = (layers + head) / (self.flops(slice) * self.rates.score_fraction);
         let gathers = if job.zero_stage == 3 && !job.offloaded() { passes } else { 0.0 };
         let sending = gathers * self.collective_s(job, self.workload.dtype.bytes(), slice);
@@ -245,10 +271,10 @@ impl Problem<'_> {
         self.overlapped(computing, sending) + weights / self.host_link(slice) + passes * self.rates.micro_batch_s
     }
 
-    fn train_s(&self, job: &RoleJob, slice: &Slice) -> f64 {
-        let rows = job.train_rows();
-        let passes = self.workload.micro_batches(rows) as f64;
-        let (layers, head) = self.forward_flops(job, rows as f64);
+    /// One optimizer step.
+    fn train_s(&self, job: &RoleJob, units: usize, slice: &Slice) -> f64 {
+        let passes = self.workload.micro_batches(units) as f64;
+        let (layers, head) = self.forward_flops(job, units as f64);
         let layer_passes = if self.workload.activation_checkpointing { 4.0 } else { 3.0 };
         let flops = layer_passes * layers + 4.0 * head;
         let computing = flops / (self.flops(slice) * self.rates.train_fraction);
@@ -260,9 +286,7 @@ impl Problem<'_> {
         let gather_s = self.collective_s(job, self.workload.dtype.bytes(), slice);
         let gradient_bytes = self.workload.dtype.wide_bytes(); // reduced as they are accumulated
         let sending = gathers * gather_s + reductions * self.collective_s(job, gradient_bytes, slice);
-        let one =
-            self.overlapped(computing, sending) + passes * self.rates.micro_batch_s + self.optimizer_s(job, slice);
-        one * self.workload.optimizer_steps() as f64
+        self.overlapped(computing, sending) + passes * self.rates.micro_batch_s + self.optimizer_s(job, slice)
     }
 
     /// Adam on the rank's part: the whole model at stage 0.
@@ -282,9 +306,10 @@ impl Problem<'_> {
     /// reads the weights and the cache once.
     fn generate_s(&self, job: &RoleJob, slice: &Slice) -> f64 {
         let (model, workload, rates, size) = (job.model, self.workload, self.rates, job.tensor_parallel);
+        let Some(sampling) = &workload.sampling else { return 0.0 };
         let engines = slice.devices / size;
-        let (slots, sequences) = (job.slots, workload.sequences(engines));
-        let prompts = workload.prompts.div_ceil(engines) as f64;
+        let (slots, sequences) = (job.slots, sampling.sequences(engines));
+        let prompts = sampling.prompts.div_ceil(engines) as f64;
         let matrices = (model.layer_params + model.vocab * model.hidden) as f64 / size as f64;
         let flops = self.flops(slice);
         let prefill_tokens = prompts * workload.mean_prompt_tokens;
@@ -317,18 +342,19 @@ impl Problem<'_> {
         2.0 * job.model.num_layers as f64 * one
     }
 
-    /// Nothing where the generator computes on the actor's own weights; a gather on the same devices; else a pipelined
-    /// broadcast to the generator's.
+    /// Nothing where the generator computes on the published weights themselves; a gather on the same devices; else a
+    /// pipelined broadcast to the generator's.
     fn sync_s(&self, job: &RoleJob, roles: RoleSet, slice: &Slice, config: &GroupConfig) -> f64 {
         if job.shares_weights {
             return 0.0;
         }
         let weights = self.weight_bytes(job.model);
-        if !roles.contains(Role::Actor) {
+        let here = self.workload.published().filter(|published| roles.contains(*published));
+        let Some(published) = here else {
             let rate = self.sync_link.bytes_per_s * self.rates.collective_fraction;
             return weights / rate + job.model.num_units as f64 * self.sync_link.latency_s;
-        }
-        let sharded = config.stages[Role::Actor as usize] == 3;
+        };
+        let sharded = config.stages[published as usize] == 3;
         let gathering = if sharded { self.collective_s(job, self.workload.dtype.bytes(), slice) } else { 0.0 };
         gathering + 2.0 * weights / job.tensor_parallel as f64 / slice.memory_bytes_per_s
     }
@@ -368,30 +394,11 @@ pub(super) fn can_move(roles: RoleSet, slice: &Slice) -> bool {
     roles.contains(Role::Generator) && roles != generator && !slice.shares_host_memory
 }
 
-/// Whether every phase fits; the worst one if not. Where device memory is host memory, both count together.
-fn fits(totals: &Totals, slice: &Slice) -> Result<(), Reject> {
-    let mut worst: Option<(u64, Reject)> = None;
-    for phase in Phase::ALL {
-        let (device, host) = (totals.device_bytes(phase), totals.host_bytes(phase));
-        let on_device = if slice.shares_host_memory { device + host } else { device };
-        let on_host = if slice.shares_host_memory { 0 } else { host };
-        for (place, needed, usable) in
-            [(Place::Device, on_device, slice.usable_bytes), (Place::Host, on_host, slice.usable_host_bytes)]
-        {
-            let lacking = needed.saturating_sub(usable);
-            if lacking > worst.as_ref().map_or(0, |(most, _)| *most) {
-                worst = Some((lacking, Reject::Memory { phase, place, needed, usable }));
-            }
-        }
-    }
-    worst.map_or(Ok(()), |(_, reject)| Err(reject))
-}
-
 impl GroupConfig {
     /// The choices for `roles`: every stage and offload of the trained ones, whole or sharded for the frozen ones, every
     /// tensor-parallel size of the generator; plainest first.
     pub fn all(problem: &Problem, roles: RoleSet, tensor_parallel_sizes: &[usize]) -> Vec<GroupConfig> {
-        let plain = GroupConfig { stages: [problem.stages[0]; 4], offloads: [false; 2], tensor_parallel: 1 };
+        let plain = GroupConfig { stages: [problem.stages[0]; 5], offloads: [false; 5], tensor_parallel: 1 };
         let mut configs = vec![plain];
         for role in ROLES.into_iter().filter(|role| roles.contains(*role)) {
             let choices = problem.choices(role, tensor_parallel_sizes);
@@ -411,32 +418,26 @@ impl Problem<'_> {
             config.stages[index] = stage;
             config
         };
-        match role {
-            Role::Actor | Role::Critic => {
-                let pairs = self.offloads.iter().flat_map(|&off| self.stages.iter().map(move |&stage| (stage, off)));
-                let set = |(stage, off)| -> Choice<'a> {
-                    Box::new(move |config| {
-                        let mut config = staged(config, stage);
-                        config.offloads[index] = off;
-                        config
-                    })
-                };
-                pairs.map(set).collect()
-            }
-            Role::Reference | Role::Reward => {
-                // Below stage 3 a frozen model is whole, whatever the stage.
-                let shards = self.stages.contains(&3);
-                let whole = self.stages.iter().copied().find(|stage| *stage < 3);
-                let stages =
-                    whole.into_iter().chain(shards.then_some(3)).chain((whole.is_none() && !shards).then_some(0));
-                stages.map(|stage| -> Choice<'a> { Box::new(move |config| staged(config, stage)) }).collect()
-            }
-            Role::Generator => {
-                let set = |&tensor_parallel| -> Choice<'a> {
-                    Box::new(move |config| GroupConfig { tensor_parallel, ..config })
-                };
-                sizes.iter().map(set).collect()
-            }
+        if role == Role::Generator {
+            let set =
+                |&tensor_parallel| -> Choice<'a> { Box::new(move |config| GroupConfig { tensor_parallel, ..config }) };
+            return sizes.iter().map(set).collect();
         }
+        if self.workload.training(role).is_none() {
+            // Below stage 3 a frozen model is whole, whatever the stage.
+            let shards = self.stages.contains(&3);
+            let whole = self.stages.iter().copied().find(|stage| *stage < 3);
+            let stages = whole.into_iter().chain(shards.then_some(3)).chain((whole.is_none() && !shards).then_some(0));
+            return stages.map(|stage| -> Choice<'a> { Box::new(move |config| staged(config, stage)) }).collect();
+        }
+        let pairs = self.offloads.iter().flat_map(|&off| self.stages.iter().map(move |&stage| (stage, off)));
+        let set = |(stage, off)| -> Choice<'a> {
+            Box::new(move |config| {
+                let mut config = staged(config, stage);
+                config.offloads[index] = off;
+                config
+            })
+        };
+        pairs.map(set).collect()
     }
 }

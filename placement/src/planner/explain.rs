@@ -1,17 +1,20 @@
 //! From what the search found to a plan: device numbers, the ledger line by line, and why.
 
+use std::collections::BTreeMap;
+
+use echelon_core::memory::{Phase, Work};
 use echelon_core::role::Role;
+use echelon_core::workload::Workload;
 
 use super::estimate::{Cost, GroupConfig, Problem, Slice};
 use super::inventory::{Inventory, Pick};
-use super::render::COLUMNS;
 use super::search::{Found, Group, Seat};
 use super::{
     Alternative, Answer, DeviceRange, GroupPlan, GroupSeconds, PhaseBytes, Plan, Question, Reject, RolePlan,
     StepSeconds,
 };
 use crate::cluster::{ASSUMED_HOST_BYTES, Cluster};
-use crate::ledger::{Phase, RUNTIME};
+use crate::ledger::RUNTIME;
 use crate::tier::{RoleSet, Tier};
 
 /// The plan of an answer that has a best structure, and the smaller tier in which a step would be faster.
@@ -22,19 +25,20 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
     let seconds = step_seconds(question, &groups);
     let overhead = seconds.overhead;
     let group_plans: Vec<GroupPlan> = groups.iter().map(|group| group.plan(question, answer)).collect();
+    let choices = question.workload.alone().map_or(Vec::new(), |role| super::alone::choices(answer, role));
     Plan {
-        page_locked: page_locked(question.cluster, &group_plans),
+        page_locked: page_locked(question.cluster, &answer.problem.phases, &group_plans),
         cluster: question.cluster.describe(),
         host_memory: host_memory(question.cluster),
         kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
         tier: answer.tier,
         tier_reason: answer.tier_reason.clone(),
-        actor_params: answer.problem.models[Role::Actor as usize].map_or(0, |model| model.params),
-        why: why(answer, &groups, &seconds, faster),
+        actor_params: answer.problem.main_params(),
+        why: if choices.is_empty() { why(answer, &groups, &seconds, faster) } else { super::alone::why(&choices) },
         groups: group_plans,
         seconds,
         runner_up: answer.outcome.runner_up.as_ref().map(|found| Alternative {
-            description: describe(&placed(&answer.problem, &answer.inventory, found)),
+            description: describe(&answer.problem, &placed(&answer.problem, &answer.inventory, found)),
             seconds: found.seconds + overhead,
         }),
         idle_devices: question.cluster.num_devices() - used,
@@ -44,6 +48,7 @@ pub(super) fn plan(question: &Question, answer: &Answer, faster: Option<(Tier, f
         },
         considered: answer.outcome.considered,
         fitting: answer.outcome.fitting,
+        choices,
     }
 }
 
@@ -60,7 +65,7 @@ pub(super) fn host_memory(cluster: &Cluster) -> String {
 }
 
 /// Of the node and phase with most of it; None where there is none.
-fn page_locked(cluster: &Cluster, groups: &[GroupPlan]) -> Option<String> {
+fn page_locked(cluster: &Cluster, phases: &[Phase], groups: &[GroupPlan]) -> Option<String> {
     let of_device = |group: &GroupPlan, phase: Phase| {
         let there = group.peaks.iter().find(|peak| peak.phase == phase && !group.shares_host_memory);
         there.map_or(0, |peak| peak.host_bytes)
@@ -72,11 +77,9 @@ fn page_locked(cluster: &Cluster, groups: &[GroupPlan]) -> Option<String> {
         };
         groups.iter().map(|group| devices(group) * of_device(group, phase)).sum()
     };
-    let all = COLUMNS
-        .iter()
-        .flat_map(|(name, phase)| (0..cluster.nodes.len()).map(move |node| (on_node(node, *phase), name)));
-    let (most, name) = all.max_by_key(|(bytes, _)| *bytes)?;
-    (most > 0).then(|| format!("{} at most (phase: {name})", super::render::bytes(most)))
+    let all = phases.iter().flat_map(|&phase| (0..cluster.nodes.len()).map(move |node| (on_node(node, phase), phase)));
+    let (most, phase) = all.max_by_key(|(bytes, _)| *bytes)?;
+    (most > 0).then(|| format!("{} at most (phase: {})", super::render::bytes(most), phase.name()))
 }
 
 /// What is kept of each GPU for what is no tensor. None without GPUs.
@@ -207,6 +210,10 @@ impl Placed {
                 shares_weights: role == Role::Generator && job.shares_weights,
             }
         };
+        let peak = |&phase: &Phase| {
+            let (device_bytes, host_bytes) = (totals.device_bytes(phase), totals.host_bytes(phase));
+            PhaseBytes { phase, device_bytes, host_bytes }
+        };
         let (device_kinds, num_nodes) = self.hardware(question);
         GroupPlan {
             roles: group.roles.iter().map(role_plan).collect(),
@@ -219,21 +226,8 @@ impl Placed {
             usable_bytes: slice.usable_bytes,
             usable_host_bytes: slice.usable_host_bytes,
             ledger: group.roles.iter().flat_map(|role| job(role).entries()).collect(),
-            peaks: Phase::ALL
-                .map(|phase| PhaseBytes {
-                    phase,
-                    device_bytes: totals.device_bytes(phase),
-                    host_bytes: totals.host_bytes(phase),
-                })
-                .to_vec(),
-            seconds: GroupSeconds {
-                generate: cost.generate,
-                score: cost.score,
-                train_actor: cost.train_actor,
-                train_critic: cost.train_critic,
-                sync: cost.sync,
-                switch: cost.switch,
-            },
+            peaks: answer.problem.phases.iter().map(peak).collect(),
+            seconds: seconds(cost, &answer.problem.phases),
         }
     }
 
@@ -258,15 +252,27 @@ impl Placed {
     }
 
     /// Such as "actor + generator on 8 (ZeRO 2, tensor parallel 4)".
-    fn describe(&self) -> String {
-        describe_choice(self.group.roles, self.slice.devices, &self.config)
+    fn describe(&self, problem: &Problem) -> String {
+        describe_choice(problem.workload, self.group.roles, self.slice.devices, &self.config)
     }
 }
 
+fn seconds(cost: &Cost, phases: &[Phase]) -> GroupSeconds {
+    let of = |phase: Phase| match phase.work {
+        Work::Generate => cost.generate,
+        Work::Score => cost.score,
+        Work::Learn => phase.role.map_or(0.0, |role| cost.learn[role as usize]),
+        Work::Publish => cost.sync,
+    };
+    let phases: BTreeMap<Phase, f64> = phases.iter().map(|&phase| (phase, of(phase))).collect();
+    GroupSeconds { phases, switch: cost.switch }
+}
+
 /// Roles, number of devices, and what was chosen for them.
-pub(super) fn describe_choice(roles: RoleSet, devices: usize, config: &GroupConfig) -> String {
+pub(super) fn describe_choice(work: &Workload, roles: RoleSet, devices: usize, config: &GroupConfig) -> String {
     let mut notes = Vec::new();
-    let trained: Vec<Role> = [Role::Actor, Role::Critic].into_iter().filter(|role| roles.contains(*role)).collect();
+    let models = roles.iter().filter(|role| *role != Role::Generator);
+    let (trained, frozen): (Vec<Role>, Vec<Role>) = models.partition(|role| work.training(*role).is_some());
     let same = trained.windows(2).all(|pair| {
         let of = |role: Role| (config.stages[role as usize], config.offloads[role as usize]);
         of(pair[0]) == of(pair[1])
@@ -276,7 +282,7 @@ pub(super) fn describe_choice(roles: RoleSet, devices: usize, config: &GroupConf
         let offload = if config.offloads[*role as usize] { " with Adam on the host" } else { "" };
         notes.push(format!("{who}ZeRO {}{offload}", config.stages[*role as usize]));
     }
-    for role in [Role::Reference, Role::Reward].into_iter().filter(|role| roles.contains(*role)) {
+    for role in frozen {
         if config.stages[role as usize] == 3 {
             notes.push(format!("{role} sharded"));
         }
@@ -288,8 +294,8 @@ pub(super) fn describe_choice(roles: RoleSet, devices: usize, config: &GroupConf
     format!("{roles} on {devices}{notes}")
 }
 
-fn describe(groups: &[Placed]) -> String {
-    groups.iter().map(Placed::describe).collect::<Vec<_>>().join("; ")
+fn describe(problem: &Problem, groups: &[Placed]) -> String {
+    groups.iter().map(|group| group.describe(problem)).collect::<Vec<_>>().join("; ")
 }
 
 fn step_seconds(question: &Question, groups: &[Placed]) -> StepSeconds {
@@ -301,7 +307,7 @@ fn step_seconds(question: &Question, groups: &[Placed]) -> StepSeconds {
         train: most(Cost::train),
         sync: sum(|cost| cost.sync),
         switch: sum(|cost| cost.switch),
-        overhead: question.rates.step_s,
+        overhead: question.overhead_s(),
         step: 0.0,
     };
     let phases = [seconds.generate, seconds.score, seconds.train, seconds.sync, seconds.switch, seconds.overhead];
@@ -343,7 +349,8 @@ fn why(answer: &Answer, groups: &[Placed], seconds: &StepSeconds, faster: Option
 fn fullest(answer: &Answer, groups: &[Placed]) -> Option<String> {
     let peaks = groups.iter().flat_map(|group| {
         let totals = answer.problem.totals(group.group.roles, &group.slice, &group.config, group.cost.held);
-        Phase::ALL.map(|phase| (totals.device_bytes(phase), group.slice.usable_bytes, phase))
+        let of = move |&phase: &Phase| (totals.device_bytes(phase), group.slice.usable_bytes, phase);
+        answer.problem.phases.iter().map(of)
     });
     let (needed, usable, phase) =
         peaks.max_by(|a, b| (a.0 as f64 / a.1 as f64).total_cmp(&(b.0 as f64 / b.1 as f64)))?;
@@ -351,20 +358,20 @@ fn fullest(answer: &Answer, groups: &[Placed]) -> Option<String> {
     Some(format!("the fullest device holds {needed} of {usable} (phase: {})", phase.name()))
 }
 
-/// Why the actor's ZeRO stage is not one lower.
+/// Why the main role's ZeRO stage is not one lower.
 fn plainer(answer: &Answer, placed: &Placed) -> Option<String> {
-    let actor = Role::Actor as usize;
-    let stage = placed.config.stages[actor];
-    if !placed.group.roles.contains(Role::Actor) || !answer.problem.stages.iter().any(|other| *other < stage) {
+    let main = answer.problem.workload.main_role()?;
+    let stage = placed.config.stages[main as usize];
+    if !placed.group.roles.contains(main) || !answer.problem.stages.iter().any(|other| *other < stage) {
         return None;
     }
     let mut config = placed.config;
-    config.stages[actor] = stage - 1;
+    config.stages[main as usize] = stage - 1;
     match answer.problem.cost(placed.group.roles, &placed.slice, &config) {
         Err(Reject::Memory { phase, needed, usable, .. }) => {
             let [needed, usable] = [needed, usable].map(super::render::bytes);
             Some(format!(
-                "the actor at ZeRO {} there would need {needed} of {usable} (phase: {})",
+                "the {main} at ZeRO {} there would need {needed} of {usable} (phase: {})",
                 stage - 1,
                 phase.name()
             ))
@@ -374,7 +381,7 @@ fn plainer(answer: &Answer, placed: &Placed) -> Option<String> {
             let sum = |cost: &Cost| cost.fixed() + cost.score + cost.train();
             let more = sum(&cost) - sum(&placed.cost);
             let differs = more > 1e-6;
-            differs.then(|| format!("the actor at ZeRO {} takes {} longer", stage - 1, super::render::seconds(more)))
+            differs.then(|| format!("the {main} at ZeRO {} takes {} longer", stage - 1, super::render::seconds(more)))
         }
     }
 }

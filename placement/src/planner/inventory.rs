@@ -70,6 +70,13 @@ impl Member<'_> {
 }
 
 impl<'a> Inventory<'a> {
+    /// All devices together are the only pick.
+    pub fn whole(cluster: &'a Cluster, memory_fraction: f64) -> Inventory<'a> {
+        let mut inventory = Inventory::new(cluster, &[], memory_fraction, 0);
+        inventory.picks.retain(|(_, slice)| slice.devices == cluster.num_devices());
+        inventory
+    }
+
     /// Of the devices not in `taken`, by their numbers; every slice may be picked where there are at most `every_slice`.
     pub fn new(cluster: &'a Cluster, taken: &[usize], memory_fraction: f64, every_slice: usize) -> Inventory<'a> {
         let mut inventory = Inventory::unpicked(cluster, taken, memory_fraction);
@@ -80,12 +87,6 @@ impl<'a> Inventory<'a> {
             inventory.picks = inventory.regular_picks();
         }
         inventory
-    }
-
-    /// What all devices of a cluster together are worth.
-    pub fn whole(cluster: &Cluster, memory_fraction: f64) -> Slice {
-        let all = Inventory::unpicked(cluster, &[], memory_fraction);
-        all.slice(&all.classes.iter().map(Member::whole).collect::<Vec<_>>())
     }
 
     fn unpicked(cluster: &'a Cluster, taken: &[usize], memory_fraction: f64) -> Inventory<'a> {

@@ -2,16 +2,19 @@
 
 use std::fmt;
 
+use echelon_core::memory::{Phase, Work};
+use echelon_core::role::Role;
+use echelon_core::workload::Workload;
 use serde::{Deserialize, Serialize};
 
 use super::estimate::{GroupConfig, Held, Problem, Slice, can_move};
 use super::explain::{describe_choice, kept_of_each_gpu};
 use super::inventory::Inventory;
 use super::search::Group;
-use super::{Answer, Constraints, PlanError, Question, Reject, render};
+use super::{Answer, Constraints, PlanError, Question, Reject, alone, render};
 use crate::cluster::Cluster;
-use crate::ledger::{Entry, Phase, Place, Workload};
-use crate::tier::Tier;
+use crate::ledger::{Entry, Place};
+use crate::tier::{RoleSet, Tier};
 
 /// How many times the cluster is doubled in search of one that suffices.
 const DOUBLINGS: u32 = 7;
@@ -66,7 +69,7 @@ pub struct Change {
 pub(super) fn refuse(question: &Question, answer: &Answer) -> Result<Refusal, PlanError> {
     Ok(Refusal {
         cluster: question.cluster.describe(),
-        tier: Some(answer.tier),
+        tier: question.workload.alone().is_none().then_some(answer.tier),
         shortfall: shortfall(question, answer),
         kept: kept_of_each_gpu(question.cluster, question.constraints.memory_fraction),
         change: nearest_change(question, answer)?,
@@ -137,7 +140,7 @@ fn closest(problem: &Problem, inventory: &Inventory, group: &Group, sizes: &[usi
             match problem.cost(group.roles, slice, &config) {
                 Ok(_) => {
                     if fits.as_ref().is_none_or(|(devices, _)| taken(slice) < *devices) {
-                        fits = Some((taken(slice), describe_choice(group.roles, slice.devices, &config)));
+                        fits = Some((taken(slice), choice_of(problem, group.roles, slice, &config)));
                     }
                 }
                 Err(reject @ Reject::Memory { needed, usable, .. }) => {
@@ -146,6 +149,7 @@ fn closest(problem: &Problem, inventory: &Inventory, group: &Group, sizes: &[usi
                     }
                 }
                 Err(Reject::Redundant) => {}
+                Err(reject) if problem.workload.alone().is_some() => split = reject.to_string(),
                 Err(reject) => split = format!("{}: {reject}", group.roles),
             }
         }
@@ -159,23 +163,32 @@ fn closest(problem: &Problem, inventory: &Inventory, group: &Group, sizes: &[usi
     }
 }
 
-fn memory(problem: &Problem, group: &Group, slice: &Slice, config: &GroupConfig, reject: Reject) -> Shortfall {
-    // As `Problem::cost` tried last: with the training state moved away where a generator shares the device.
-    let held = Held { moves_to_host: can_move(group.roles, slice), slots: 1 };
-    let jobs = group.roles.iter().map(|role| problem.job(role, group.roles, slice, config, held));
-    let choice = describe_choice(group.roles, slice.devices, config);
-    memory_shortfall(choice, jobs.flat_map(|job| job.entries()).collect(), slice, reject)
+fn choice_of(problem: &Problem, roles: RoleSet, slice: &Slice, config: &GroupConfig) -> String {
+    let Some(role) = problem.workload.alone() else {
+        return describe_choice(problem.workload, roles, slice.devices, config);
+    };
+    let choice = alone::said(config.stages[role as usize], config.offloads[role as usize]);
+    format!("{choice} on {}", render::count(slice.devices, "device"))
 }
 
-/// What is missing for a choice whose ledger is `entries`.
-pub(super) fn memory_shortfall(choice: String, mut entries: Vec<Entry>, slice: &Slice, reject: Reject) -> Shortfall {
+fn memory(problem: &Problem, group: &Group, slice: &Slice, config: &GroupConfig, reject: Reject) -> Shortfall {
     let Reject::Memory { phase, place, needed, usable } = reject else {
         return Shortfall::Split { reason: reject.to_string() };
     };
+    // As `Problem::cost` tried last: with the training state moved away where a generator shares the device.
+    let held = Held { moves_to_host: can_move(group.roles, slice), slots: 1 };
+    let jobs = group.roles.iter().map(|role| problem.job(role, group.roles, slice, config, held));
+    let mut entries: Vec<Entry> = jobs.flat_map(|job| job.entries()).collect();
     entries.retain(|entry| entry.phases.contains(&phase) && (entry.place == place || slice.shares_host_memory));
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.bytes));
+    let (phase, entries) = match (problem.workload.alone(), place) {
+        (None, _) => (phase, entries),
+        (Some(_), Place::Device) => (alone::known(phase), alone::in_json(entries)),
+        // As much in every phase: the first of those that readers know.
+        (Some(_), Place::Host) => (Phase::GENERATE, alone::in_json(entries)),
+    };
     Shortfall::Memory {
-        choice,
+        choice: choice_of(problem, group.roles, slice, config),
         phase,
         place,
         needed_bytes: needed,
@@ -185,35 +198,68 @@ pub(super) fn memory_shortfall(choice: String, mut entries: Vec<Entry>, slice: &
     }
 }
 
-/// The fastest of the settings that would fit; where no single one helps, all of them left to the planner; where that does
-/// not help either, the least more hardware that does.
+/// The fastest of the settings that would fit; where no single one helps, all of them left to the planner, or two for a
+/// model alone; where that does not help either, the least more hardware that does.
 fn nearest_change(question: &Question, answer: &Answer) -> Result<Option<Change>, PlanError> {
-    let mut nearest: Option<Change> = None;
-    for (change, workload, constraints) in settings(question, answer) {
-        let changed = Question { workload: &workload, constraints: &constraints, ..*question };
-        if let Some(best) = changed.solve()?.outcome.best {
-            let seconds = best.seconds + question.rates.step_s;
-            if nearest.as_ref().is_none_or(|nearest| seconds < nearest.seconds) {
-                nearest = Some(Change { change, seconds });
-            }
-        }
+    let settings = settings(question, answer);
+    let is_alone = question.workload.alone().is_some();
+    if is_alone && let Some(change) = fewer_devices(question)? {
+        return Ok(Some(change));
     }
-    if nearest.is_some() {
-        return Ok(nearest);
+    if let Some(change) = fastest(settings.iter().map(|setting| with(question, &[setting])))? {
+        return Ok(Some(change));
     }
-    if let Some((change, constraints)) = left_to_the_planner(question.constraints) {
-        let changed = Question { constraints: &constraints, ..*question };
-        if let Some(best) = changed.solve()?.outcome.best {
-            return Ok(Some(Change { change, seconds: best.seconds + question.rates.step_s }));
+    if is_alone {
+        let after = |at: usize| settings[at + 1..].iter();
+        let pairs = settings.iter().enumerate().flat_map(|(at, first)| after(at).map(move |next| [first, next]));
+        if let Some(change) = fastest(pairs.map(|pair| with(question, &pair)))? {
+            return Ok(Some(change));
         }
+    } else if let Some((change, constraints)) = left_to_the_planner(question.constraints)
+        && let Some(change) = changed(&Question { constraints: &constraints, ..*question }, change)?
+    {
+        return Ok(Some(change));
     }
     for (change, cluster) in hardware(question) {
-        let changed = Question { cluster: &cluster, ..*question };
-        if let Some(best) = changed.solve()?.outcome.best {
-            return Ok(Some(Change { change, seconds: best.seconds + question.rates.step_s }));
+        if let Some(change) = changed(&Question { cluster: &cluster, ..*question }, change)? {
+            return Ok(Some(change));
         }
     }
     Ok(None)
+}
+
+/// A changed question as a change, if it has a plan.
+fn changed(question: &Question, change: String) -> Result<Option<Change>, PlanError> {
+    let best = question.solve()?.outcome.best;
+    Ok(best.map(|best| Change { change, seconds: best.seconds + question.overhead_s() }))
+}
+
+fn with(question: &Question, settings: &[&Setting]) -> Result<Option<Change>, PlanError> {
+    let (mut workload, mut constraints) = (question.workload.clone(), question.constraints.clone());
+    settings.iter().for_each(|(_, set)| set(&mut workload, &mut constraints));
+    let change = settings.iter().map(|(change, _)| change.as_str()).collect::<Vec<_>>().join(" and ");
+    changed(&Question { workload: &workload, constraints: &constraints, ..*question }, change)
+}
+
+fn fastest(changes: impl Iterator<Item = Result<Option<Change>, PlanError>>) -> Result<Option<Change>, PlanError> {
+    let changes = changes.filter_map(Result::transpose).collect::<Result<Vec<Change>, PlanError>>()?;
+    Ok(changes.into_iter().min_by(|a, b| a.seconds.total_cmp(&b.seconds)))
+}
+
+/// No more devices than there are units of rows, so that each has one: that changes nothing that is learned.
+fn fewer_devices(question: &Question) -> Result<Option<Change>, PlanError> {
+    let (nodes, units) = (question.cluster.nodes.len(), question.workload.units(question.workload.rows));
+    let (per_node, constraints) = (units / nodes, question.constraints);
+    let fewer = question.cluster.repeated(nodes, per_node);
+    let Some(cluster) = fewer.filter(|_| question.cluster.num_devices() > units && per_node > 0 && !constraints.pools)
+    else {
+        return Ok(None);
+    };
+    let change = match constraints.use_all_devices {
+        true => format!("placement.workers = {}", per_node * nodes),
+        false => format!("placement.gpus_per_node = {per_node}"),
+    };
+    changed(&Question { cluster: &cluster, ..*question }, change)
 }
 
 /// The constraints without the keys that the recipe fixes, when there are several.
@@ -230,7 +276,12 @@ fn left_to_the_planner(limits: &Constraints) -> Option<(String, Constraints)> {
     (fixed.len() > 1).then(|| (format!("leave {} to the planner", fixed.join(", ")), free))
 }
 
-type Setting = (String, Workload, Constraints);
+/// A change of one key: how it reads, and what it does.
+type Setting = (String, Box<dyn Fn(&mut Workload, &mut Constraints)>);
+
+fn setting(change: impl Into<String>, set: impl Fn(&mut Workload, &mut Constraints) + 'static) -> Setting {
+    (change.into(), Box::new(set))
+}
 
 /// Every change of one key that could help.
 fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
@@ -238,37 +289,32 @@ fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
     let mut settings: Vec<Setting> = Vec::new();
     let fixed_stage = limits.zero_stage.map_or(4, |stage| stage + 1);
     for stage in fixed_stage..=3 {
-        let constraints = Constraints { zero_stage: Some(stage), ..limits.clone() };
-        settings.push((format!("train.zero_stage = {stage}"), work.clone(), constraints));
+        settings.push(setting(format!("train.zero_stage = {stage}"), move |_, limits| limits.zero_stage = Some(stage)));
     }
-    if limits.adam_offload == Some(true) {
-        let constraints = Constraints { adam_offload: None, ..limits.clone() };
-        settings.push(("train.adam_offload = false".into(), work.clone(), constraints));
+    match limits.adam_offload {
+        Some(true) => settings.push(setting("train.adam_offload = false", |_, limits| limits.adam_offload = None)),
+        Some(false) => {
+            settings.push(setting("train.adam_offload = true", |_, limits| limits.adam_offload = Some(true)))
+        }
+        None => {}
     }
-    if limits.adam_offload == Some(false) {
-        let constraints = Constraints { adam_offload: Some(true), ..limits.clone() };
-        settings.push(("train.adam_offload = true".into(), work.clone(), constraints));
-    }
-    let longest = answer.inventory.largest_node();
-    for size in (1..=longest).filter(|size| limits.tensor_parallel != Some(*size)) {
-        let constraints = Constraints { tensor_parallel: Some(size), ..limits.clone() };
-        settings.push((format!("generation.tensor_parallel_size = {size}"), work.clone(), constraints));
+    let largest = if work.sampling.is_some() { answer.inventory.largest_node() } else { 0 };
+    for size in (1..=largest).filter(|size| limits.tensor_parallel != Some(*size)) {
+        let change = format!("generation.tensor_parallel_size = {size}");
+        settings.push(setting(change, move |_, limits| limits.tensor_parallel = Some(size)));
     }
     for tier in
         [Tier::Small, Tier::Medium, Tier::Large].into_iter().filter(|tier| limits.tier.is_some_and(|t| t != *tier))
     {
-        let constraints = Constraints { tier: Some(tier), ..limits.clone() };
-        settings.push((format!("placement.tier = \"{tier}\""), work.clone(), constraints));
+        settings.push(setting(format!("placement.tier = \"{tier}\""), move |_, limits| limits.tier = Some(tier)));
     }
     if !limits.by_hand.is_empty() {
-        let constraints = Constraints { by_hand: Vec::new(), ..limits.clone() };
-        settings.push(("no [placement.ROLE] tables".into(), work.clone(), constraints));
+        settings.push(setting("no [placement.ROLE] tables", |_, limits| limits.by_hand.clear()));
     }
-    if limits.use_all_devices {
-        let constraints = Constraints { use_all_devices: false, ..limits.clone() };
-        settings.push(("fewer placement.workers".into(), work.clone(), constraints));
+    if limits.use_all_devices && work.alone().is_none() {
+        settings.push(setting("fewer placement.workers", |_, limits| limits.use_all_devices = false));
     }
-    settings.extend(smaller_passes(question));
+    settings.extend(smaller_passes(work));
     settings.extend(more_rows(question));
     settings
 }
@@ -276,42 +322,48 @@ fn settings(question: &Question, answer: &Answer) -> Vec<Setting> {
 /// As many rows as there are devices, so that each has one.
 fn more_rows(question: &Question) -> Option<Setting> {
     let (work, devices) = (question.workload, question.cluster.num_devices());
-    if devices <= work.prompts.min(work.mini_batch) {
+    let learned = work.passes.iter().find(|pass| Work::of(pass.verb) == Some(Work::Learn));
+    let batch = learned.map_or(work.rows, |pass| pass.rows);
+    let Some(sampling) = &work.sampling else {
+        let rows = devices * work.rows_per_unit;
+        let change = format!("train.batch_size = {devices}");
+        return (rows > batch).then(|| setting(change, move |work, _| work.resize(rows, rows)));
+    };
+    if devices <= sampling.prompts.min(batch) {
         return None;
     }
-    let prompts = work.prompts.max(devices);
-    let responses = prompts * work.samples_per_prompt;
-    let mini_batch = (devices.max(work.mini_batch)..=responses).find(|rows| responses.is_multiple_of(*rows))?;
-    let keys = [("rollout.batch_size", work.prompts, prompts), ("ppo.mini_batch_size", work.mini_batch, mini_batch)];
+    let prompts = sampling.prompts.max(devices);
+    let rows = prompts * sampling.samples_per_prompt;
+    let mini_batch = (devices.max(batch)..=rows).find(|batch| rows.is_multiple_of(*batch))?;
+    let keys = [("rollout.batch_size", sampling.prompts, prompts), ("ppo.mini_batch_size", batch, mini_batch)];
     let changed = keys.iter().filter(|(_, before, after)| before != after);
     let change = changed.map(|(key, _, after)| format!("{key} = {after}")).collect::<Vec<_>>().join(" and ");
-    let work = Workload { prompts, mini_batch, ..work.clone() };
-    (!change.is_empty()).then(|| (change, work, question.constraints.clone()))
+    (!change.is_empty()).then(|| setting(change, move |work, _| work.resize(rows, mini_batch)))
 }
 
 /// Settings that make a pass need less.
-fn smaller_passes(question: &Question) -> Vec<Setting> {
-    let (work, limits) = (question.workload, question.constraints);
+fn smaller_passes(work: &Workload) -> Vec<Setting> {
     let mut settings: Vec<Setting> = Vec::new();
     if !work.activation_checkpointing {
-        let changed = Workload { activation_checkpointing: true, ..work.clone() };
-        settings.push(("train.activation_checkpointing = true".into(), changed, limits.clone()));
+        settings.push(setting("train.activation_checkpointing = true", |work, _| work.activation_checkpointing = true));
     }
-    if work.reference.is_some() && !work.reference_offload {
-        let changed = Workload { reference_offload: true, ..work.clone() };
-        settings.push(("reference.offload = true".into(), changed, limits.clone()));
+    if work.models.iter().any(|model| model.role == Role::Reference && !model.offload) {
+        settings.push(setting("reference.offload = true", |work, _| {
+            let models = work.models.iter_mut().filter(|model| model.role == Role::Reference);
+            models.for_each(|model| model.offload = true);
+        }));
     }
     let mut tokens = work.tokens_per_micro_batch;
-    while tokens > work.max_tokens() {
-        tokens = (tokens / 2).max(work.max_tokens());
-        let changed = Workload { tokens_per_micro_batch: tokens, ..work.clone() };
-        settings.push((format!("train.tokens_per_micro_batch = {tokens}"), changed, limits.clone()));
+    while tokens > work.max_unit_tokens() {
+        tokens = (tokens / 2).max(work.max_unit_tokens());
+        let change = format!("train.tokens_per_micro_batch = {tokens}");
+        settings.push(setting(change, move |work, _| work.tokens_per_micro_batch = tokens));
     }
     settings
 }
 
 /// More of the same hardware: a fuller node first, then more nodes.
-pub(super) fn hardware(question: &Question) -> Vec<(String, Cluster)> {
+fn hardware(question: &Question) -> Vec<(String, Cluster)> {
     let (cluster, pools) = (question.cluster, question.constraints.pools);
     let mut larger = Vec::new();
     let (Some(first), count) = (cluster.nodes.first(), cluster.nodes.len()) else { return larger };
@@ -367,10 +419,10 @@ impl Shortfall {
                 let [needed, usable, lacking] = [*needed_bytes, *usable_bytes, *lacking_bytes].map(render::bytes);
                 let place = if *place == Place::Device { "device" } else { "device's share of host memory" };
                 write!(f, "the leanest choice, {choice}, needs {needed} of a {place} with {usable} usable: ")?;
-                let phase = match phase {
-                    Phase::Score if alone => "evaluate",
-                    _ if alone => "train",
-                    phase => phase.name(),
+                let phase = match phase.work {
+                    Work::Score if alone => "evaluate".into(),
+                    _ if alone => "train".into(),
+                    _ => phase.name(),
                 };
                 write!(f, "{lacking} too much (phase: {phase})")?;
                 for entry in entries.iter().take(5) {
@@ -397,7 +449,10 @@ impl fmt::Display for Reject {
             Reject::Memory { needed, usable, .. } => {
                 write!(f, "needs {} of {}", render::bytes(*needed), render::bytes(*usable))
             }
-            Reject::Ranks { devices, rows } => write!(f, "{devices} ranks share {rows} rows: every rank needs one"),
+            Reject::Ranks { devices, units, pairs } => {
+                let rows = if *pairs { "pairs" } else { "rows" };
+                write!(f, "{devices} ranks share {units} {rows}: every rank needs one")
+            }
             Reject::TensorParallel { size, divided: [heads, kv_heads, width, devices] } => {
                 write!(
                     f,

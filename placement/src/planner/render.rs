@@ -2,8 +2,11 @@
 
 use std::fmt::{self, Write};
 
+use echelon_core::memory::Phase;
+use echelon_core::role::Role;
+
 use super::{DeviceRange, GroupPlan, Plan};
-use crate::ledger::{Phase, Place};
+use crate::ledger::Place;
 
 /// Bytes in binary units, three figures.
 pub(super) fn bytes(bytes: u64) -> String {
@@ -88,14 +91,6 @@ pub(super) fn write_kept(f: &mut fmt::Formatter<'_>, kept: Option<&str>) -> fmt:
     kept.map_or(Ok(()), |kept| writeln!(f, "kept of each GPU: {kept}"))
 }
 
-pub(super) const COLUMNS: [(&str, Phase); 5] = [
-    ("generate", Phase::Generate),
-    ("score", Phase::Score),
-    ("train actor", Phase::TrainActor),
-    ("train critic", Phase::TrainCritic),
-    ("sync", Phase::Sync),
-];
-
 impl GroupPlan {
     fn write(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let nodes = if self.num_nodes == 1 { "1 node".into() } else { format!("{} nodes", self.num_nodes) };
@@ -105,7 +100,7 @@ impl GroupPlan {
         let in_host = format!("in host memory, of {} a device", bytes(self.usable_host_bytes));
         let width = labels.iter().chain([&at_most, &in_host]).map(|label| label.chars().count()).max().unwrap_or(0);
         write!(f, "  {:<width$}", "")?;
-        COLUMNS.iter().try_for_each(|(name, _)| write!(f, "{name:>13}"))?;
+        self.peaks.iter().try_for_each(|peak| write!(f, "{:>13}", peak.phase.name()))?;
         writeln!(f)?;
         for (plan, label) in self.roles.iter().zip(&labels) {
             write!(f, "  {label:<width$}")?;
@@ -123,18 +118,17 @@ impl GroupPlan {
     }
 
     fn row(&self, f: &mut fmt::Formatter<'_>, of: impl Fn(Phase) -> u64) -> fmt::Result {
-        for (_, phase) in COLUMNS {
-            let shown = of(phase);
+        for peak in &self.peaks {
+            let shown = of(peak.phase);
             write!(f, "{:>13}", if shown == 0 { "-".into() } else { bytes(shown) })?;
         }
         writeln!(f)
     }
 
     fn role_label(&self, plan: &super::RolePlan) -> String {
-        use echelon_core::role::Role;
         let mut label = plan.role.to_string();
         match plan.role {
-            Role::Actor | Role::Critic => {
+            role if self.learns(role) => {
                 let _ = write!(label, ", ZeRO {}", plan.zero_stage);
                 if plan.adam_offload {
                     label.push_str(", Adam on the host");
@@ -143,7 +137,6 @@ impl GroupPlan {
                     label.push_str(", to host to generate");
                 }
             }
-            Role::Reference | Role::Reward if plan.zero_stage == 3 => label.push_str(", sharded"),
             Role::Generator => {
                 let own = if plan.shares_weights { "the actor's weights" } else { "own weights" };
                 let engines = self.num_devices / plan.tensor_parallel;
@@ -152,6 +145,7 @@ impl GroupPlan {
                     size => write!(label, ", {engines} x {size} devices, {} slots each", plan.slots),
                 };
             }
+            _ if plan.zero_stage == 3 => label.push_str(", sharded"),
             _ => {}
         }
         label
@@ -172,17 +166,9 @@ impl GroupPlan {
     }
 
     fn times(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let s = &self.seconds;
-        let phases = [
-            ("generate", s.generate),
-            ("score", s.score),
-            ("train actor", s.train_actor),
-            ("train critic", s.train_critic),
-            ("sync", s.sync),
-            ("to host and back", s.switch),
-        ];
-        let shown =
-            phases.iter().filter(|(_, time)| *time > 0.0).map(|(name, time)| format!("{name} {}", seconds(*time)));
+        let phases = self.seconds.phases.iter().map(|(phase, time)| (phase.name(), *time));
+        let all = phases.chain([("to host and back".into(), self.seconds.switch)]);
+        let shown = all.filter(|(_, time)| *time > 0.0).map(|(name, time)| format!("{name} {}", seconds(time)));
         writeln!(f, "  busy: {}", shown.collect::<Vec<_>>().join(", "))
     }
 }

@@ -35,17 +35,19 @@ pub(super) struct Structure {
 }
 
 impl Structure {
-    /// The same groups, the same choice for the actor and the same engines: what is left makes no plan of another kind.
-    pub fn resembles(&self, other: &Structure) -> bool {
-        self.groups == other.groups && self.main_choice() == other.main_choice()
+    /// The same groups, the same choice for the main role and the same engines: what is left makes no plan of another
+    /// kind.
+    pub fn resembles(&self, other: &Structure, main: Option<Role>) -> bool {
+        self.groups == other.groups && self.main_choice(main) == other.main_choice(main)
     }
 
-    /// The actor's stage and offload, the tensor-parallel size.
-    fn main_choice(&self) -> (u8, bool, usize) {
+    /// The main role's stage and offload, the tensor-parallel size.
+    fn main_choice(&self, main: Option<Role>) -> (u8, bool, usize) {
         let of =
             |role: Role| self.groups.iter().position(|group| group.roles.contains(role)).map(|at| &self.configs[at]);
-        let actor = of(Role::Actor).map_or((0, false), |config| (config.stages[0], config.offloads[0]));
-        (actor.0, actor.1, of(Role::Generator).map_or(1, |config| config.tensor_parallel))
+        let choice = |main: Role| of(main).map(|config| (config.stages[main as usize], config.offloads[main as usize]));
+        let (stage, offload) = main.and_then(choice).unwrap_or((0, false));
+        (stage, offload, of(Role::Generator).map_or(1, |config| config.tensor_parallel))
     }
 }
 
@@ -105,6 +107,7 @@ pub(super) fn search(
     sizes: &[usize],
     use_all: bool,
 ) -> Outcome {
+    let main = problem.workload.main_role();
     let mut tables = HashMap::new();
     let mut outcome = Outcome::default();
     let mut candidates = Vec::new();
@@ -135,10 +138,10 @@ pub(super) fn search(
         if bound >= beats(&outcome.runner_up) {
             break;
         }
-        let like_best = outcome.best.as_ref().is_some_and(|best| best.structure.resembles(&structure));
+        let like_best = outcome.best.as_ref().is_some_and(|best| best.structure.resembles(&structure, main));
         let cutoff = beats(if like_best { &outcome.best } else { &outcome.runner_up });
         if let Some((seconds, places)) = Branch::new(inventory, &options, use_all, cutoff).run() {
-            outcome.keep(Found { structure, seconds, places });
+            outcome.keep(Found { structure, seconds, places }, main);
         }
     }
     outcome
@@ -146,9 +149,9 @@ pub(super) fn search(
 
 impl Outcome {
     /// Takes a structure that is faster than the runner-up, or than the best if it resembles that.
-    fn keep(&mut self, found: Found) {
+    fn keep(&mut self, found: Found, main: Option<Role>) {
         let faster = self.best.as_ref().is_none_or(|best| found.seconds < best.seconds);
-        let like_best = self.best.as_ref().is_some_and(|best| best.structure.resembles(&found.structure));
+        let like_best = self.best.as_ref().is_some_and(|best| best.structure.resembles(&found.structure, main));
         if faster {
             let before = self.best.replace(found);
             if !like_best {

@@ -1,8 +1,9 @@
 mod brute_force;
 
 use super::*;
-use crate::ledger::ComputeDtype;
-use crate::ledger::tests::{GATED_7B, GATED_13B, GATED_70B, SMOLLM2, gated, workload};
+use echelon_core::workload::{ComputeDtype, Pass, RoleModel, Training};
+
+use crate::ledger::tests::{GATED_7B, GATED_13B, GATED_70B, model, on_cpu, with_sampling, workload};
 
 fn planned(cluster: &Cluster, workload: &Workload, constraints: &Constraints) -> Plan {
     plan(cluster, workload, constraints, &Rates::of(cluster)).unwrap_or_else(|error| panic!("{error}"))
@@ -26,25 +27,10 @@ fn check_devices(plan: &Plan, num_devices: usize) {
     assert_eq!(count + plan.idle_devices, num_devices);
 }
 
-fn on_cpu() -> Workload {
-    Workload {
-        actor: gated(SMOLLM2, true, false),
-        critic: Some(gated(SMOLLM2, true, true)),
-        reference: Some(gated(SMOLLM2, true, false)),
-        reward: None,
-        prompts: 16,
-        mini_batch: 16,
-        max_prompt_tokens: 32,
-        max_response_tokens: 48,
-        mean_prompt_tokens: 32.0,
-        mean_response_tokens: 43.0,
-        tokens_per_micro_batch: 1280,
-        dtype: ComputeDtype::Float32,
-        activation_checkpointing: false,
-        entropy_in_loss: false,
-        max_sequences: 16,
-        ..workload(SMOLLM2)
-    }
+/// With other numbers of rows, per step and per optimizer step.
+fn resized(mut work: Workload, rows: usize, batch: usize) -> Workload {
+    work.resize(rows, batch);
+    work
 }
 
 #[test]
@@ -239,10 +225,10 @@ fn impossible_hand_placements_are_named() {
 #[test]
 fn degenerate_workloads_are_errors() {
     let cluster = Cluster::of(1, 8, "H100-80GB").unwrap();
-    let work = Workload { prompts: 0, ..workload(GATED_7B) };
+    let work = with_sampling(workload(GATED_7B), |sampling| sampling.prompts = 0);
     let error = plan(&cluster, &work, &Constraints::default(), &Rates::gpu()).unwrap_err().to_string();
     assert_eq!(error, "the number of prompts is 0: a step needs at least 1");
-    let few = Workload { prompts: 2, mini_batch: 2, ..workload(GATED_7B) };
+    let few = resized(workload(GATED_7B), 2, 2);
     let all = Constraints { use_all_devices: true, tier: Some(Tier::Small), ..Constraints::default() };
     let refusal = refused(&cluster, &few, &all);
     assert!(refusal.change.is_some(), "{refusal}");
@@ -273,10 +259,11 @@ fn the_generator_gets_the_slots_that_there_is_room_for() {
         plan.role(Role::Generator).unwrap().slots
     };
     assert!(slots("H100-80GB") < slots("H200") && slots("H200") <= 128);
-    let limited = Workload { kv_cache_bytes: Some(10 * 2048 * 512 * 1024), ..work.clone() };
+    let of_cache = |bytes| with_sampling(work.clone(), |sampling| sampling.kv_cache_bytes = Some(bytes));
+    let limited = of_cache(10 * 2048 * 512 * 1024);
     let plan = planned(&Cluster::of(1, 8, "H200").unwrap(), &limited, &Constraints::default());
     assert_eq!(plan.role(Role::Generator).unwrap().slots, 10, "2048 tokens of half a MiB each in ten slots");
-    let tiny = Workload { kv_cache_bytes: Some(1), ..work };
+    let tiny = of_cache(1);
     let refusal = refused(&Cluster::of(1, 8, "H200").unwrap(), &tiny, &Constraints::default());
     assert!(refusal.to_string().contains("generation.kv_cache_bytes must hold one sequence"), "{refusal}");
 }
@@ -295,7 +282,7 @@ fn unlike_devices_can_be_planned_for() {
 
 #[test]
 fn eight_devices_and_ten_thousand_have_a_plan() {
-    let large = Workload { prompts: 20480, mini_batch: 5120, ..workload(GATED_70B) };
+    let large = resized(workload(GATED_70B), 20480, 5120);
     for (nodes, work) in [(1, workload(GATED_7B)), (1250, large)] {
         let cluster = Cluster::of(nodes, 8, "H100-80GB").unwrap();
         let plan = planned(&cluster, &work, &Constraints::default());
@@ -303,15 +290,19 @@ fn eight_devices_and_ten_thousand_have_a_plan() {
     }
 }
 
-fn training(shape: [i64; 6]) -> Training {
-    let Workload { actor: model, .. } = workload(shape);
-    Training {
-        role: Role::Actor,
-        model,
-        rows: 128,
-        rows_per_example: 1,
-        max_tokens: 2048,
-        mean_tokens: 1024.0,
+/// A model that learns alone; a reward model from pairs.
+fn alone(role: Role, size: [i64; 6], rows: usize) -> Workload {
+    let (verb, rows_per_unit) = if role == Role::Actor { ("logprobs", 1) } else { ("scores", 2) };
+    Workload {
+        models: vec![RoleModel { training: Some(Training::default()), ..model(role, size, false) }],
+        sampling: None,
+        passes: vec![Pass { role, verb: "learn", rows, times: 1 }, Pass { role, verb, rows, times: 0 }],
+        rows,
+        rows_per_unit,
+        max_prompt_tokens: 0,
+        max_response_tokens: 2048,
+        mean_prompt_tokens: 0.0,
+        mean_response_tokens: 1024.0,
         tokens_per_micro_batch: 16384,
         dtype: ComputeDtype::Bfloat16,
         activation_checkpointing: false,
@@ -319,23 +310,26 @@ fn training(shape: [i64; 6]) -> Training {
 }
 
 /// Does what a refusal says: one change, or two.
-fn changed(change: &str, (kind, nodes, devices): (&str, usize, usize), mut training: Training) -> Option<TrainingPlan> {
+fn changed(change: &str, (kind, nodes, devices): (&str, usize, usize), mut work: Workload) -> Option<Plan> {
     let (mut nodes, mut devices, mut constraints) = (nodes, devices, Constraints::default());
     for setting in change.split(" and ") {
         let (key, value) = setting.split_once(" = ").unwrap();
         let number = || value.parse::<usize>().unwrap();
         match key {
             "train.zero_stage" => constraints.zero_stage = Some(number() as u8),
-            "train.activation_checkpointing" => training.activation_checkpointing = value == "true",
-            "train.tokens_per_micro_batch" => training.tokens_per_micro_batch = number(),
-            "train.batch_size" => training.rows = number() * training.rows_per_example,
+            "train.activation_checkpointing" => work.activation_checkpointing = value == "true",
+            "train.tokens_per_micro_batch" => work.tokens_per_micro_batch = number(),
+            "train.batch_size" => {
+                let rows = number() * work.rows_per_unit;
+                work.resize(rows, rows);
+            }
             "placement.nodes" => nodes = number(),
             "placement.gpus_per_node" => devices = number(),
             other => panic!("{other}"),
         }
     }
     let cluster = Cluster::of(nodes, devices, kind).unwrap();
-    plan_training(&cluster, &training, &constraints, &Rates::gpu()).ok()
+    plan(&cluster, &work, &constraints, &Rates::gpu()).ok()
 }
 
 /// However small micro-batches are to be, one holds both rows of a pair.
@@ -343,13 +337,25 @@ fn changed(change: &str, (kind, nodes, devices): (&str, usize, usize), mut train
 fn a_plan_for_pairs_has_room_for_a_pair() {
     let cluster = Cluster::of(1, 8, "H100-80GB").unwrap();
     let most = |tokens_per_micro_batch: usize| {
-        let pairs = Training { role: Role::Reward, rows: 64, rows_per_example: 2, ..training(GATED_7B) };
-        let work = Training { max_tokens: 4096, activation_checkpointing: true, tokens_per_micro_batch, ..pairs };
-        let plan = plan_training(&cluster, &work, &Constraints::default(), &Rates::gpu()).unwrap();
+        let pairs = alone(Role::Reward, GATED_7B, 64);
+        let work =
+            Workload { max_response_tokens: 4096, activation_checkpointing: true, tokens_per_micro_batch, ..pairs };
+        let plan = planned(&cluster, &work, &Constraints::default());
         plan.choices.iter().map(|choice| choice.device_bytes).collect::<Vec<_>>()
     };
     assert_eq!(most(4096), most(8192));
     assert!(most(8192).iter().zip(most(16384)).all(|(one, two)| *one < two));
+}
+
+fn check_alone(plan: &Plan, work: &Workload) {
+    let ([group], step, said) = (plan.groups.as_slice(), plan.seconds.step, Alone(plan)) else { panic!("{plan}") };
+    let [role] = group.roles.as_slice() else { panic!("{plan}") };
+    let seconds = plan.choices.iter().filter_map(|choice| choice.seconds);
+    assert_eq!(step, seconds.fold(f64::INFINITY, f64::min), "{said}");
+    let first = plan.choices.iter().find(|choice| choice.seconds == Some(step)).unwrap();
+    assert_eq!((first.zero_stage, first.adam_offload), (role.zero_stage, role.adam_offload), "{said}");
+    assert!(first.device_bytes <= first.usable_bytes && first.host_bytes <= first.usable_host_bytes);
+    assert!(group.ledger.iter().all(|entry| Some(entry.role) == work.alone()));
 }
 
 #[test]
@@ -360,28 +366,20 @@ fn a_model_alone_is_trained_at_the_plainest_of_the_fastest_stages_that_fit() {
     {
         for hardware in [("H100-80GB", 1, 8), ("A100-40GB", 1, 2), ("L40S", 1, 1), ("H200", 2, 8), ("H100-80GB", 32, 8)]
         {
-            let whole = Training { activation_checkpointing, ..training(shape) };
-            let work = match reward {
-                true => Training { role: Role::Reward, rows: 256, rows_per_example: 2, ..whole },
-                false => whole,
-            };
+            let whole = if reward { alone(Role::Reward, shape, 256) } else { alone(Role::Actor, shape, 128) };
+            let work = Workload { activation_checkpointing, ..whole };
             let cluster = Cluster::of(hardware.1, hardware.2, hardware.0).unwrap();
-            match plan_training(&cluster, &work, &Constraints::default(), &Rates::gpu()) {
+            match plan(&cluster, &work, &Constraints::default(), &Rates::gpu()) {
                 Ok(plan) => {
                     fitting += 1;
-                    let seconds = plan.choices.iter().filter_map(|choice| choice.seconds);
-                    assert_eq!(plan.seconds, seconds.fold(f64::INFINITY, f64::min), "{plan}");
-                    let first = plan.choices.iter().find(|choice| choice.seconds == Some(plan.seconds)).unwrap();
-                    assert_eq!((first.zero_stage, first.adam_offload), (plan.zero_stage, plan.adam_offload), "{plan}");
-                    assert!(first.device_bytes <= first.usable_bytes && first.host_bytes <= first.usable_host_bytes);
-                    assert!(plan.ledger.iter().all(|entry| entry.role == work.role));
+                    check_alone(&plan, &work);
                 }
                 Err(PlanError::Refused(refusal)) => {
                     refused += 1;
                     let Some(change) = refusal.change else { continue };
                     let plan = changed(&change.change, hardware, work.clone());
                     let plan = plan.unwrap_or_else(|| panic!("{hardware:?}: {} does not fit", change.change));
-                    assert!((plan.seconds - change.seconds).abs() < 1e-9, "{}: {plan}", change.change);
+                    assert!((plan.seconds.step - change.seconds).abs() < 1e-9, "{}: {}", change.change, Alone(&plan));
                 }
                 Err(error) => panic!("{error}"),
             }

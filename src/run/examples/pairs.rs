@@ -5,11 +5,12 @@ use std::path::Path;
 use echelon_algorithms::reward_model::RewardModel;
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
+use echelon_placement::devices::Devices;
 use echelon_tasks::data::{Pair, PairKeys, PromptText, Verdict, load_pairs};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
 use crate::program::Failure;
-use crate::recipe::{Devices, RewardRecipe};
+use crate::recipe::RewardRecipe;
 
 /// Rows 2i and 2i + 1 are pair i's chosen and rejected sequences.
 impl Lesson for RewardRecipe {

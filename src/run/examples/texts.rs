@@ -5,11 +5,12 @@ use std::path::Path;
 use echelon_algorithms::sft::Sft;
 use echelon_models::chat_template::Message;
 use echelon_models::tokenizer::{Tokenizer, TokenizerError};
+use echelon_placement::devices::Devices;
 use echelon_tasks::data::{PromptText, TrainingExample, TrainingKeys, Verdict, load_training};
 
 use super::{Data, Example, Lesson, Parts, prompt_and_response};
 use crate::program::Failure;
-use crate::recipe::{Devices, SftRecipe};
+use crate::recipe::SftRecipe;
 
 impl Lesson for SftRecipe {
     type Algorithm = Sft;

@@ -7,14 +7,14 @@
 use std::collections::HashMap;
 
 use echelon_core::role::Role;
+use echelon_core::workload::{ComputeDtype, RoleModel, Sampling, passes_with_sampling};
 
 use super::super::estimate::{Cost, GroupConfig, Problem};
 use super::super::inventory::Inventory;
 use super::super::search::Group;
 use super::super::*;
 use crate::cluster::{DeviceKind, Link, Node};
-use crate::ledger::ComputeDtype;
-use crate::ledger::tests::gated;
+use crate::ledger::tests::{model, workload_of};
 use crate::tier::RoleSet;
 
 /// SplitMix64.
@@ -77,30 +77,34 @@ fn cluster(random: &mut Random, params: f64) -> Cluster {
 
 fn workload(random: &mut Random) -> Workload {
     let size = random.pick(&[[64, 4, 4, 4, 256, 500], [64, 6, 6, 2, 192, 300], [128, 2, 8, 8, 512, 1000]]);
-    let model = |random: &mut Random, scores: bool| (random.below(4) > 0).then(|| gated(size, false, scores));
     let prompts = 1 + random.below(12);
     let (prompt, response) = (1 + random.below(60), 1 + random.below(60));
+    let others = [Role::Critic, Role::Reference, Role::Reward].into_iter().filter(|_| random.below(4) > 0);
+    let mut models: Vec<RoleModel> =
+        std::iter::once(Role::Actor).chain(others).map(|role| model(role, size, false)).collect();
+    let samples_per_prompt = random.pick(&[1, 1, 3]);
+    let (rows, batch, epochs) = (prompts * samples_per_prompt, 1 + random.below(prompts), random.pick(&[1, 2]));
+    let offload = random.below(4) == 0;
+    models.iter_mut().for_each(|model| model.offload = offload && model.role == Role::Reference);
     Workload {
-        actor: gated(size, false, false),
-        critic: model(random, true),
-        reference: model(random, false),
-        reward: model(random, true),
-        prompts,
-        samples_per_prompt: random.pick(&[1, 1, 3]),
+        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * epochs),
+        sampling: Some(Sampling {
+            published: Role::Actor,
+            prompts,
+            samples_per_prompt,
+            max_sequences: 1 + random.below(8),
+            max_batched_tokens: 1 + random.below(200),
+            kv_cache_bytes: random.pick(&[None, None, Some(200_000), Some(5_000_000)]),
+        }),
+        rows,
         max_prompt_tokens: prompt,
         max_response_tokens: response,
         mean_prompt_tokens: prompt as f64 * 0.8,
         mean_response_tokens: response as f64 * 0.7,
-        mini_batch: 1 + random.below(prompts),
-        epochs: random.pick(&[1, 2]),
         tokens_per_micro_batch: 1 + random.below(400),
         dtype: random.pick(&[ComputeDtype::Bfloat16, ComputeDtype::Float32]),
         activation_checkpointing: random.below(2) == 0,
-        entropy_in_loss: false,
-        reference_offload: random.below(4) == 0,
-        max_sequences: 1 + random.below(8),
-        max_batched_tokens: 1 + random.below(200),
-        kv_cache_bytes: random.pick(&[None, None, Some(200_000), Some(5_000_000)]),
+        ..workload_of(models)
     }
 }
 
@@ -146,6 +150,9 @@ fn obeys(cluster: &Cluster, free: &[Vec<usize>], devices: &[usize]) -> bool {
     !unlike || !used.iter().any(|node| alike_elsewhere(*node))
 }
 
+/// Roles with a stage, in the order in which [`configs`] goes through them.
+const ALL: [Role; 4] = [Role::Actor, Role::Critic, Role::Reference, Role::Reward];
+
 /// Every way to choose stages, offload and tensor-parallel size for `roles`.
 fn configs(problem: &Problem, roles: RoleSet, sizes: &[usize]) -> Vec<GroupConfig> {
     let lowest = problem.stages[0];
@@ -166,11 +173,13 @@ fn configs(problem: &Problem, roles: RoleSet, sizes: &[usize]) -> Vec<GroupConfi
                     for actor_offload in offloads(Role::Actor) {
                         for critic_offload in offloads(Role::Critic) {
                             for &tensor_parallel in &sizes {
-                                all.push(GroupConfig {
-                                    stages: [actor, critic, reference, reward],
-                                    offloads: [actor_offload, critic_offload],
-                                    tensor_parallel,
-                                });
+                                let mut config =
+                                    GroupConfig { stages: [lowest; 5], offloads: [false; 5], tensor_parallel };
+                                let stages = [actor, critic, reference, reward];
+                                (0..4).for_each(|at| config.stages[ALL[at] as usize] = stages[at]);
+                                config.offloads[Role::Actor as usize] = actor_offload;
+                                config.offloads[Role::Critic as usize] = critic_offload;
+                                all.push(config);
                             }
                         }
                     }
@@ -246,10 +255,14 @@ fn brute_force(question: &Question, problem: &Problem, tier: Tier) -> (Option<f6
                 let costs = || chosen.iter().zip(&fitting).map(|(at, choices)| choices[*at].1);
                 let fixed: f64 = costs().map(|cost| cost.generate + cost.sync + cost.switch).sum();
                 let score = costs().map(|cost| cost.score).fold(0.0, f64::max);
-                let train = costs().map(|cost| cost.train_actor + cost.train_critic).fold(0.0, f64::max);
+                let train = costs().map(|cost| cost.train()).fold(0.0, f64::max);
                 let config = |group: usize| choices[group][fitting[group][chosen[group]].0];
-                let key =
-                    (partition, config(actor).stages[0], config(actor).offloads[0], config(generator).tensor_parallel);
+                let key = (
+                    partition,
+                    config(actor).stages[Role::Actor as usize],
+                    config(actor).offloads[Role::Actor as usize],
+                    config(generator).tensor_parallel,
+                );
                 let seconds = of_kinds.entry(key).or_insert(f64::INFINITY);
                 *seconds = seconds.min(fixed + score + train);
                 for (at, choices) in chosen.iter_mut().zip(&fitting) {
@@ -274,7 +287,7 @@ fn equals_brute_force_on_a_thousand_clusters() {
     let (mut planned, mut refused, mut raised) = (0, 0, 0);
     for case in 0..1000 {
         let workload = workload(&mut random);
-        let cluster = cluster(&mut random, workload.actor.num_params() as f64);
+        let cluster = cluster(&mut random, workload.models[0].shape.num_params() as f64);
         let constraints = constraints(&mut random, cluster.num_devices());
         let rates = Rates::gpu();
         let every_slice = if case % 2 == 0 { EVERY_SLICE } else { 0 };
