@@ -19,7 +19,7 @@ use echelon_roles::trained::{Reads, TrainedPlan};
 use crate::devices;
 use crate::machine;
 use crate::program::Failure;
-use crate::recipe::{Compute, Devices, Init, Model, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
+use crate::recipe::{Compute, Devices, Init, Model, Optimizer, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::run_spec::RunSpec;
 use crate::settings::engine_config;
 
@@ -62,7 +62,7 @@ pub fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Result<(RankPlan, Opt
 fn of_ppo(spec: &RunSpec, recipe: &ResolvedRecipe, held: Held) -> RankPlan {
     let compute = &recipe.train.compute;
     let temperature = recipe.rollout.temperature;
-    let trained = |role, reads, optimizer, loss| TrainedPlan {
+    let trained = |role, reads, optimizer: &Optimizer, loss| TrainedPlan {
         role,
         folder: spec.folder(role),
         random: false,

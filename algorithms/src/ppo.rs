@@ -97,7 +97,8 @@ impl Algorithm for Ppo {
         let kl = self.kl_to_reference(&old_logprobs, ref_logprobs.as_ref(), &own); // [B, T]
         let scores = self.score_shaping.apply(&scored.scores, &rows[TRUNCATED]); // [B]
         let rewards = token_rewards(&kl, &scores, &own, self.kl_coef(KlPlacement::Reward)); // [B, T]
-        let (advantages, returns) = gae(&rewards, &values.to_kind(Kind::Double), &own, self.keys.gamma, self.keys.gae_lambda);
+        let (advantages, returns) =
+            gae(&rewards, &values.to_kind(Kind::Double), &own, self.keys.gamma, self.keys.gae_lambda);
         let rows = rows.with(OLD_LOGPROBS, old_logprobs)?.with_some(REF_LOGPROBS, ref_logprobs)?.with(KL, kl)?;
         let rows = rows.with(SCORES, scored.scores)?.with(SHAPED_SCORES, scores)?.with(REWARDS, rewards)?;
         let rows = rows.with(VALUES, values)?.with(ADVANTAGES, whiten(&advantages, &own))?.with(RETURNS, returns)?;

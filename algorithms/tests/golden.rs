@@ -14,6 +14,7 @@ use echelon_algorithms::losses::{PolicyClip, entropy_loss, kl_loss, policy_loss,
 use echelon_algorithms::reward_shaping::{clip_scores, normalize_scores, penalize_missing_eos, token_rewards};
 use echelon_algorithms::schedule::{Decay, LrSchedule};
 use echelon_algorithms::whiten::{whiten, whiten_mean_only};
+use echelon_schema::Choice;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};

@@ -10,7 +10,7 @@
 //! | SFT | the actor learns | learn; log-probs of held-out rows, which no step waits for |
 //! | reward model | the reward model learns; 2 rows to a unit | learn; scores of held-out rows |
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::compute::ComputeDtype;
 use crate::memory::{Phase, Work};

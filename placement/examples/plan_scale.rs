@@ -4,9 +4,10 @@
 
 use std::time::Instant;
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::role::Role;
 use echelon_core::shape::{ModelShape, ParamShape, TensorParallelAxis, UnitShape};
-use echelon_core::workload::{ComputeDtype, Gives, RoleModel, Sampling, Training, Workload, passes_with_sampling};
+use echelon_core::workload::{Gives, RoleModel, Sampling, Training, Workload, passes_with_sampling};
 use echelon_placement::cluster::Cluster;
 use echelon_placement::planner::{Constraints, PlanError, plan};
 use echelon_placement::rates::Rates;

@@ -30,10 +30,11 @@ mod sizes;
 
 use std::borrow::Cow;
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::memory::{DecodeLoad, PassLoad, Phase, Work};
 use echelon_core::role::Role;
 use echelon_core::weight_layout::STEPS_THAT_PAY;
-use echelon_core::workload::{ComputeDtype, Sampling, Training, Workload};
+use echelon_core::workload::{Sampling, Training, Workload};
 use serde::{Deserialize, Serialize};
 
 pub use runtime::{RUNTIME, runtime_bytes};

@@ -8,8 +8,8 @@ use echelon_schema::{ModelSource, to_toml};
 
 use super::arithmetic::BatchArithmetic;
 use super::check::length_range;
-use super::{Optimizer, Placement, PpoKeys, json_of};
 use super::tables::*;
+use super::{Optimizer, Placement, PpoKeys, json_of};
 
 /// A PPO recipe with nothing left to decide.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,7 +1,7 @@
 //! What the generator's engine takes: weights of its own, their layout for decoding, the KV cache, prefill and sampling.
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::memory::{DecodeLoad, Work};
-use echelon_core::workload::ComputeDtype;
 
 use super::{Item, RoleJob, SYNC_BUCKET_BYTES, Works, largest, resident, transient};
 

@@ -4,8 +4,9 @@
 //! w of the accumulators'. Widths are per token. They follow the code of a pass line by line: what autograd saves for a
 //! layer's backward, and which names are still alive when a layer without a graph is at its widest.
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::memory::{CHUNK_LOGITS, PassLoad, Work};
-use echelon_core::workload::{ComputeDtype, Gives, Training};
+use echelon_core::workload::{Gives, Training};
 
 use super::{Item, RoleJob, Works, largest, transient};
 

@@ -1,7 +1,7 @@
 //! A model in numbers.
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::shape::{ModelShape, TensorParallelAxis, UnitShape};
-use echelon_core::workload::ComputeDtype;
 
 /// What ledger and estimates need to know of a model, read off its shape once.
 #[derive(Clone, Copy, Debug, PartialEq)]

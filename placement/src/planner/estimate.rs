@@ -6,9 +6,10 @@
 //! stages 0 to 2 and 3Ψ(N−1)/N at stage 3 with one micro-batch; from stage 2 on every micro-batch reduces, and at stage 3
 //! every micro-batch gathers twice.
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::memory::{Phase, Work};
 use echelon_core::role::Role;
-use echelon_core::workload::{ComputeDtype, Workload};
+use echelon_core::workload::Workload;
 
 use super::Reject;
 use crate::cluster::Link;

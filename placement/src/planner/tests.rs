@@ -1,7 +1,8 @@
 mod brute_force;
 
 use super::*;
-use echelon_core::workload::{ComputeDtype, Pass, RoleModel, Training};
+use echelon_core::compute::ComputeDtype;
+use echelon_core::workload::{Pass, RoleModel, Training};
 
 use crate::ledger::tests::{GATED_7B, GATED_13B, GATED_70B, model, on_cpu, with_sampling, workload};
 

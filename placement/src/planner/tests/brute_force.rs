@@ -6,8 +6,9 @@
 
 use std::collections::HashMap;
 
+use echelon_core::compute::ComputeDtype;
 use echelon_core::role::Role;
-use echelon_core::workload::{ComputeDtype, RoleModel, Sampling, passes_with_sampling};
+use echelon_core::workload::{RoleModel, Sampling, passes_with_sampling};
 
 use super::super::estimate::{Cost, GroupConfig, Problem};
 use super::super::inventory::Inventory;
