@@ -18,9 +18,9 @@ use echelon_tasks::data::StreamPosition;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::monitor::Metrics;
 use crate::program::Failure;
 use crate::recipe::Checkpoint;
+use echelon_monitor::Metrics;
 
 /// What a run needs to go on, beside the roles' training states.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -16,13 +16,13 @@ use echelon_placement::planner::{Constraints, StepSeconds, plan};
 use echelon_placement::rates::Rates;
 use tch::Device;
 
-use crate::calibration::{self, Here};
 use crate::model_folders::{ModelFolders, shapes};
-use crate::monitor::Metrics;
 use crate::plan::workload_of;
 use crate::program::Failure;
 use crate::recipe::ResolvedRecipe;
+use echelon_monitor::Metrics;
 use echelon_placement::layout::Layout;
+use echelon_roles::calibration::{self, Here};
 use echelon_roles::models::Held;
 
 /// The planner with this machine's rates, which are measured when the first step is over.

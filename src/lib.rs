@@ -1,5 +1,5 @@
 //! The programs: what they read ([`recipe`]), how they are put together ([`wire`]), what they do ([`run`])
-//! and what a person sees of it ([`monitor`]).
+//! and what a person sees of it ([`echelon_monitor`]).
 
 pub mod recipe;
 
@@ -10,7 +10,6 @@ pub mod run;
 pub mod rank_plan;
 pub mod run_spec;
 
-pub mod calibration;
 pub mod forecast;
 pub mod machine;
 pub mod plan;
@@ -29,7 +28,6 @@ pub mod import;
 pub mod inference;
 pub mod json_lines;
 pub mod model_folders;
-pub mod monitor;
 pub mod node;
 pub mod options;
 pub mod prompts;

@@ -10,7 +10,7 @@ use echelon_models::tokenizer::Tokenizer;
 
 use crate::plan::Shapes;
 use crate::program::{Failure, absolute};
-use crate::recipe::{ModelSource, ResolvedRecipe, ScoreSource};
+use crate::recipe::{ModelSource, ResolvedRecipe};
 use echelon_roles::models::check_folder;
 
 /// Folders of the models that a run needs, fetched where the recipe names a hub id.
@@ -39,10 +39,8 @@ impl ModelFolders {
 /// # Errors
 /// A model that is not there or does not fit its role: [`Failure::Input`].
 pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
-    let mut models = recipe.reward.sources.iter().filter_map(|source| match &source.source {
-        ScoreSource::Model(start) => Some(&start.model),
-        _ => None,
-    });
+    let sources = recipe.reward.sources();
+    let mut models = sources.iter().filter_map(|(source, _)| source.model.as_ref());
     let reward = models.next();
     if let (Some(first), Some(second)) = (reward, models.next()) {
         let message = format!("[[reward.mix]]: one source may be a `model`, found {first} and {second}");
@@ -51,7 +49,7 @@ pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
     let folders = ModelFolders {
         actor: model_folder(&recipe.actor.model)?,
         critic: critic_folder(recipe, reward)?,
-        reference: recipe.reference.as_ref().map(|start| model_folder(&start.model)).transpose()?,
+        reference: recipe.reference.model.as_ref().map(model_folder).transpose()?,
         reward: reward.map(model_folder).transpose()?,
     };
     for (role, folder, head) in [
@@ -70,8 +68,8 @@ pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
 /// The critic reads the actor's tokens: where it would start from a reward model with another tokenizer only because
 /// the recipe names no critic, it starts from the actor.
 fn critic_folder(recipe: &ResolvedRecipe, reward: Option<&ModelSource>) -> Result<PathBuf, Failure> {
-    let critic = model_folder(&recipe.critic.model)?;
-    if reward != Some(&recipe.critic.model) {
+    let critic = model_folder(recipe.critic_model())?;
+    if reward != Some(recipe.critic_model()) {
         return Ok(critic);
     }
     let actor = model_folder(&recipe.actor.model)?;

@@ -1,7 +1,7 @@
 //! `--plan`: which role goes on which device and what a step takes there, with no device present.
 
 use std::fmt::Display;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use echelon_core::compute::{Compute, ComputeDtype};
 use echelon_core::device::DeviceChoice;
@@ -17,10 +17,10 @@ use echelon_placement::launch::spawn::available_threads;
 use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
 use echelon_placement::rates::Rates;
 
-use crate::monitor::PLAN_FILE;
 use crate::node;
 use crate::program::{Failure, PlanFormat, write_whole};
-use crate::recipe::{Auto, Model, ModelSource, ResolvedRecipe, ScoreSource, StartModel, SupervisedTrain};
+use crate::recipe::{Auto, Model, ModelSource, ResolvedRecipe, SupervisedTrain};
+use echelon_monitor::PLAN_FILE;
 use serde::Serialize;
 
 /// The GPUs that a recipe without a kind is planned for.
@@ -92,12 +92,11 @@ impl TrainingJob<'_> {
     pub fn workload(&self) -> Result<Option<Workload>, Failure> {
         let TrainingJob { role, model, folder, train, devices, rows_per_example } = *self;
         let source = folder.map_or_else(|| model.model.clone(), |folder| ModelSource::Folder(folder.into()));
-        let start = StartModel { model: source, shape: model.shape.clone() };
         let (head, gives, says) = match role {
             Role::Actor => (HeadKind::Logits, Gives::Logprobs, Logprobs::NAME),
             _ => (HeadKind::Score, Gives::Scalars, Scores::NAME),
         };
-        let Some(shape) = shape(&start, Some(head))? else { return Ok(None) };
+        let Some(shape) = shape((&source, &model.shape), Some(head))? else { return Ok(None) };
         let (compute, rows) = (&train.compute, train.batch_size * rows_per_example);
         Ok(Some(Workload {
             models: vec![RoleModel { role, shape, gives, training: Some(Training::default()), offload: false }],
@@ -223,22 +222,17 @@ fn gpus(devices: &Devices) -> Result<Cluster, Failure> {
 }
 
 fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
-    let rewards = recipe.reward.sources.iter().filter_map(|source| match &source.source {
-        ScoreSource::Model(start) => Some(start),
-        _ => None,
-    });
-    let Some(actor) =
-        shape(&StartModel { model: recipe.actor.model.clone(), shape: recipe.actor.shape.clone() }, None)?
-    else {
-        return Ok(None);
+    let of = |(model, folder): (Option<&ModelSource>, &Option<PathBuf>), head| match model {
+        Some(model) => shape((model, folder), head),
+        None => Ok(None),
     };
-    let Some(critic) = shape(&recipe.critic, Some(HeadKind::Score))? else { return Ok(None) };
-    let reference = match &recipe.reference {
-        Some(start) => shape(start, None)?,
-        None => None,
-    };
-    let reward = match rewards.into_iter().next() {
-        Some(start) => shape(start, Some(HeadKind::Score))?,
+    let (reference, reward) = (&recipe.reference, recipe.reward.model());
+    let Some(actor) = shape((&recipe.actor.model, &recipe.actor.shape), None)? else { return Ok(None) };
+    let critic = shape((recipe.critic_model(), &recipe.critic.shape), Some(HeadKind::Score))?;
+    let Some(critic) = critic else { return Ok(None) };
+    let reference = of((reference.model.as_ref(), &reference.shape), None)?;
+    let reward = match reward {
+        Some(source) => of((source.model.as_ref(), &source.shape), Some(HeadKind::Score))?,
         None => None,
     };
     Ok(Some(workload_of(recipe, Shapes { actor, critic, reference, reward })))
@@ -264,7 +258,7 @@ pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
         model(Role::Critic, shapes.critic, Gives::Scalars, Some(Training::default())),
     ];
     models.extend(shapes.reference.map(|shape| RoleModel {
-        offload: recipe.reference_offload,
+        offload: recipe.reference.offload,
         ..model(Role::Reference, shape, Gives::Logprobs, None)
     }));
     models.extend(shapes.reward.map(|shape| model(Role::Reward, shape, Gives::Scalars, None)));
@@ -298,13 +292,16 @@ fn compute_dtype(compute: &Compute, devices: &Devices) -> ComputeDtype {
 }
 
 /// A model's shape from its own `config.json`, or where that is not at hand from the one named for planning.
-fn shape(start: &StartModel, head: Option<HeadKind>) -> Result<Option<ModelShape>, Failure> {
+fn shape(
+    (model, shape): (&ModelSource, &Option<PathBuf>),
+    head: Option<HeadKind>,
+) -> Result<Option<ModelShape>, Failure> {
     let of = |folder: &Path| {
         let config = DecoderConfig::read(folder).map_err(Failure::input)?;
         let head = head.unwrap_or(config.head);
         Ok(Some(DecoderConfig { head, ..config }.shape()))
     };
-    match (&start.shape, &start.model) {
+    match (shape, model) {
         (_, ModelSource::Folder(folder)) if folder.join("config.json").exists() => of(folder),
         (Some(folder), _) => of(folder),
         _ => Ok(None),

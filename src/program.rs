@@ -17,8 +17,8 @@ use echelon_core::whole_file;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
-use crate::monitor::MonitorError;
 use crate::recipe::RecipeError;
+use echelon_monitor::MonitorError;
 
 /// Why a program ends without having done its work.
 #[derive(Debug, thiserror::Error)]

@@ -17,7 +17,7 @@ use echelon_tasks::data::{
 
 use crate::node;
 use crate::program::Failure;
-use crate::recipe::{ResolvedData, ResolvedRecipe};
+use crate::recipe::{Data, ResolvedRecipe};
 
 /// How a row becomes the tokens that the policy sees.
 #[derive(Clone)]
@@ -99,18 +99,19 @@ pub struct TrainingPrompts {
 }
 
 impl TrainingPrompts {
-    pub fn load(data: &ResolvedData, format: PromptFormat, seed: u64) -> Result<TrainingPrompts, Failure> {
+    pub fn load(data: &Data, format: PromptFormat, seed: u64) -> Result<TrainingPrompts, Failure> {
         let mut sources = Vec::new();
         let mut reports = Vec::new();
         let mut room = data.max_samples;
-        for (index, source) in data.sources.iter().enumerate() {
+        for (index, source) in data.sources().into_iter().enumerate() {
             if room == Some(0) {
                 break;
             }
-            let keys = PromptKeys { prompt: source.prompt_key.clone(), label: source.label_key.clone() };
-            let (rows, report) = format.load(&source.path, &keys, index, room)?;
+            let prompt = source.prompt_key.unwrap_or_else(|| data.prompt_key.clone());
+            let keys = PromptKeys { prompt, label: source.label_key };
+            let (rows, report) = format.load(&source.prompts, &keys, index, room)?;
             room = room.map(|room| room - rows.len());
-            let name = source.path.display().to_string();
+            let name = source.prompts.display().to_string();
             sources.push(MixSource { name: name.clone(), weight: source.weight, rows });
             reports.push((name, report));
         }

@@ -21,7 +21,6 @@ use crate::machine;
 use crate::program::Failure;
 use crate::recipe::{Compute, Devices, Init, Model, Optimizer, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
 use crate::run_spec::RunSpec;
-use crate::settings::engine_config;
 
 /// What a worker builds, at its place among those of its host, and a warning about its device.
 ///
@@ -78,9 +77,13 @@ fn of_ppo(spec: &RunSpec, recipe: &ResolvedRecipe, held: Held) -> RankPlan {
     let (logprobs, values) = (Reads::Logprobs { temperature }, Reads::Scalars(ScalarRows::Predecessors));
     let trained = vec![
         trained(Role::Actor, logprobs, &recipe.actor.optimizer, policy_loss),
-        trained(Role::Critic, values, &recipe.critic_optimizer, value_loss),
+        trained(Role::Critic, values, &recipe.critic.optimizer, value_loss),
     ];
-    RankPlan { temperature, engine: engine_config(recipe, held), ..of_spec(spec, held, trained) }
+    RankPlan {
+        temperature,
+        engine: recipe.generation.engine_config(held.weight_layout),
+        ..of_spec(spec, held, trained)
+    }
 }
 
 /// Of an `sft` run.

@@ -9,9 +9,9 @@
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoints, Resumed};
-use crate::monitor::{Evaluation, RunLog};
 use crate::program::Failure;
 use crate::recipe::{RESOLVED_FILE, Root, changes_since, free_keys};
+use echelon_monitor::{Evaluation, RunLog};
 
 /// What only a run that has come to its end leaves in its folder.
 const ENDS: [&str; 4] = ["actor", "model", "eval_after.json", "report.html"];

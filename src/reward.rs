@@ -2,6 +2,7 @@
 //! node. Their scores are summed by weight.
 
 use std::ops::Range;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,15 +14,15 @@ use echelon_core::verb::{Answer, Reward, Scored, WorkerGroup};
 use echelon_core::{Error, Result};
 use echelon_placement::task::{Demand, RowTasks, TaskError};
 use echelon_tasks::reward::{
-    CommandConfig, CommandReward, RewardRequest, RewardSource, UrlConfig, UrlReward, score_checked,
+    CommandConfig, CommandReward, RewardRequest, RewardSource, RuleConfig, SourceKeys, UrlConfig, UrlReward,
+    score_checked,
 };
 use futures_util::future::try_join_all;
 use tch::{Kind, Tensor};
 
 use crate::node;
 use crate::program::Failure;
-use crate::recipe::{Rule, ScoreSource};
-use crate::rules::{RulePart, SCORE_BY_RULE, built, rule_config};
+use crate::rules::{RulePart, SCORE_BY_RULE, built};
 
 /// One source of scores.
 pub enum Source {
@@ -37,7 +38,7 @@ pub enum Source {
 #[derive(Clone)]
 pub enum Task {
     /// A rule, which any node can apply.
-    Anywhere(Rule),
+    Anywhere(RuleConfig),
     /// A program, a server, or a rule that reads a file of this host, with what it takes of the node.
     Here(Arc<dyn RewardSource>, Demand),
 }
@@ -151,33 +152,28 @@ fn requests(rows: &Rows) -> Vec<RewardRequest> {
 pub type NamedTask = (String, Task);
 
 /// Starts a source that needs no model, with its name for metrics; `None` for a reward model.
-pub fn task_source(source: &ScoreSource) -> Result<Option<NamedTask>, Failure> {
-    let (task, demand): (Arc<dyn RewardSource>, Demand) = match source {
-        ScoreSource::Model(_) => return Ok(None),
-        ScoreSource::Rule(rule) => {
-            let source = rule_config(rule).build(std::path::Path::new("")).map_err(Failure::input)?;
-            let name = source.name();
-            let reads_a_file = matches!(rule, Rule::Sentiment { .. });
-            let here = |source: Box<dyn RewardSource>| Task::Here(source.into(), Demand::CPU);
-            let task = if reads_a_file { here(source) } else { Task::Anywhere(rule.clone()) };
-            return Ok(Some((name, task)));
+pub fn task_source(keys: &SourceKeys) -> Result<Option<NamedTask>, Failure> {
+    let timeout = Duration::from_secs_f64(keys.timeout_s);
+    let (task, demand): (Arc<dyn RewardSource>, Demand) = if let Some(rule) = keys.rule() {
+        let source = rule.build(Path::new("")).map_err(Failure::input)?;
+        if !matches!(rule, RuleConfig::Sentiment { .. }) {
+            return Ok(Some((source.name(), Task::Anywhere(rule))));
         }
-        ScoreSource::Url { url, timeout_s, retries } => {
-            let timeout = Duration::from_secs_f64(*timeout_s);
-            let config = UrlConfig { attempts: retries + 1, timeout, ..UrlConfig::default() };
-            (Arc::new(UrlReward::new(url, config).map_err(Failure::input)?), Demand::NONE)
+        (source.into(), Demand::CPU) // it has read a file of this host
+    } else if let Some(url) = &keys.url {
+        let config = UrlConfig { attempts: keys.retries + 1, timeout, ..UrlConfig::default() };
+        (Arc::new(UrlReward::new(url, config).map_err(Failure::input)?), Demand::NONE)
+    } else if let Some(command) = &keys.command {
+        let (num_cpus, there_are) = (keys.num_cpus, node::tasks()?.nodes()[0].total.num_cpus);
+        if num_cpus > there_are {
+            let message = format!("reward.num_cpus = {num_cpus}: this node has {there_are} CPUs: ask for fewer");
+            return Err(Failure::Input(message));
         }
-        ScoreSource::Command { command, folder, num_cpus, timeout_s } => {
-            let there_are = node::tasks()?.nodes()[0].total.num_cpus;
-            if *num_cpus > there_are {
-                let message = format!("reward.num_cpus = {num_cpus}: this node has {there_are} CPUs: ask for fewer");
-                return Err(Failure::Input(message));
-            }
-            let timeout = Duration::from_secs_f64(*timeout_s);
-            let config =
-                CommandConfig { directory: Some(folder.clone()), timeout, ..CommandConfig::new(command.clone()) };
-            (Arc::new(CommandReward::start(config).map_err(Failure::input)?), Demand::cpus(*num_cpus))
-        }
+        let config =
+            CommandConfig { directory: keys.command_dir.clone(), timeout, ..CommandConfig::new(command.clone()) };
+        (Arc::new(CommandReward::start(config).map_err(Failure::input)?), Demand::cpus(num_cpus))
+    } else {
+        return Ok(None);
     };
     Ok(Some((task.name(), Task::Here(task, demand))))
 }
@@ -195,6 +191,7 @@ pub fn distinct_names(names: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use echelon_tasks::reward::RuleName;
 
     #[test]
     fn equal_names_are_numbered_and_others_are_not() {
@@ -213,12 +210,12 @@ mod tests {
                 finished: true,
             })
             .collect();
-        let source = ScoreSource::Rule(Rule::Math { tolerance: 1e-6 });
+        let source = SourceKeys { rule: Some(RuleName::Math), tolerance: Some(1e-6), ..SourceKeys::default() };
         let (_, task) = task_source(&source).unwrap().expect("a rule is no model");
         let in_parts = |requests: &[RewardRequest]| {
             start_scoring(task.clone(), requests.to_vec()).unwrap().wait(Duration::from_secs(20))
         };
-        let rule = built(&Rule::Math { tolerance: 1e-6 }).unwrap();
+        let rule = built(&RuleConfig::Math { tolerance: 1e-6 }).unwrap();
         let whole = rule.score(&requests).unwrap();
         assert!(whole.contains(&0.0) && whole.contains(&1.0));
         assert_eq!(in_parts(&requests).unwrap(), whole);
@@ -232,11 +229,12 @@ mod tests {
 
     #[test]
     fn a_program_gets_no_more_cpus_than_there_are() {
-        let program = |num_cpus| ScoreSource::Command {
-            command: "while read line; do echo '{\"score\": 1}'; done".into(),
-            folder: std::env::temp_dir(),
+        let program = |num_cpus| SourceKeys {
+            command: Some("while read line; do echo '{\"score\": 1}'; done".into()),
+            command_dir: Some(std::env::temp_dir()),
             num_cpus,
             timeout_s: 20.0,
+            ..SourceKeys::default()
         };
         let Err(refused) = task_source(&program(1000.0)) else { panic!("there are so many CPUs") };
         let error = refused.to_string();
@@ -257,7 +255,7 @@ mod tests {
             finished: true,
         };
         for retries in [0, 1] {
-            let source = ScoreSource::Url { url: url.clone(), timeout_s: 5.0, retries };
+            let source = SourceKeys { url: Some(url.clone()), timeout_s: 5.0, retries, ..SourceKeys::default() };
             let Some((_, Task::Here(task, _))) = task_source(&source).unwrap() else {
                 panic!("a server is of this host")
             };

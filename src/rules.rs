@@ -7,15 +7,13 @@ use echelon_placement::task::Function;
 use echelon_tasks::reward::{RewardRequest, RewardSource, RuleConfig, score_checked};
 use serde::{Deserialize, Serialize};
 
-use crate::recipe::Rule;
-
 /// Scores a part of a batch on whichever node has room.
 pub const SCORE_BY_RULE: Function<RulePart, Vec<f64>> = Function::new("score_by_rule", score_part);
 
 /// A part of a batch, and the rule that judges it.
 #[derive(Serialize, Deserialize)]
 pub struct RulePart {
-    pub rule: Rule,
+    pub rule: RuleConfig,
     pub requests: Vec<RewardRequest>,
     /// Which of the batch its first is, and how many the batch has: for errors.
     pub first: usize,
@@ -28,25 +26,14 @@ fn score_part(RulePart { rule, requests, first, count }: RulePart) -> Result<Vec
 }
 
 /// The rule, made once per process: parts of every step need it.
-pub fn built(rule: &Rule) -> Result<Arc<dyn RewardSource>> {
-    static BUILT: Mutex<Vec<(Rule, Arc<dyn RewardSource>)>> = Mutex::new(Vec::new());
+pub fn built(rule: &RuleConfig) -> Result<Arc<dyn RewardSource>> {
+    static BUILT: Mutex<Vec<(RuleConfig, Arc<dyn RewardSource>)>> = Mutex::new(Vec::new());
     let mut known = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, source)) = known.iter().find(|(known, _)| known == rule) {
         return Ok(source.clone());
     }
-    let source = rule_config(rule).build(std::path::Path::new(""));
+    let source = rule.build(std::path::Path::new(""));
     let source: Arc<dyn RewardSource> = source.map_err(|error| Error::other("reward", error))?.into();
     known.push((rule.clone(), source.clone()));
     Ok(source)
-}
-
-/// What a rule is built from.
-pub fn rule_config(rule: &Rule) -> RuleConfig {
-    match rule.clone() {
-        Rule::Math { tolerance } => RuleConfig::Math { tolerance },
-        Rule::Regex { pattern } => RuleConfig::Regex { pattern },
-        Rule::Format { structure } => RuleConfig::Format { structure },
-        Rule::Length { min_tokens, max_tokens } => RuleConfig::Length { min: min_tokens, max: max_tokens },
-        Rule::Sentiment { lexicon } => RuleConfig::Sentiment { lexicon },
-    }
 }

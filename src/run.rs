@@ -13,7 +13,6 @@ use echelon_models::tokenizer::Tokenizer;
 use crate::checkpoint::{Checkpoints, Measured, Resumed};
 use crate::devices;
 use crate::forecast::Forecast;
-use crate::monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
 use crate::plan;
 use crate::program::{
     Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, absolute, make_run_folder, run_folder, watch_signals,
@@ -24,6 +23,7 @@ use crate::resume::resume;
 use crate::watch::Watch;
 use crate::wire;
 use crate::workers::{End, Workers};
+use echelon_monitor::{Metrics, RunClock, RunLog, StepLine, Summary, Terminal, write_report};
 use echelon_roles::models::Held;
 
 mod evaluate;

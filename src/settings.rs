@@ -6,7 +6,7 @@ use std::sync::Arc;
 use echelon_algorithms::ppo::Ppo;
 use echelon_algorithms::reward_shaping::ScoreShaping;
 use echelon_core::rollout::SamplingConfig;
-use echelon_generation::{EngineConfig, check_budget};
+use echelon_generation::check_budget;
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::model_folders::{ModelFolders, fingerprint, shape};
@@ -42,7 +42,7 @@ pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held)
         return Err(error);
     }
     check_budget(
-        &engine_config(recipe, held),
+        &recipe.generation.engine_config(held.weight_layout),
         (&shape(&folders.actor)?, held.kind, tensor_parallel_size),
         prompt,
         response,
@@ -63,15 +63,6 @@ pub fn check_context(folder: &Path, tokens: usize, keys: &str) -> Result<(), Fai
         "{}: max_position_embeddings is {most}, but {keys} gives sequences of up to {tokens} tokens: lower the limit",
         folder.join("config.json").display()
     )))
-}
-
-pub fn engine_config(recipe: &ResolvedRecipe, held: Held) -> EngineConfig {
-    EngineConfig {
-        max_sequences: recipe.generation.max_sequences,
-        max_batched_tokens: recipe.generation.max_batched_tokens,
-        kv_cache_bytes: recipe.generation.kv_cache_bytes.fixed(),
-        weight_layout: held.weight_layout,
-    }
 }
 
 /// How rows of data become prompts of this run.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use echelon_core::progress::Progress;
 
-use crate::monitor::{Phase, Terminal};
+use echelon_monitor::{Phase, Terminal};
 
 /// Shows one bar at a time: the phase that advanced last.
 pub struct Watch {

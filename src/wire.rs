@@ -42,12 +42,12 @@ impl Rewards {
             Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
             None => None,
         };
-        let sources = &recipe.reward.sources;
-        let is_lone = matches!(&sources[..], [only] if only.weight == 1.0);
+        let sources = recipe.reward.sources();
+        let is_lone = matches!(sources[..], [(_, 1.0)]);
         let (alone, in_sum) = if is_lone { (statistics, None) } else { (None, statistics) };
         Ok(Rewards {
-            tasks: sources.iter().map(|source| task_source(&source.source)).collect::<Result<_, _>>()?,
-            weights: sources.iter().map(|source| source.weight).collect(),
+            tasks: sources.iter().map(|(source, _)| task_source(source)).collect::<Result<_, _>>()?,
+            weights: sources.iter().map(|(_, weight)| *weight).collect(),
             alone,
             in_sum,
         })

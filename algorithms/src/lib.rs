@@ -19,6 +19,7 @@ pub mod whiten;
 use std::future::Future;
 
 use echelon_core::data::{Report, Rows};
+pub use echelon_core::leads::{Lead, ReportLeads};
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::Roles;
@@ -73,38 +74,6 @@ async fn scored(roles: &Roles, rows: Rows) -> Result<Outcome> {
     report.stats.last("eval/reward", scores.mean(Kind::Double).double_value(&[]));
     report.stats.last("eval/reward_std", scores.std(false).double_value(&[]));
     Ok(Outcome { report, rows: rows.with(SCORES, scores)? })
-}
-
-/// A number that a person sees in a step's line.
-#[derive(Clone, Copy, Debug)]
-pub struct Lead {
-    pub label: &'static str,
-    pub metric: &'static str,
-    /// After the point.
-    pub digits: usize,
-    /// A second number after a sign: what, of which metric, with how many digits.
-    pub second: Option<(&'static str, &'static str, usize)>,
-}
-
-impl Lead {
-    pub const fn new(label: &'static str, metric: &'static str, digits: usize) -> Lead {
-        Lead { label, metric, digits, second: None }
-    }
-
-    /// Such as `0.412 ±0.31`.
-    #[must_use]
-    pub const fn with(self, sign: &'static str, metric: &'static str, digits: usize) -> Lead {
-        Lead { second: Some((sign, metric, digits)), ..self }
-    }
-}
-
-/// What the report of a run shows first: metrics with their titles.
-#[derive(Clone, Copy, Debug)]
-pub struct ReportLeads {
-    /// Numbers at the top: means of the last steps.
-    pub tiles: &'static [(&'static str, &'static str)],
-    /// Curves, one chart for each title.
-    pub charts: &'static [(&'static str, &'static [&'static str])],
 }
 
 /// Which step this is.

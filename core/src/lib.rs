@@ -39,6 +39,7 @@ pub mod determinism;
 pub mod device;
 
 pub mod compute;
+pub mod leads;
 pub mod optimizer;
 
 pub mod collective;

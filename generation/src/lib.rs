@@ -1,10 +1,12 @@
 //! The generation engine: continuous batching over a fixed number of slots, on the weights the actor trains.
 //!
-//! Reading order: [`engine`] (the loop), [`sequence`] (what is being generated and what ends it), [`scheduler`] (who
+//! Reading order: [`keys`] (what a recipe says of it), [`engine`] (the loop), [`sequence`] (what is being generated and what ends it), [`scheduler`] (who
 //! has a slot), [`kv_cache`] (what the slots remember), [`model_runner`] (prompts and steps through the model),
 //! [`sampler`] (logits to tokens), [`weight_layout`] (how weights lie while decoding). The engine knows tokens and log-probs, never rewards.
 
 mod config;
+pub mod keys;
+
 pub mod engine;
 
 pub mod sequence;

@@ -10,6 +10,7 @@ pub mod device_roles;
 
 pub mod trained;
 
+pub mod calibration;
 pub mod deferred;
 pub mod generator;
 pub mod matmul_rate;

@@ -9,8 +9,8 @@ use tch::Kind;
 use super::models::{HALF_BILLION, TINY, random};
 use super::place::{self, Place, failed, recipes};
 use super::verdict::Findings;
-use crate::monitor::Evaluation;
 use crate::program::Failure;
+use echelon_monitor::Evaluation;
 
 /// By how much the ledger may be off: what `tests/ledger.rs` holds it to on CPUs.
 const LEDGER_TOLERANCE: f64 = 0.10;

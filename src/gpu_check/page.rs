@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::Step;
 use super::verdict::{Finding, Outcome, Report, Verdict};
-use crate::monitor::escape;
+use echelon_monitor::{STYLE as REPORT_STYLE, escape};
 
 /// Beside the run report's style.
 const STYLE: &str = "\
@@ -34,7 +34,7 @@ pub fn page(report: &Report) -> String {
          <code>gpu-check.json</code>; what each step's process said in <code>logs/</code>.</footer>\n\
          </main>\n</body>\n</html>\n",
         title = escape(&title),
-        css = include_str!("../monitor/report.css"),
+        css = REPORT_STYLE,
         lead = escape(&lead(report)),
         banner = banner(report),
         tiles = tiles(report),

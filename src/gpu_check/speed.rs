@@ -20,8 +20,8 @@ use super::child::dies_with_us;
 use super::models::{HALF_BILLION, ONE_AND_A_HALF_BILLION, Shape, TINY, frozen, learning};
 use super::place::{Place, failed, this_program};
 use super::verdict::Findings;
-use crate::monitor::{ModelSize, forward_flops_per_token, training_flops_per_token};
 use crate::program::Failure;
+use echelon_monitor::{ModelSize, forward_flops_per_token, training_flops_per_token};
 use echelon_roles::models::{Held, Policy};
 
 /// Of several measurements the fastest.

@@ -2,7 +2,8 @@
 
 use echelon_placement::devices::{Devices, Placement};
 use echelon_placement::tier::Tier;
-use echelon_schema::{Auto, Choice, ModelSource, Origins, RecipeError, Rules, nearest};
+use echelon_schema::{Auto, ModelSource, Origins, RecipeError, Rules, nearest};
+use echelon_tasks::reward::RuleName;
 
 use super::Root;
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
@@ -21,7 +22,7 @@ impl Root for Recipe {
     }
 
     fn resolved_text(&self) -> String {
-        self.resolve().to_toml()
+        self.clone().resolve().to_toml()
     }
 
     fn check(&self, rules: &mut Rules) {
@@ -130,16 +131,16 @@ fn check_name(name: &str, rules: &mut Rules) {
 }
 
 fn check_reward(reward: &Reward, labels: bool, rules: &mut Rules) {
-    let single = source_keys(&reward.source);
+    let single = reward.source.given();
     if reward.mix.is_empty() {
-        check_source("reward", &reward.source, labels, rules);
+        reward.source.check("reward", labels, rules);
     } else {
         if let Some(key) = single.first() {
             let message = format!("[reward] has the source `{key}` and {} [[reward.mix]] tables", reward.mix.len());
             rules.broken(&[&format!("reward.{key}")], message, "move it into a [[reward.mix]] table of its own");
         }
         for (index, part) in reward.mix.iter().enumerate() {
-            check_source(&format!("reward.mix.{index}"), &part.source, labels, rules);
+            part.source.check(&format!("reward.mix.{index}"), labels, rules);
         }
     }
     let models = reward.source.model.is_some() || reward.mix.iter().any(|part| part.source.model.is_some());
@@ -150,114 +151,6 @@ fn check_reward(reward: &Reward, labels: bool, rules: &mut Rules) {
     if let Some([low, high]) = reward.clip_range.filter(|[low, high]| low >= high) {
         let message = format!("`reward.clip_range` = [{low}, {high}] is empty");
         rules.broken(&["reward.clip_range"], message, "write the smaller bound first");
-    }
-}
-
-/// The source keys that are set: exactly one should be.
-fn source_keys(source: &RewardSource) -> Vec<&'static str> {
-    let keys = [
-        ("model", source.model.is_some()),
-        ("rule", source.rule.is_some()),
-        ("url", source.url.is_some()),
-        ("command", source.command.is_some()),
-    ];
-    keys.into_iter().filter(|(_, set)| *set).map(|(key, _)| key).collect()
-}
-
-fn check_source(table: &str, source: &RewardSource, labels: bool, rules: &mut Rules) {
-    let key = |name: &str| format!("{table}.{name}");
-    match source_keys(source)[..] {
-        [] => {
-            let help = "give one of `model`, `rule`, `url` and `command`, or several [[reward.mix]] tables";
-            return rules.broken(&[table], format!("[{table}] has no source"), help);
-        }
-        [_] => {}
-        [first, second, ..] => {
-            let message = format!("[{table}] has two sources, `{first}` and `{second}`");
-            let replace = format!("--set '{table}={{{second}=\"…\"}}' replaces the whole table");
-            let both = "keep one, or give each its own [[reward.mix]] table with a weight".to_owned();
-            let by_set = [first, second].iter().any(|name| rules.is_set(&key(name)));
-            return rules.broken(&[&key(second)], message, if by_set { replace } else { both });
-        }
-    }
-    check_rule_keys(table, source, rules);
-    if source.rule == Some(RuleName::Math) && !labels {
-        let message = format!("`{}` = \"math\" compares with a label, and `data.label_key` is not set", key("rule"));
-        rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]");
-    }
-    if let Some(url) = source.url.as_ref().filter(|url| !url.starts_with("http://") && !url.starts_with("https://")) {
-        let message = format!("`{}` = \"{url}\" is no address", key("url"));
-        rules.broken(&[&key("url")], message, "it starts with http:// or https://");
-    }
-}
-
-/// Keys that belong to one kind of source, and what each kind cannot do without.
-fn check_rule_keys(table: &str, source: &RewardSource, rules: &mut Rules) {
-    let key = |name: &str| format!("{table}.{name}");
-    let rule = |name| source.rule == Some(name);
-    let remote = source.url.is_some() || source.command.is_some();
-    let owned = [
-        ("shape", source.model.is_some(), "`model`"),
-        ("tolerance", rule(RuleName::Math), "`rule = \"math\"`"),
-        ("pattern", rule(RuleName::Regex), "`rule = \"regex\"`"),
-        ("structure", rule(RuleName::Format), "`rule = \"format\"`"),
-        ("target_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
-        ("min_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
-        ("max_tokens", rule(RuleName::Length), "`rule = \"length\"`"),
-        ("lexicon", rule(RuleName::Sentiment), "`rule = \"sentiment\"`"),
-        ("command_dir", source.command.is_some(), "`command`"),
-        ("num_cpus", source.command.is_some(), "`command`"),
-        ("timeout_s", remote, "`url` and `command`"),
-        ("retries", source.url.is_some(), "`url`"),
-    ];
-    // Defaults written out by `recipe.resolved.toml` say nothing, so they may stand anywhere.
-    let plain = RewardSource::default();
-    let silent = |name| match name {
-        "timeout_s" => source.timeout_s == plain.timeout_s,
-        "retries" => source.retries == plain.retries,
-        "num_cpus" => source.num_cpus == plain.num_cpus,
-        "tolerance" => source.tolerance.is_none(),
-        "target_tokens" => source.target_tokens.is_none(),
-        "min_tokens" => source.min_tokens.is_none(),
-        "max_tokens" => source.max_tokens.is_none(),
-        _ => false,
-    };
-    for (name, fits, owner) in owned {
-        if !fits && rules.has(&key(name)) && !silent(name) {
-            let message = format!("`{name}` in [{table}] belongs to {owner}, which this source is not");
-            rules.broken(&[&key(name)], message, "delete it, or change the source");
-        }
-    }
-    let lacks = match source.rule {
-        Some(RuleName::Regex) if source.pattern.is_none() => "`pattern`, the regular expression",
-        Some(RuleName::Sentiment) if source.lexicon.is_none() => "`lexicon`, a file of words and their valence",
-        Some(RuleName::Length) if length_range(source).is_none() => "`target_tokens`, or `min_tokens` or `max_tokens`",
-        _ => return check_length(table, source, rules),
-    };
-    let word = source.rule.map(|rule| rule.word()).unwrap_or_default();
-    rules.broken(&[&key("rule")], format!("`{}` = \"{word}\" needs {lacks}", key("rule")), "");
-}
-
-/// Fewest and most tokens that score fully, where the recipe gives any.
-pub fn length_range(source: &RewardSource) -> Option<(usize, Option<usize>)> {
-    match (source.target_tokens, source.min_tokens, source.max_tokens) {
-        (Some(target), ..) => Some((target, Some(target))),
-        (None, None, None) => None,
-        (None, min, max) => Some((min.unwrap_or(0), max)),
-    }
-}
-
-fn check_length(table: &str, source: &RewardSource, rules: &mut Rules) {
-    let (min, max) = (source.min_tokens, source.max_tokens);
-    let keys = [format!("{table}.max_tokens"), format!("{table}.min_tokens")];
-    let keys = [keys[0].as_str(), keys[1].as_str()];
-    if source.target_tokens.is_some() && (min.is_some() || max.is_some()) {
-        let message = format!("[{table}] has `target_tokens` and a range of lengths");
-        rules.broken(&keys, message, "keep `target_tokens`, or `min_tokens` and `max_tokens`");
-    } else if let (Some(min), Some(max)) = (min, max)
-        && min > max
-    {
-        rules.broken(&keys, format!("[{table}] has `min_tokens` = {min} above `max_tokens` = {max}"), "");
     }
 }
 

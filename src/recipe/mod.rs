@@ -32,9 +32,7 @@ pub use arithmetic::BatchArithmetic;
 pub(crate) use changes::{RESOLVED_FILE, changes_since, free_keys};
 use parse::{SET_PREFIX, parse};
 pub use reference::reference_page;
-pub use resolve::{
-    PromptSource, ResolvedData, ResolvedRecipe, ResolvedReward, Rule, ScoreSource, StartModel, WeightedSource,
-};
+pub use resolve::ResolvedRecipe;
 pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
 pub use tables::*;
 

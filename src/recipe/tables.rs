@@ -8,8 +8,10 @@ use std::path::PathBuf;
 use echelon_algorithms::ppo::PpoKeys;
 use echelon_core::compute::Compute;
 use echelon_core::optimizer::Optimizer;
+use echelon_generation::keys::Generation;
 use echelon_placement::devices::Placement;
-use echelon_schema::{Auto, MOST, ModelSource, NewPath, Origins, above, above_to, at_least, between, choice, table};
+use echelon_schema::{MOST, ModelSource, NewPath, Origins, above, above_to, at_least, between, table};
+use echelon_tasks::reward::SourceKeys;
 
 table! {
     /// A PPO run.
@@ -83,63 +85,9 @@ table! {
 }
 
 table! {
-    /// One way to score a response: exactly one of `model`, `rule`, `url` and `command`.
-    pub struct RewardSource {
-        /// A sequence-classification checkpoint: Hugging Face folder or hub id. One with another tokenizer than the actor's gets the decoded text.
-        pub model: Option<ModelSource> = None;
-        /// Folder with the model's `config.json`, for `--plan`.
-        pub shape: Option<PathBuf> = None;
-        /// A built-in rule.
-        pub rule: Option<RuleName> = None;
-        /// For `rule = "math"`: largest difference that passes, as a part of the label's size; 0 compares exact fractions.
-        pub tolerance: Option<f64> = None, in between(0.0, 1.0);
-        /// For `rule = "regex"`: the regular expression, in the syntax of Rust's regex crate.
-        pub pattern: Option<String> = None;
-        /// For `rule = "format"`: the form of a whole response, where `…` or `...` stands for any text. Default: `<think>…</think><answer>…</answer>`.
-        pub structure: Option<String> = None;
-        /// For `rule = "length"`: the length in tokens that scores best.
-        pub target_tokens: Option<usize> = None, in at_least(1.0);
-        /// For `rule = "length"`: shorter responses score less.
-        pub min_tokens: Option<usize> = None, in at_least(0.0);
-        /// For `rule = "length"`: longer responses score less.
-        pub max_tokens: Option<usize> = None, in at_least(1.0);
-        /// For `rule = "sentiment"`: file with one `word<TAB>valence` per line, as VADER's lexicon.
-        pub lexicon: Option<PathBuf> = None;
-        /// A reward server: it gets POST `{"query", "prompts", "labels"}` and answers `{"rewards"}`, as OpenRLHF's do.
-        pub url: Option<String> = None;
-        /// A program, run by `sh -c`: it gets one JSON object per response on stdin and answers one per line.
-        pub command: Option<String> = None;
-        /// Working directory of `command`. Default: the recipe's folder.
-        pub command_dir: Option<PathBuf> = None;
-        /// For `command`: CPUs that it keeps busy while it scores; other tasks do not get them.
-        pub num_cpus: f64 = 1.0, in between(0.0, 1024.0);
-        /// For `url` and `command`: seconds that one request may take.
-        pub timeout_s: f64 = 180.0, in above(0.0);
-        /// For `url`: how often a failed request is tried again, after the first attempt.
-        pub retries: usize = 5, in between(0.0, 100.0);
-    }
-}
-
-choice! {
-    /// A built-in scoring rule.
-    pub enum RuleName {
-        /// 1 when the response's number equals the label's: after `####`, in `\boxed{}`, else the last one.
-        Math = "math",
-        /// 1 when `pattern` is found in the response.
-        Regex = "regex",
-        /// 1 at `target_tokens`, or between `min_tokens` and `max_tokens`; falls to 0 at no token and at twice the most.
-        Length = "length",
-        /// 1 when the whole response has the form of `structure`.
-        Format = "format",
-        /// -1 to 1: how positive the words are, by `lexicon`.
-        Sentiment = "sentiment",
-    }
-}
-
-table! {
     /// Where scores come from.
     pub struct Reward {
-        inline source: RewardSource;
+        inline source: SourceKeys;
         /// Scores are clipped to this range.
         pub clip_range: Option<[f64; 2]> = Some([-10.0, 10.0]);
         /// Subtract the reward model's stored mean from its scores and divide by its stored standard deviation. In a mix this
@@ -155,7 +103,7 @@ table! {
 table! {
     /// Each has one source, with the keys of `[reward]`, and its weight.
     pub struct RewardMix {
-        inline source: RewardSource;
+        inline source: SourceKeys;
         /// Factor of this source's score; negative to punish.
         pub weight: f64 = 1.0;
     }
@@ -232,30 +180,6 @@ table! {
         /// of it: `perf/planned_*`.
         pub calibrate: bool = false;
         inline_last compute: Compute;
-    }
-}
-
-table! {
-    /// The engine that samples.
-    pub struct Generation {
-        /// Which engine.
-        pub engine: Engine = Engine::Embedded;
-        /// Devices that share one copy of the engine's weights.
-        pub tensor_parallel_size: usize = 1, in between(1.0, MOST);
-        /// Sequences decoded at once.
-        pub max_sequences: usize = 64, in between(1.0, MOST);
-        /// Tokens of one engine pass.
-        pub max_batched_tokens: usize = 8192, in between(1.0, MOST);
-        /// Memory of the key-value cache; `auto` is what `max_sequences` of full length need.
-        pub kv_cache_bytes: Auto<usize> = Auto::Auto, in at_least(1.0);
-    }
-}
-
-choice! {
-    /// Which engine samples.
-    pub enum Engine {
-        /// The built-in engine, on the trainer's own weights.
-        Embedded = "embedded",
     }
 }
 

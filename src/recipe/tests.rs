@@ -7,6 +7,7 @@ use echelon_schema::{Key, collect_names};
 
 use echelon_algorithms::kl::KlEstimator;
 use echelon_core::optimizer::Decay;
+use echelon_tasks::reward::RuleConfig;
 
 use super::foreign::FOREIGN;
 use super::*;
@@ -121,7 +122,7 @@ fn every_shipped_recipe_loads_and_resolves() {
         match kind_of(&path) {
             "sft" => drop(loaded(SftRecipe::load_for_plan(&file, &[]))),
             "reward" => drop(loaded(RewardRecipe::load_for_plan(&file, &[]))),
-            _ => check_shipped(&path, &loaded(Recipe::load_for_plan(&file, &[]))),
+            _ => check_shipped(&path, loaded(Recipe::load_for_plan(&file, &[]))),
         }
     }
 }
@@ -131,7 +132,7 @@ fn loaded<T>(recipe: Result<T, RecipeError>) -> T {
 }
 
 /// The name is the file's, the devices are those of the name, and every shape that the recipe names is there.
-fn check_shipped(path: &Path, recipe: &Recipe) {
+fn check_shipped(path: &Path, recipe: Recipe) {
     let stem = path.file_stem().unwrap().to_str().unwrap();
     assert_eq!(recipe.name, stem);
     let resolved = recipe.resolve();
@@ -174,8 +175,9 @@ fn assert_round_trip(resolved: &ResolvedRecipe) {
     let folder = Folder::new();
     let path = folder.write("run/recipe.resolved.toml", &resolved.to_toml());
     let again = Recipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}\n{}", resolved.to_toml()));
-    assert_eq!(&again.resolve(), resolved);
-    assert_eq!(again.resolve().to_toml(), resolved.to_toml());
+    let again = again.resolve();
+    assert_eq!(&again, resolved);
+    assert_eq!(again.to_toml(), resolved.to_toml());
 }
 
 const SMALL: &str = r#"
@@ -274,21 +276,21 @@ fn a_folder_comes_before_a_hub_id() {
 fn the_critic_starts_from_the_reward_model_else_from_the_actor() {
     let folder = Folder::new();
     let hub = |id: &str| ModelSource::Hub(id.into());
-    assert_eq!(load_small(&folder, "", &[]).resolve().critic.model, hub("owner/tiny"));
+    assert_eq!(load_small(&folder, "", &[]).resolve().critic_model(), &hub("owner/tiny"));
     let by_model = load_small(&folder, "", &["reward={model = \"owner/judge\"}"]).resolve();
-    assert_eq!(by_model.critic.model, hub("owner/judge"));
+    assert_eq!(by_model.critic_model(), &hub("owner/judge"));
     assert_round_trip(&by_model);
     let by_hand = load_small(&folder, "", &["reward={model = \"owner/judge\"}", "critic.model=owner/own"]).resolve();
-    assert_eq!(by_hand.critic.model, hub("owner/own"));
+    assert_eq!(by_hand.critic_model(), &hub("owner/own"));
 }
 
 #[test]
 fn the_reference_is_the_actor_and_absent_without_kl() {
     let folder = Folder::new();
     let resolved = load_small(&folder, "", &[]).resolve();
-    assert_eq!(resolved.reference.unwrap().model, ModelSource::Hub("owner/tiny".into()));
+    assert_eq!(resolved.reference.model, Some(ModelSource::Hub("owner/tiny".into())));
     let resolved = load_small(&folder, "", &["ppo.kl_coef=0"]).resolve();
-    assert_eq!(resolved.reference, None);
+    assert_eq!((&resolved.reference.model, &resolved.reference.shape), (&None, &None));
     assert_round_trip(&resolved);
 }
 
@@ -309,14 +311,13 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     let mix: String = mix.iter().map(|part| format!("[[reward.mix]]\n{part}\n")).collect();
     let path = folder.write("rewards.toml", &SMALL.replace("[reward]\nrule = \"math\"\n", &mix));
     let resolved = Recipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}")).resolve();
-    let sources = &resolved.reward.sources;
-    assert_eq!(sources[0].source, ScoreSource::Rule(Rule::Math { tolerance: 0.01 }));
-    assert_eq!(sources[2].source, ScoreSource::Rule(Rule::Length { min_tokens: 20, max_tokens: Some(20) }));
-    assert_eq!((sources[2].weight, sources.len()), (-0.5, 9));
-    let base = folder.path().canonicalize().unwrap();
-    let command =
-        ScoreSource::Command { command: "python3 score.py".into(), folder: base, num_cpus: 1.0, timeout_s: 180.0 };
-    assert_eq!(sources[7].source, command);
+    let sources = resolved.reward.sources();
+    let rules = [0, 2].map(|index: usize| sources[index].0.rule().unwrap());
+    assert_eq!(rules, [RuleConfig::Math { tolerance: 0.01 }, RuleConfig::Length { min: 20, max: Some(20) }]);
+    assert_eq!((sources[2].1, sources.len()), (-0.5, 9));
+    let (command, base) = (sources[7].0, folder.path().canonicalize().unwrap());
+    assert_eq!((command.command.as_deref(), &command.command_dir), (Some("python3 score.py"), &Some(base)));
+    assert_eq!((command.num_cpus, command.timeout_s), (1.0, 180.0));
     assert_round_trip(&resolved);
 }
 

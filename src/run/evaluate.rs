@@ -8,7 +8,7 @@ use echelon_core::data::{PROMPTS, RESPONSES};
 
 use super::feed::Feed;
 use super::metrics::metrics_of;
-use crate::monitor::{self, EvalResponse, Metrics, MonitorError};
+use echelon_monitor::{self as monitor, EvalResponse, Metrics, MonitorError};
 
 pub enum Evaluation {
     /// Of a policy: its responses, with their rewards.

@@ -12,11 +12,11 @@ use echelon_tasks::data::{RowStream, StreamPosition};
 
 use super::examples::Example;
 use super::metrics::samples_of;
-use crate::monitor::Sample;
 use crate::program::Failure;
 use crate::prompts::TrainingPrompts;
 use crate::replay;
 use crate::watch::Watch;
+use echelon_monitor::Sample;
 
 pub enum Feed {
     Prompts(Box<PromptFeed>),

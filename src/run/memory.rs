@@ -11,8 +11,8 @@ use echelon_placement::ledger::{ModelSizes, RoleJob};
 use echelon_placement::tier::ROLES;
 use tch::Device;
 
-use crate::monitor::Metrics;
 use crate::run::out_of_memory;
+use echelon_monitor::Metrics;
 use echelon_placement::layout::Layout;
 use echelon_roles::models::Held;
 

@@ -10,7 +10,7 @@ use echelon_core::verb::{Generate, Learn, Logprobs, Publish, Scores, Span, Value
 use echelon_models::config::DecoderConfig;
 use tch::{Kind, Tensor};
 
-use crate::monitor::{
+use echelon_monitor::{
     Metrics, ModelSize, PhaseWork, Sample, forward_flops_per_token, process_age, record_perf, samples_markdown,
     training_flops_per_token,
 };

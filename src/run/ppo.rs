@@ -53,7 +53,7 @@ impl Program for ResolvedRecipe {
     }
 
     fn devices_mut(&mut self) -> &mut Devices {
-        &mut self.placement.devices
+        self.devices_mut()
     }
 
     fn checkpoint(&self) -> &Checkpoint {

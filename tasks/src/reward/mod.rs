@@ -8,6 +8,7 @@
 mod command;
 mod error;
 mod format;
+mod keys;
 mod length;
 mod math;
 mod number;
@@ -19,6 +20,7 @@ mod url;
 pub use command::{CommandConfig, CommandReward};
 pub use error::{RequestExcerpt, RewardError};
 pub use format::FormatRule;
+pub use keys::{RuleName, SourceKeys};
 pub use length::LengthRule;
 pub use math::MathRule;
 pub use pattern::RegexRule;

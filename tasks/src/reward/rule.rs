@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use super::{FormatRule, LengthRule, Lexicon, MathRule, RegexRule, RewardError, RewardSource, SentimentRule};
 
 /// A built-in rule and its settings, not yet built.
 ///
 /// As a string: `math`, `math:tolerance=1e-6`, `regex:PATTERN`, `format:STRUCTURE`, `length:target=64`,
 /// `length:min=10,max=200`, `sentiment:LEXICON_FILE`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum RuleConfig {
     /// See [`MathRule`].
     Math { tolerance: f64 },

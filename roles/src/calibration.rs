@@ -28,7 +28,7 @@ use echelon_placement::planner::{Constraints, plan};
 use echelon_placement::rates::Rates;
 use tch::{Kind, Tensor};
 
-use echelon_roles::models::{Held, Policy, probe_policy};
+use crate::models::{Held, Policy, probe_policy};
 
 /// Floating-point operations of one forward and backward pass of the probe, about.
 const PASS_FLOPS: f64 = 1.6e11;

@@ -22,8 +22,7 @@ pub use metrics::{Metrics, MetricsLog};
 pub use perf::{
     ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
 };
-pub(crate) use report::escape;
-pub use report::{EvalResponse, Evaluation, write_report};
+pub use report::{EvalResponse, Evaluation, STYLE, escape, write_report};
 pub use samples::{Sample, SampleLog, samples_markdown};
 pub use tensorboard::EventWriter;
 pub use terminal::{Phase, StepLine, Summary, Terminal, TerminalOptions};

@@ -8,13 +8,16 @@ use std::fmt::Write as _;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use echelon_algorithms::ReportLeads;
+use echelon_core::leads::ReportLeads;
 use echelon_core::whole_file::write_whole;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::chart::{Series, distribution_chart, line_chart, mean_of, significant};
 use super::{METRICS_FILE, MonitorError, PLAN_FILE, SAMPLES_FILE, duration_text, fixed};
+
+/// How a page looks.
+pub const STYLE: &str = include_str!("report.css");
 
 /// Name of the report in a run folder.
 const REPORT_FILE: &str = "report.html";
@@ -104,7 +107,7 @@ fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Err
 }
 
 /// `text` for HTML content and quoted attributes.
-pub(crate) fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -177,7 +180,7 @@ impl Run {
              <script type=\"application/json\" id=\"metrics\">[{metrics}]</script>\n\
              <script type=\"application/json\" id=\"evaluations\">{evaluations}</script>\n\
              <script>\n{script}</script>\n</body>\n</html>\n",
-            css = include_str!("report.css"),
+            css = STYLE,
             script = include_str!("report.js"),
             lead = self.lead(),
             tiles = self.tiles(),
@@ -629,7 +632,7 @@ mod tests {
     use echelon_algorithms::ppo::Ppo;
 
     use super::*;
-    use crate::monitor::{Metrics, MetricsLog};
+    use crate::{Metrics, MetricsLog};
 
     const HOSTILE: &str = "</script><script>alert(1)</script> & <b> \"quoted\" 'single' <!--";
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use console::{measure_text_width, truncate_str};
-use echelon_algorithms::Lead;
+use echelon_core::leads::Lead;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{Metrics, duration_text, fixed};
