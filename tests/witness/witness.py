@@ -1188,6 +1188,8 @@ class Session:
             for thread in threads:
                 thread.join()
         except BaseException:
+            for number in [signal.SIGINT, signal.SIGTERM]:
+                signal.signal(number, signal.SIG_IGN)  # nothing is left behind, whoever is impatient
             with self.lock:
                 self.stopped = True
                 waiting.clear()
