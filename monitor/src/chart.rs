@@ -5,7 +5,6 @@
 use std::fmt::Write as _;
 
 use super::fixed;
-use super::report::escape;
 
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 176.0;
@@ -215,6 +214,22 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         }
     };
     points.chunks(group).flat_map(ends).collect()
+}
+
+/// `text` for HTML content and quoted attributes.
+pub fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' => escaped += "&amp;",
+            '<' => escaped += "&lt;",
+            '>' => escaped += "&gt;",
+            '"' => escaped += "&quot;",
+            '\'' => escaped += "&#39;",
+            other => escaped.push(other),
+        }
+    }
+    escaped
 }
 
 #[cfg(test)]

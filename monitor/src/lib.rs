@@ -16,13 +16,14 @@ mod terminal;
 
 use std::path::{Path, PathBuf};
 
+pub use chart::escape;
 pub use clock::{RunClock, process_age};
 use metrics::JsonLines;
 pub use metrics::{Metrics, MetricsLog};
 pub use perf::{
     ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
 };
-pub use report::{EvalResponse, Evaluation, STYLE, escape, write_report};
+pub use report::{EvalResponse, Evaluation, STYLE, write_report};
 pub use samples::{Sample, SampleLog, samples_markdown};
 pub use tensorboard::EventWriter;
 pub use terminal::{Phase, StepLine, Summary, Terminal, TerminalOptions};

@@ -13,7 +13,7 @@ use echelon_core::whole_file::write_whole;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::chart::{Series, distribution_chart, line_chart, mean_of, significant};
+use super::chart::{Series, distribution_chart, escape, line_chart, mean_of, significant};
 use super::{METRICS_FILE, MonitorError, PLAN_FILE, SAMPLES_FILE, duration_text, fixed};
 
 /// How a page looks.
@@ -104,22 +104,6 @@ impl Evaluation {
 
 fn null_is_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
-}
-
-/// `text` for HTML content and quoted attributes.
-pub fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped += "&amp;",
-            '<' => escaped += "&lt;",
-            '>' => escaped += "&gt;",
-            '"' => escaped += "&quot;",
-            '\'' => escaped += "&#39;",
-            other => escaped.push(other),
-        }
-    }
-    escaped
 }
 
 /// JSON that cannot end the script element it stands in: `<` occurs only inside JSON's strings, where it may be an escape.
