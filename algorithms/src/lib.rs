@@ -17,17 +17,21 @@ pub mod schedule;
 pub mod whiten;
 
 use std::future::Future;
+use std::sync::Arc;
 
 use echelon_core::data::{Report, Rows};
 pub use echelon_core::leads::{Lead, ReportLeads};
+use echelon_core::loss::Loss;
 use echelon_core::progress::Interrupt;
 use echelon_core::role::Role;
 use echelon_core::verb::Roles;
 use echelon_core::{Error, Result};
+use echelon_schema::{Rules, Table};
 use serde_json::Value;
 use tch::Kind;
 
 use crate::columns::SCORES;
+use crate::reward_shaping::ScoreShaping;
 
 /// What a run needs to know of an algorithm; everything else is the run's.
 pub trait Algorithm {
@@ -65,6 +69,40 @@ pub trait Algorithm {
             other => Err(Error::Refused(format!("`{}` keeps no state, and the checkpoint has {other}", Self::NAME))),
         }
     }
+}
+
+/// A recipe's table of an algorithm that learns from responses that it samples. The table has the algorithm's name.
+pub trait OnPolicy: Table + Clone + std::fmt::Debug + Default + PartialEq + 'static {
+    type Algorithm: Algorithm;
+
+    /// The driver's half.
+    fn algorithm(&self, score_shaping: ScoreShaping, seed: u64) -> Self::Algorithm;
+    /// The ranks' half: what the learning roles minimise.
+    fn losses(&self) -> Vec<(Role, Arc<dyn Loss>)>;
+    /// What planner and header need to know.
+    fn learning(&self) -> Learning;
+    /// Rules between its keys, in a run of `steps`.
+    fn check(&self, _steps: usize, _rules: &mut Rules) {}
+
+    /// Whether a critic learns beside the actor.
+    fn has_critic() -> bool {
+        Self::Algorithm::LEARNERS.iter().any(|(role, _)| *role == Role::Critic)
+    }
+}
+
+/// How a step learns from its responses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Learning {
+    /// Passes over the responses.
+    pub epochs: usize,
+    /// Responses per optimizer step.
+    pub mini_batch_size: usize,
+    /// First steps in which only the critic learns.
+    pub critic_warmup_steps: usize,
+    /// Whether the frozen reference is read, and so loaded.
+    pub reads_reference: bool,
+    /// An entropy bonus takes memory in the actor's backward pass.
+    pub entropy_in_loss: bool,
 }
 
 /// Scores as they are, without shaping or KL.

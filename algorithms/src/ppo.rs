@@ -10,12 +10,15 @@
 
 mod table;
 
+use std::sync::Arc;
+
 use echelon_core::data::{ROLLOUT_LOGPROBS, Report, Rows, TRUNCATED};
 use echelon_core::loss::{Gives, Loss, Numbers, Output, Per, Term};
 use echelon_core::random::{Domain, permutation};
 use echelon_core::role::Role;
 use echelon_core::verb::Roles;
 use echelon_core::{Error, Result};
+use echelon_schema::Rules;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -26,7 +29,7 @@ use crate::losses::{PolicyClip, entropy_loss, kl_loss, policy_loss, value_loss};
 use crate::masked::{masked_mean, masked_sum};
 use crate::reward_shaping::{ScoreShaping, token_rewards};
 use crate::whiten::whiten;
-use crate::{Algorithm, Lead, Moment, Outcome, ReportLeads};
+use crate::{Algorithm, Lead, Learning, Moment, OnPolicy, Outcome, ReportLeads};
 
 pub use table::{KlPlacement, PpoKeys};
 
@@ -138,17 +141,54 @@ impl Algorithm for Ppo {
     }
 }
 
-impl Ppo {
-    /// By the recipe's `[ppo]`.
-    pub fn new(keys: &PpoKeys, score_shaping: ScoreShaping, seed: u64) -> Ppo {
-        let kl = match keys.kl_target {
-            Some(target) => KlController::adaptive(keys.kl_coef, target, keys.kl_horizon),
-            None => KlController::fixed(keys.kl_coef),
+impl OnPolicy for PpoKeys {
+    type Algorithm = Ppo;
+
+    fn algorithm(&self, score_shaping: ScoreShaping, seed: u64) -> Ppo {
+        let kl = match self.kl_target {
+            Some(target) => KlController::adaptive(self.kl_coef, target, self.kl_horizon),
+            None => KlController::fixed(self.kl_coef),
         };
-        let (policy_loss, value_loss) = (PolicyLoss::of(keys), ValueLoss::of(keys));
-        Ppo { keys: keys.clone(), score_shaping, seed, policy_loss, value_loss, kl }
+        let (policy_loss, value_loss) = (PolicyLoss::of(self), ValueLoss::of(self));
+        Ppo { keys: self.clone(), score_shaping, seed, policy_loss, value_loss, kl }
     }
 
+    fn losses(&self) -> Vec<(Role, Arc<dyn Loss>)> {
+        vec![(Role::Actor, Arc::new(PolicyLoss::of(self))), (Role::Critic, Arc::new(ValueLoss::of(self)))]
+    }
+
+    fn learning(&self) -> Learning {
+        Learning {
+            epochs: self.epochs,
+            mini_batch_size: self.mini_batch_size,
+            critic_warmup_steps: self.critic_warmup_steps,
+            reads_reference: self.kl_coef > 0.0,
+            entropy_in_loss: self.entropy_coef != 0.0,
+        }
+    }
+
+    fn check(&self, steps: usize, rules: &mut Rules) {
+        if self.kl_coef == 0.0 && rules.has("reference.model") {
+            let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0";
+            rules.broken(&["reference.model"], message, "delete it, or give `kl_coef` a value above 0");
+        }
+        if self.kl_coef == 0.0 && self.kl_target.is_some() {
+            let message = "`ppo.kl_target` cannot adapt `ppo.kl_coef` = 0: it is multiplied, and stays 0";
+            rules.broken(&["ppo.kl_target"], message, "start from a `kl_coef` above 0");
+        }
+        if let Some(high) = self.policy_clip_high.filter(|high| *high < self.policy_clip) {
+            let message = format!("`ppo.policy_clip_high` = {high} is below `ppo.policy_clip` = {}", self.policy_clip);
+            rules.broken(&["ppo.policy_clip_high"], message, "the upper side of the clip is the wider one");
+        }
+        let warmup = self.critic_warmup_steps;
+        if warmup >= steps && warmup > 0 {
+            let message = format!("`ppo.critic_warmup_steps` = {warmup} leaves the actor none of the {steps} steps");
+            rules.broken(&["ppo.critic_warmup_steps", "train.steps"], message, "make it smaller than `train.steps`");
+        }
+    }
+}
+
+impl Ppo {
     /// Rows of each mini-batch of an epoch: a seeded order, cut into equal parts.
     fn mini_batches(&self, rows: usize, step: u64, epoch: usize) -> Vec<Vec<i64>> {
         let order = permutation(rows, self.seed, Domain::MiniBatches, step, epoch as u32);

@@ -106,24 +106,26 @@ impl<T: Table> Value for Vec<T> {
     }
 }
 
-/// Declares a recipe table. A field without a default is required; `in` gives a number's range. The keys of an
-/// `inline` table are written in this table itself, before its own keys, those of `inline_last` after them.
+/// Declares a recipe table. A field without a default is required; `in` gives a number's range, `named` a key that is not
+/// the field's name, `when` says whether there is such a key at all. The keys of an `inline` table are written in this table
+/// itself, before its own keys, those of `inline_last` after them.
 #[macro_export]
 macro_rules! table {
     (
         $(#[doc = $table_doc:literal])*
-        pub struct $Table:ident {
+        pub struct $Table:ident $(<$Part:ident : $Bound:path>)? {
             $( inline $inline:ident : $Inline:ty; )*
             $(
                 $(#[doc = $doc:literal])*
-                pub $field:ident : $Type:ty $(= $default:expr)? $(, in $range:expr)?;
+                pub $field:ident : $Type:ty $(= $default:expr)?
+                    $(, in $range:expr)? $(, named $name:expr)? $(, when $when:expr)?;
             )*
             $( inline_last $last:ident : $Last:ty; )*
         }
     ) => {
         $(#[doc = $table_doc])*
         #[derive(Debug, Clone, PartialEq)]
-        pub struct $Table {
+        pub struct $Table $(<$Part: $Bound>)? {
             $(
                 #[doc = concat!("The keys of [`", stringify!($Inline), "`], written in this table itself.")]
                 pub $inline: $Inline,
@@ -135,7 +137,7 @@ macro_rules! table {
             )*
         }
 
-        impl Default for $Table {
+        impl $(<$Part: $Bound>)? Default for $Table $(<$Part>)? {
             fn default() -> Self {
                 Self {
                     $( $inline: <$Inline>::default(), )*
@@ -145,7 +147,7 @@ macro_rules! table {
             }
         }
 
-        impl $crate::Table for $Table {
+        impl $(<$Part: $Bound>)? $crate::Table for $Table $(<$Part>)? {
             const DOC: &'static str = concat!($($table_doc, "\n"),*);
 
             fn take(
@@ -156,22 +158,24 @@ macro_rules! table {
             ) -> bool {
                 $( if $crate::Table::take(&mut self.$inline, key, node, reader) { return true; } )*
                 $( if $crate::Table::take(&mut self.$last, key, node, reader) { return true; } )*
-                match key {
-                    $( stringify!($field) => {
-                        let field = $crate::table!(@field $field [$($doc),*] [$($range)?] [$($default)?]);
+                $(
+                    let field = $crate::table!(@field $field [$($doc),*] [$($range)?] [$($default)?] [$($name)?]);
+                    if key == field.name $(&& $when)? {
                         $crate::Value::read(&mut self.$field, &field, node, reader);
-                        true
-                    } )*
-                    _ => false,
-                }
+                        return true;
+                    }
+                )*
+                false
             }
 
             fn describe(&self) -> Vec<$crate::Key> {
                 let mut keys = Vec::new();
                 $( keys.extend($crate::Table::describe(&self.$inline)); )*
                 $(
-                    let field = $crate::table!(@field $field [$($doc),*] [$($range)?] [$($default)?]);
-                    keys.push($crate::Value::describe(&self.$field, &field));
+                    let field = $crate::table!(@field $field [$($doc),*] [$($range)?] [$($default)?] [$($name)?]);
+                    if $crate::table!(@when $($when)?) {
+                        keys.push($crate::Value::describe(&self.$field, &field));
+                    }
                 )*
                 $( keys.extend($crate::Table::describe(&self.$last)); )*
                 keys
@@ -181,8 +185,10 @@ macro_rules! table {
                 let default = Self::default();
                 $( $crate::Table::write(&self.$inline, section, writer); )*
                 $(
-                    let name = stringify!($field);
-                    $crate::Value::write(&self.$field, name, &default.$field, section, writer);
+                    if $crate::table!(@when $($when)?) {
+                        let name = $crate::table!(@name $field $($name)?);
+                        $crate::Value::write(&self.$field, name, &default.$field, section, writer);
+                    }
                 )*
                 $( $crate::Table::write(&self.$last, section, writer); )*
             }
@@ -190,9 +196,13 @@ macro_rules! table {
     };
     (@default) => { Default::default() };
     (@default $default:expr) => { $default };
-    (@field $field:ident [$($doc:literal),*] [$($range:expr)?] [$($default:expr)?]) => {
+    (@name $field:ident) => { stringify!($field) };
+    (@name $field:ident $name:expr) => { $name };
+    (@when) => { true };
+    (@when $when:expr) => { $when };
+    (@field $field:ident [$($doc:literal),*] [$($range:expr)?] [$($default:expr)?] [$($name:expr)?]) => {
         $crate::Field {
-            name: stringify!($field),
+            name: $crate::table!(@name $field $($name)?),
             doc: concat!($($doc, "\n"),*),
             range: $crate::table!(@range $($range)?),
             required: $crate::table!(@required $($default)?),

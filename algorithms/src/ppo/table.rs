@@ -1,6 +1,6 @@
 //! The recipe's table `[ppo]`.
 
-use echelon_schema::{MOST, Rules, above, above_to, at_least, between, choice, table};
+use echelon_schema::{MOST, above, above_to, at_least, between, choice, table};
 
 use crate::kl::KlEstimator;
 
@@ -47,15 +47,5 @@ choice! {
         Reward = "reward",
         /// Added to the policy loss.
         Loss = "loss",
-    }
-}
-
-impl PpoKeys {
-    /// Rules between its keys.
-    pub fn check(&self, rules: &mut Rules) {
-        if let Some(high) = self.policy_clip_high.filter(|high| *high < self.policy_clip) {
-            let message = format!("`ppo.policy_clip_high` = {high} is below `ppo.policy_clip` = {}", self.policy_clip);
-            rules.broken(&["ppo.policy_clip_high"], message, "the upper side of the clip is the wider one");
-        }
     }
 }
