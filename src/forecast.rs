@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use echelon_algorithms::OnPolicy;
 use echelon_core::Error;
 use echelon_core::data::Rows;
 use echelon_core::memory::Work;
@@ -41,8 +42,8 @@ pub struct Forecast {
 impl Forecast {
     /// # Errors
     /// A model's config cannot be read, or a cluster of no device.
-    pub fn new(
-        recipe: &ResolvedRecipe,
+    pub fn new<K: OnPolicy>(
+        recipe: &ResolvedRecipe<K>,
         folders: &ModelFolders,
         held: Held,
         layout: &Layout,

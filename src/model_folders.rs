@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::OnPolicy;
 use echelon_core::role::Role;
 use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
@@ -17,7 +18,7 @@ use echelon_roles::models::check_folder;
 #[derive(Clone, Debug)]
 pub struct ModelFolders {
     pub actor: PathBuf,
-    pub critic: PathBuf,
+    pub critic: Option<PathBuf>,
     pub reference: Option<PathBuf>,
     pub reward: Option<PathBuf>,
 }
@@ -25,12 +26,9 @@ pub struct ModelFolders {
 impl ModelFolders {
     /// Where other processes find them.
     pub fn by_role(&self) -> BTreeMap<Role, PathBuf> {
-        let frozen = [(Role::Reference, &self.reference), (Role::Reward, &self.reward)];
-        let frozen = frozen.into_iter().filter_map(|(role, folder)| Some((role, absolute(folder.as_ref()?))));
-        [(Role::Actor, absolute(&self.actor)), (Role::Critic, absolute(&self.critic))]
-            .into_iter()
-            .chain(frozen)
-            .collect()
+        let others = [(Role::Critic, &self.critic), (Role::Reference, &self.reference), (Role::Reward, &self.reward)];
+        let others = others.into_iter().filter_map(|(role, folder)| Some((role, absolute(folder.as_ref()?))));
+        std::iter::once((Role::Actor, absolute(&self.actor))).chain(others).collect()
     }
 }
 
@@ -38,7 +36,7 @@ impl ModelFolders {
 ///
 /// # Errors
 /// A model that is not there or does not fit its role: [`Failure::Input`].
-pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
+pub fn model_folders<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Result<ModelFolders, Failure> {
     let sources = recipe.reward.sources();
     let mut models = sources.iter().filter_map(|(source, _)| source.model.as_ref());
     let reward = models.next();
@@ -48,13 +46,13 @@ pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
     }
     let folders = ModelFolders {
         actor: model_folder(&recipe.actor.model)?,
-        critic: critic_folder(recipe, reward)?,
+        critic: recipe.critic.model.as_ref().map(|critic| critic_folder(recipe, critic, reward)).transpose()?,
         reference: recipe.reference.model.as_ref().map(model_folder).transpose()?,
         reward: reward.map(model_folder).transpose()?,
     };
     for (role, folder, head) in [
         (Role::Actor, Some(&folders.actor), Some(HeadKind::Logits)),
-        (Role::Critic, Some(&folders.critic), None),
+        (Role::Critic, folders.critic.as_ref(), None),
         (Role::Reference, folders.reference.as_ref(), Some(HeadKind::Logits)),
         (Role::Reward, folders.reward.as_ref(), Some(HeadKind::Score)),
     ] {
@@ -67,13 +65,17 @@ pub fn model_folders(recipe: &ResolvedRecipe) -> Result<ModelFolders, Failure> {
 
 /// The critic reads the actor's tokens: where it would start from a reward model with another tokenizer only because
 /// the recipe names no critic, it starts from the actor.
-fn critic_folder(recipe: &ResolvedRecipe, reward: Option<&ModelSource>) -> Result<PathBuf, Failure> {
-    let critic = model_folder(recipe.critic_model())?;
-    if reward != Some(recipe.critic_model()) {
-        return Ok(critic);
+fn critic_folder<K: OnPolicy>(
+    recipe: &ResolvedRecipe<K>,
+    critic: &ModelSource,
+    reward: Option<&ModelSource>,
+) -> Result<PathBuf, Failure> {
+    let folder = model_folder(critic)?;
+    if reward != Some(critic) {
+        return Ok(folder);
     }
     let actor = model_folder(&recipe.actor.model)?;
-    Ok(if fingerprint(&critic)? == fingerprint(&actor)? { critic } else { actor })
+    Ok(if fingerprint(&folder)? == fingerprint(&actor)? { folder } else { actor })
 }
 
 pub fn model_folder(source: &ModelSource) -> Result<PathBuf, Failure> {
@@ -100,7 +102,7 @@ pub fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
     };
     Ok(Shapes {
         actor: shape(&folders.actor, HeadKind::Logits)?,
-        critic: shape(&folders.critic, HeadKind::Score)?,
+        critic: folders.critic.as_ref().map(|folder| shape(folder, HeadKind::Score)).transpose()?,
         reference: folders.reference.as_ref().map(|folder| shape(folder, HeadKind::Logits)).transpose()?,
         reward: folders.reward.as_ref().map(|folder| shape(folder, HeadKind::Score)).transpose()?,
     })

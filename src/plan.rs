@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::{Learning, OnPolicy};
 use echelon_core::compute::{Compute, ComputeDtype};
 use echelon_core::device::DeviceChoice;
 use echelon_core::role::Role;
@@ -32,7 +33,7 @@ const USUAL_GPUS_PER_NODE: usize = 8;
 /// # Errors
 /// [`Failure::Input`]: hardware or models that cannot be planned, and a plan that does not fit, with the nearest change
 /// that would.
-pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
+pub fn of<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Result<Option<Plan>, Failure> {
     ask(recipe)?.transpose().map_err(Failure::input)
 }
 
@@ -40,7 +41,7 @@ pub fn of(recipe: &ResolvedRecipe) -> Result<Option<Plan>, Failure> {
 ///
 /// # Errors
 /// As [`of`].
-pub fn of_run(recipe: &ResolvedRecipe, shapes: Shapes) -> Result<Plan, Failure> {
+pub fn of_run<K: OnPolicy>(recipe: &ResolvedRecipe<K>, shapes: Shapes) -> Result<Plan, Failure> {
     let (cluster, workload) = (cluster(&recipe.placement.devices)?, workload_of(recipe, shapes));
     plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster)).map_err(Failure::input)
 }
@@ -49,7 +50,7 @@ pub fn of_run(recipe: &ResolvedRecipe, shapes: Shapes) -> Result<Plan, Failure> 
 ///
 /// # Errors
 /// [`Failure::Input`]: hardware or models that cannot be planned.
-pub fn ask(recipe: &ResolvedRecipe) -> Result<Option<Result<Plan, PlanError>>, Failure> {
+pub fn ask<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Result<Option<Result<Plan, PlanError>>, Failure> {
     let Some(workload) = workload(recipe)? else { return Ok(None) };
     let cluster = cluster(&recipe.placement.devices)?;
     Ok(Some(plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster))))
@@ -221,15 +222,17 @@ fn gpus(devices: &Devices) -> Result<Cluster, Failure> {
     Cluster::of(devices.nodes, per_node, devices.gpu.as_deref().unwrap_or(USUAL_GPU)).map_err(Failure::input)
 }
 
-fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
+fn workload<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Result<Option<Workload>, Failure> {
     let of = |(model, folder): (Option<&ModelSource>, &Option<PathBuf>), head| match model {
         Some(model) => shape((model, folder), head),
         None => Ok(None),
     };
     let (reference, reward) = (&recipe.reference, recipe.reward.model());
     let Some(actor) = shape((&recipe.actor.model, &recipe.actor.shape), None)? else { return Ok(None) };
-    let critic = shape((recipe.critic_model(), &recipe.critic.shape), Some(HeadKind::Score))?;
-    let Some(critic) = critic else { return Ok(None) };
+    let critic = of((recipe.critic.model.as_ref(), &recipe.critic.shape), Some(HeadKind::Score))?;
+    if critic.is_none() && K::has_critic() {
+        return Ok(None);
+    }
     let reference = of((reference.model.as_ref(), &reference.shape), None)?;
     let reward = match reward {
         Some(source) => of((source.model.as_ref(), &source.shape), Some(HeadKind::Score))?,
@@ -241,29 +244,28 @@ fn workload(recipe: &ResolvedRecipe) -> Result<Option<Workload>, Failure> {
 /// The shapes of a recipe's models.
 pub struct Shapes {
     pub actor: ModelShape,
-    pub critic: ModelShape,
+    pub critic: Option<ModelShape>,
     pub reference: Option<ModelShape>,
     pub reward: Option<ModelShape>,
 }
 
 /// What a step of a recipe works on.
-pub(crate) fn workload_of(recipe: &ResolvedRecipe, shapes: Shapes) -> Workload {
+pub(crate) fn workload_of<K: OnPolicy>(recipe: &ResolvedRecipe<K>, shapes: Shapes) -> Workload {
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
-    let (samples, batch) = (recipe.rollout.samples_per_prompt, recipe.ppo.mini_batch_size);
+    let Learning { epochs, mini_batch_size: batch, entropy_in_loss, .. } = recipe.keys.learning();
+    let samples = recipe.rollout.samples_per_prompt;
     let rows = recipe.rollout.batch_size * samples;
-    let of_actor = Training { entropy_in_loss: recipe.ppo.entropy_coef != 0.0 };
     let model = |role, shape, gives, training| RoleModel { role, shape, gives, training, offload: false };
-    let mut models = vec![
-        model(Role::Actor, shapes.actor, Gives::Logprobs, Some(of_actor)),
-        model(Role::Critic, shapes.critic, Gives::Scalars, Some(Training::default())),
-    ];
+    let mut models = vec![model(Role::Actor, shapes.actor, Gives::Logprobs, Some(Training { entropy_in_loss }))];
+    let of_critic = Some(Training::default());
+    models.extend(shapes.critic.map(|shape| model(Role::Critic, shape, Gives::Scalars, of_critic)));
     models.extend(shapes.reference.map(|shape| RoleModel {
         offload: recipe.reference.offload,
         ..model(Role::Reference, shape, Gives::Logprobs, None)
     }));
     models.extend(shapes.reward.map(|shape| model(Role::Reward, shape, Gives::Scalars, None)));
     Workload {
-        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * recipe.ppo.epochs),
+        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * epochs),
         models,
         sampling: Some(Sampling {
             published: Role::Actor,
@@ -308,7 +310,7 @@ fn shape(
     }
 }
 
-pub(crate) fn constraints(recipe: &ResolvedRecipe) -> Constraints {
+pub(crate) fn constraints<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Constraints {
     let placement = &recipe.placement;
     let by_hand = [
         (Role::Actor, &placement.actor),
@@ -340,7 +342,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::recipe::Recipe;
+    use crate::recipe::{PpoRecipe, Root};
     use echelon_placement::layout::Layout;
 
     #[test]
@@ -352,7 +354,7 @@ mod tests {
             "placement.reference.colocate_with=critic",
             "placement.reward.colocate_with=critic",
         ];
-        let recipe = Recipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets.map(String::from));
+        let recipe = PpoRecipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets.map(String::from));
         let plan = of(&recipe.unwrap().resolve()).unwrap().expect("its shape is with the recipe");
         assert_eq!((plan.idle_devices, plan.idle_reason.as_str()), (4, "roles are placed by hand"));
         let layout = Layout::of(&plan);
@@ -367,7 +369,7 @@ mod tests {
     fn host_memory_is_as_the_recipe_says() {
         let planned = |sets: &[&str]| {
             let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
-            let recipe = Recipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets).unwrap();
+            let recipe = PpoRecipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets).unwrap();
             of(&recipe.resolve()).unwrap().unwrap().host_memory
         };
         assert!(planned(&[]).contains("as assumed"));

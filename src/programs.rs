@@ -8,39 +8,45 @@ use crate::gpu_check;
 use crate::import;
 use crate::inference::{self, GENERATE, SCORE};
 use crate::options::Options;
-use crate::program::{self, Arguments};
-use crate::recipe::{ResolvedRecipe, RewardRecipe, SftRecipe};
+use crate::program::{self, Arguments, Failure};
+use crate::rank_plan::RankSide;
+use crate::registry::{check_names, for_each_recipe};
 use crate::{run, worker};
 
 /// The program whose name this process was called by; `ppo` by any other.
 pub fn as_called() -> ! {
     let called = std::env::args_os().next().unwrap_or_default();
     match Path::new(&called).file_name().and_then(OsStr::to_str) {
-        Some("sft") => sft(),
-        Some("reward") => reward(),
         Some("generate") => generate(),
         Some("score") => score(),
         Some("worker") => worker(),
         Some("import") => import(),
         Some("gpu-check") => gpu_check(),
-        _ => ppo(),
+        called => learn(LEARNERS.iter().map(|(name, _)| *name).find(|name| Some(*name) == called).unwrap_or("ppo")),
     }
 }
 
-/// `ppo RECIPE`: reinforcement learning from a reward, as a recipe describes it.
-pub fn ppo() -> ! {
-    worker::or_driver(|| run::main::<ResolvedRecipe>(&Arguments::read("ppo")?))
+/// `PROGRAM RECIPE`: an algorithm, as a recipe describes its run.
+///
+/// # Panics
+/// No algorithm has this name.
+pub fn learn(name: &'static str) -> ! {
+    let (_, run) = LEARNERS.iter().find(|(known, _)| *known == name).expect("its program is in the registry");
+    worker::or_driver(|| {
+        check_names(&LEARNERS.iter().map(|(name, _)| *name).collect::<Vec<_>>())?;
+        run(&Arguments::read(name)?)
+    })
 }
 
-/// `sft RECIPE`: supervised fine-tuning, as a recipe describes it.
-pub fn sft() -> ! {
-    worker::or_driver(|| run::main::<SftRecipe>(&Arguments::read("sft")?))
+macro_rules! by_name {
+    ($($Recipe:ty),* $(,)?) => {
+        &[$((<$Recipe as RankSide>::PROGRAM, run::main::<$Recipe>)),*]
+    };
 }
 
-/// `reward RECIPE`: reward-model training, as a recipe describes it.
-pub fn reward() -> ! {
-    worker::or_driver(|| run::main::<RewardRecipe>(&Arguments::read("reward")?))
-}
+type Start = fn(&Arguments) -> Result<(), Failure>;
+
+const LEARNERS: &[(&str, Start)] = for_each_recipe!(by_name);
 
 /// `generate --model DIR --prompts FILE.jsonl --output FILE.jsonl`: responses of a causal language model.
 pub fn generate() -> ! {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use echelon_algorithms::OnPolicy;
 use echelon_core::Error;
 use echelon_core::rollout::{Prompt, Prompts};
 use echelon_models::chat_template::Message;
@@ -149,7 +150,10 @@ impl TrainingPrompts {
 }
 
 /// Held-out prompts, the same at every evaluation and sampled with the same numbers.
-pub fn evaluation_prompts(recipe: &ResolvedRecipe, format: &PromptFormat) -> Result<Option<Prompts>, Failure> {
+pub fn evaluation_prompts<K: OnPolicy>(
+    recipe: &ResolvedRecipe<K>,
+    format: &PromptFormat,
+) -> Result<Option<Prompts>, Failure> {
     let Some(path) = &recipe.eval.prompts else { return Ok(None) };
     let keys = PromptKeys { prompt: recipe.data.prompt_key.clone(), label: recipe.data.label_key.clone() };
     let (rows, _) = format.load(path, &keys, 0, recipe.eval.max_samples)?;

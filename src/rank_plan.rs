@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use echelon_algorithms::Algorithm;
-use echelon_algorithms::ppo::{PolicyLoss, Ppo, ValueLoss};
 use echelon_algorithms::reward_model::{PairwiseRanking, RewardModel};
 use echelon_algorithms::schedule::LrSchedule;
 use echelon_algorithms::sft::{NegativeLogLikelihood, Sft};
+use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_core::loss::Loss;
 use echelon_core::role::Role;
 use echelon_generation::EngineConfig;
@@ -19,83 +18,110 @@ use echelon_roles::trained::{Reads, TrainedPlan};
 use crate::devices;
 use crate::machine;
 use crate::program::Failure;
-use crate::recipe::{Compute, Devices, Init, Model, Optimizer, Recipe, ResolvedRecipe, RewardRecipe, SftRecipe};
+use crate::recipe::{Compute, Devices, Init, Model, Recipe, ResolvedRecipe, RewardRecipe, Root, SftRecipe};
+use crate::registry::for_each_recipe;
 use crate::run_spec::RunSpec;
 
-/// What a worker builds, at its place among those of its host, and a warning about its device.
+/// A recipe of a program, as a worker reads it.
+pub trait RankSide {
+    const PROGRAM: &'static str;
+
+    /// What a worker builds at its place among those of its host, and a warning about its device.
+    ///
+    /// # Errors
+    /// A recipe that this worker reads otherwise than the driver; a device that is not here.
+    fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built;
+}
+
+type RanksOf = fn(&RunSpec, Option<&Place>) -> Built;
+type Built = Result<(RankPlan, Option<String>), Failure>;
+
+/// The same by the name of the program.
 ///
 /// # Errors
-/// A recipe that this worker reads otherwise than the driver, or an algorithm that it does not know; a device that is not
-/// here.
-pub fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Result<(RankPlan, Option<String>), Failure> {
-    let held = |compute: &Compute, devices: &Devices| {
-        let (held, warning) = devices::held(compute, devices, place)?;
-        Ok::<_, Failure>((Held { weight_layout: machine::usable(spec.weight_layout, held), ..held }, warning))
-    };
-    match spec.program.as_str() {
-        Ppo::NAME => {
-            let recipe = Recipe::read_text(&spec.recipe)?.resolve();
-            let (held, warning) = held(&recipe.train.compute, &recipe.placement.devices)?;
-            Ok((of_ppo(spec, &recipe, held), warning))
-        }
-        Sft::NAME => {
-            let recipe = SftRecipe::read_text(&spec.recipe)?;
-            let (held, warning) = held(&recipe.train.compute, &recipe.placement)?;
-            Ok((of_sft(spec, &recipe, held), warning))
-        }
-        RewardModel::NAME => {
-            let recipe = RewardRecipe::read_text(&spec.recipe)?;
-            let (held, warning) = held(&recipe.train.compute, &recipe.placement)?;
-            Ok((of_reward(spec, &recipe, held), warning))
-        }
-        other => {
-            let known = [Ppo::NAME, Sft::NAME, RewardModel::NAME].join(", ");
+/// As [`RankSide::rank_plan`]; an algorithm that this worker does not know.
+pub fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
+    match PROGRAMS.iter().find(|(name, _)| *name == spec.program) {
+        Some((_, plan)) => plan(spec, place),
+        None => {
+            let known: Vec<&str> = PROGRAMS.iter().map(|(name, _)| *name).collect();
             Err(Failure::Input(format!(
-                "this worker knows no algorithm `{other}`, it knows {known}: start it from the driver's own program"
+                "this worker knows no algorithm `{}`, it knows {}: start it from the driver's own program",
+                spec.program,
+                known.join(", ")
             )))
         }
     }
 }
 
-/// Of a PPO run.
-fn of_ppo(spec: &RunSpec, recipe: &ResolvedRecipe, held: Held) -> RankPlan {
-    let compute = &recipe.train.compute;
-    let temperature = recipe.rollout.temperature;
-    let trained = |role, reads, optimizer: &Optimizer, loss| TrainedPlan {
-        role,
-        folder: spec.folder(role),
-        random: false,
-        seed: recipe.seed,
-        reads,
-        optimizer: optimizer.config(compute),
-        lr: optimizer.lr,
-        schedule: LrSchedule::of(optimizer, spec.optimizer_steps[&role]),
-        losses: vec![loss],
+macro_rules! by_name {
+    ($($Recipe:ty),* $(,)?) => {
+        &[$((<$Recipe as RankSide>::PROGRAM, <$Recipe as RankSide>::rank_plan)),*]
     };
-    let policy_loss: Arc<dyn Loss> = Arc::new(PolicyLoss::of(&recipe.ppo));
-    let value_loss = Arc::new(ValueLoss::of(&recipe.ppo));
-    let (logprobs, values) = (Reads::Logprobs { temperature }, Reads::Scalars(ScalarRows::Predecessors));
-    let trained = vec![
-        trained(Role::Actor, logprobs, &recipe.actor.optimizer, policy_loss),
-        trained(Role::Critic, values, &recipe.critic.optimizer, value_loss),
-    ];
-    RankPlan {
-        temperature,
-        engine: recipe.generation.engine_config(held.weight_layout),
-        ..of_spec(spec, held, trained)
+}
+
+const PROGRAMS: &[(&str, RanksOf)] = for_each_recipe!(by_name);
+
+/// What a worker computes on, and a warning about its device.
+fn held(
+    spec: &RunSpec,
+    compute: &Compute,
+    devices: &Devices,
+    place: Option<&Place>,
+) -> Result<(Held, Option<String>), Failure> {
+    let (held, warning) = devices::held(compute, devices, place)?;
+    Ok((Held { weight_layout: machine::usable(spec.weight_layout, held), ..held }, warning))
+}
+
+impl<K: OnPolicy> RankSide for ResolvedRecipe<K> {
+    const PROGRAM: &'static str = K::Algorithm::NAME;
+
+    fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
+        let recipe = Recipe::<K>::read_text(&spec.recipe)?.resolve();
+        let (compute, temperature) = (&recipe.train.compute, recipe.rollout.temperature);
+        let (held, warning) = held(spec, compute, &recipe.placement.devices, place)?;
+        let trained = K::Algorithm::LEARNERS.iter().map(|&(role, _)| {
+            let critic = role == Role::Critic;
+            let optimizer = if critic { &recipe.critic.optimizer } else { &recipe.actor.optimizer };
+            TrainedPlan {
+                role,
+                folder: spec.folder(role),
+                random: false,
+                seed: recipe.seed,
+                reads: if critic { Reads::Scalars(ScalarRows::Predecessors) } else { Reads::Logprobs { temperature } },
+                optimizer: optimizer.config(compute),
+                lr: optimizer.lr,
+                schedule: LrSchedule::of(optimizer, spec.optimizer_steps[&role]),
+                losses: recipe.keys.losses().into_iter().filter(|(of, _)| *of == role).map(|(_, loss)| loss).collect(),
+            }
+        });
+        let engine = recipe.generation.engine_config(held.weight_layout);
+        Ok((RankPlan { temperature, engine, ..of_spec(spec, held, trained.collect()) }, warning))
     }
 }
 
-/// Of an `sft` run.
-fn of_sft(spec: &RunSpec, recipe: &SftRecipe, held: Held) -> RankPlan {
-    let (reads, loss) = (Reads::Logprobs { temperature: 1.0 }, Arc::new(NegativeLogLikelihood));
-    alone(spec, (Role::Actor, reads, loss), (&recipe.model, &recipe.train.compute, recipe.seed), held)
+impl RankSide for SftRecipe {
+    const PROGRAM: &'static str = Sft::NAME;
+
+    fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
+        let recipe = SftRecipe::read_text(&spec.recipe)?;
+        let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;
+        let (reads, loss) = (Reads::Logprobs { temperature: 1.0 }, Arc::new(NegativeLogLikelihood));
+        let model = (&recipe.model, &recipe.train.compute, recipe.seed);
+        Ok((alone(spec, (Role::Actor, reads, loss), model, held), warning))
+    }
 }
 
-/// Of a `reward` run.
-fn of_reward(spec: &RunSpec, recipe: &RewardRecipe, held: Held) -> RankPlan {
-    let (reads, loss) = (Reads::Scalars(ScalarRows::LastTokens), Arc::new(PairwiseRanking));
-    alone(spec, (Role::Reward, reads, loss), (&recipe.model, &recipe.train.compute, recipe.seed), held)
+impl RankSide for RewardRecipe {
+    const PROGRAM: &'static str = RewardModel::NAME;
+
+    fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
+        let recipe = RewardRecipe::read_text(&spec.recipe)?;
+        let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;
+        let (reads, loss) = (Reads::Scalars(ScalarRows::LastTokens), Arc::new(PairwiseRanking));
+        let model = (&recipe.model, &recipe.train.compute, recipe.seed);
+        Ok((alone(spec, (Role::Reward, reads, loss), model, held), warning))
+    }
 }
 
 /// One model that is trained alone.

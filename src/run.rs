@@ -33,8 +33,8 @@ pub mod inputs;
 pub mod learning;
 pub mod memory;
 pub(crate) mod metrics;
+mod on_policy;
 mod out_of_memory;
-mod ppo;
 
 use evaluate::Evaluation;
 use inputs::{Inputs, Program};

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use echelon_algorithms::ppo::Ppo;
+use echelon_algorithms::OnPolicy;
 use echelon_algorithms::reward_shaping::ScoreShaping;
 use echelon_core::rollout::SamplingConfig;
 use echelon_generation::check_budget;
@@ -20,7 +20,11 @@ use echelon_roles::models::Held;
 /// # Errors
 /// [`Failure::Input`]: sequences beyond a model's context, an engine over more devices than there are, or a key-value cache
 /// that does not hold one sequence.
-pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held) -> Result<(), Failure> {
+pub fn check_limits<K: OnPolicy>(
+    recipe: &ResolvedRecipe<K>,
+    folders: &ModelFolders,
+    held: Held,
+) -> Result<(), Failure> {
     let tensor_parallel_size = recipe.generation.tensor_parallel_size;
     if tensor_parallel_size > 1 && recipe.placement.devices.count().unwrap_or(1) == 1 {
         return Err(Failure::Input(format!(
@@ -30,7 +34,7 @@ pub fn check_limits(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held)
     }
     let (prompt, response) = (recipe.data.max_prompt_tokens, recipe.rollout.max_new_tokens);
     let keys = format!("data.max_prompt_tokens = {prompt} plus rollout.max_new_tokens = {response}");
-    let own = [Some(&folders.actor), Some(&folders.critic), folders.reference.as_ref()];
+    let own = [Some(&folders.actor), folders.critic.as_ref(), folders.reference.as_ref()];
     for folder in own.into_iter().flatten() {
         check_context(folder, prompt + response, &keys)?;
     }
@@ -66,7 +70,7 @@ pub fn check_context(folder: &Path, tokens: usize, keys: &str) -> Result<(), Fai
 }
 
 /// How rows of data become prompts of this run.
-pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> PromptFormat {
+pub fn prompt_format<K: OnPolicy>(recipe: &ResolvedRecipe<K>, tokenizer: Arc<Tokenizer>) -> PromptFormat {
     PromptFormat {
         tokenizer,
         apply_chat_template: recipe.data.apply_chat_template,
@@ -76,17 +80,17 @@ pub fn prompt_format(recipe: &ResolvedRecipe, tokenizer: Arc<Tokenizer>) -> Prom
 }
 
 /// The algorithm, which learns from scores normalised by a mean and a standard deviation.
-pub fn ppo(recipe: &ResolvedRecipe, normalization: Option<(f64, f64)>) -> Ppo {
+pub fn algorithm<K: OnPolicy>(recipe: &ResolvedRecipe<K>, normalization: Option<(f64, f64)>) -> K::Algorithm {
     let score_shaping = ScoreShaping {
         normalization,
         missing_eos_penalty: recipe.reward.missing_eos_penalty,
         clip_range: recipe.reward.clip_range.map(|[low, high]| (low, high)),
     };
-    Ppo::new(&recipe.ppo, score_shaping, recipe.seed)
+    recipe.keys.algorithm(score_shaping, recipe.seed)
 }
 
 /// Sampling of the rollout, or of an evaluation at another temperature.
-pub fn sampling(recipe: &ResolvedRecipe, temperature: f64) -> SamplingConfig {
+pub fn sampling<K: OnPolicy>(recipe: &ResolvedRecipe<K>, temperature: f64) -> SamplingConfig {
     SamplingConfig {
         temperature,
         top_k: recipe.rollout.top_k.map_or(0, |top_k| top_k as i64),

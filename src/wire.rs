@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use echelon_algorithms::OnPolicy;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::verb::{Calls, Reward, Roles, WorkerGroup};
@@ -37,7 +38,7 @@ pub struct Rewards {
 impl Rewards {
     /// # Errors
     /// A source that cannot be started; a model without statistics where they are asked for.
-    pub fn start(recipe: &ResolvedRecipe, folders: &ModelFolders) -> Result<Rewards, Failure> {
+    pub fn start<K: OnPolicy>(recipe: &ResolvedRecipe<K>, folders: &ModelFolders) -> Result<Rewards, Failure> {
         let statistics = match folders.reward.as_deref().filter(|_| recipe.reward.normalize) {
             Some(folder) => Some(score_statistics(folder).map_err(Failure::input)?),
             None => None,
@@ -116,7 +117,11 @@ async fn start_crew(
 ///
 /// # Errors
 /// [`Failure::Input`]: a plan that does not fit, with the numbers; hardware that is not here.
-pub fn layout(recipe: &ResolvedRecipe, folders: &ModelFolders, held: Held) -> Result<(Layout, Option<Plan>), Failure> {
+pub fn layout<K: OnPolicy>(
+    recipe: &ResolvedRecipe<K>,
+    folders: &ModelFolders,
+    held: Held,
+) -> Result<(Layout, Option<Plan>), Failure> {
     let workers = num_workers(&recipe.placement.devices, held)?;
     if workers == 1 {
         return Ok((Layout::together(1, 0, recipe.train.compute.adam_offload), None));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use common::{SMALL, Workplace};
 use echelon::devices;
 use echelon::model_folders;
-use echelon::recipe::Recipe;
+use echelon::recipe::{PpoRecipe, Root};
 use echelon::settings;
 use echelon::wire::{self, Rewards};
 use echelon_algorithms::{Algorithm, Moment};
@@ -23,7 +23,7 @@ const STEPS: u64 = 3;
 
 /// What the steps of a run with everything on one worker report.
 async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
-    let recipe = Recipe::load(recipe, &[]).unwrap().resolve();
+    let recipe = PpoRecipe::load(recipe, &[]).unwrap().resolve();
     let folders = model_folders::model_folders(&recipe).unwrap();
     let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None).unwrap();
     let mut layout = Layout::together(1, 0, false);
@@ -32,7 +32,7 @@ async fn run(recipe: &Path, folder: &Path, moves_to_host: bool) -> Vec<Report> {
     }
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).unwrap());
     let rewards = Rewards::start(&recipe, &folders).unwrap();
-    let mut ppo = settings::ppo(&recipe, rewards.alone);
+    let mut ppo = settings::algorithm(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
     let (roles, workers) =

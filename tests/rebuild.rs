@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::{SMALL, Workplace};
 use echelon::checkpoint::{Checkpoints, Resumed};
-use echelon::recipe::{Recipe, ResolvedRecipe};
+use echelon::recipe::{PpoKeys, PpoRecipe, ResolvedRecipe, Root};
 use echelon::run::inputs::{Inputs, Program};
 use echelon::run::learning::Learning;
 use echelon::wire;
@@ -26,7 +26,7 @@ const STEPS: u64 = 5;
 
 /// Where the workers join, if they are processes of their own.
 struct Joined {
-    recipe: ResolvedRecipe,
+    recipe: ResolvedRecipe<PpoKeys>,
     count: usize,
     credentials: std::path::PathBuf,
 }
@@ -98,7 +98,7 @@ async fn run(joined: &Joined, folder: &Path, drops: bool) {
 fn compare(sets: &[String], count: usize, workplace: &Workplace) {
     tch::set_num_threads(1); // beside other tests, threads of tiny operations only wait for each other
     let recipe = workplace.write("recipe.toml", SMALL);
-    let recipe = Recipe::load(&recipe, sets).unwrap().resolve();
+    let recipe = PpoRecipe::load(&recipe, sets).unwrap().resolve();
     let joined = Joined { recipe, count, credentials: workplace.path("credentials") };
     let runtime = tokio::runtime::Runtime::new().unwrap();
     for (name, drops) in [("undisturbed", false), ("dropped", true)] {

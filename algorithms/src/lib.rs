@@ -81,6 +81,8 @@ pub trait OnPolicy: Table + Clone + std::fmt::Debug + Default + PartialEq + 'sta
     fn losses(&self) -> Vec<(Role, Arc<dyn Loss>)>;
     /// What planner and header need to know.
     fn learning(&self) -> Learning;
+    /// Decides what a recipe left open.
+    fn resolve(&mut self) {}
     /// Rules between its keys, in a run of `steps`.
     fn check(&self, _steps: usize, _rules: &mut Rules) {}
 

@@ -167,6 +167,10 @@ impl OnPolicy for PpoKeys {
         }
     }
 
+    fn resolve(&mut self) {
+        self.policy_clip_high.get_or_insert(self.policy_clip);
+    }
+
     fn check(&self, steps: usize, rules: &mut Rules) {
         if self.kl_coef == 0.0 && rules.has("reference.model") {
             let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0";

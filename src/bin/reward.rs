@@ -1,5 +1,5 @@
 //! `reward RECIPE`: reward-model training, as a recipe describes it.
 
 fn main() -> ! {
-    echelon::programs::reward()
+    echelon::programs::learn("reward")
 }

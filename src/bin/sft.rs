@@ -1,5 +1,5 @@
 //! `sft RECIPE`: supervised fine-tuning, as a recipe describes it.
 
 fn main() -> ! {
-    echelon::programs::sft()
+    echelon::programs::learn("sft")
 }

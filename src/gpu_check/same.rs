@@ -18,7 +18,7 @@ use super::verdict::Findings;
 use crate::devices;
 use crate::model_folders;
 use crate::program::Failure;
-use crate::recipe::Recipe;
+use crate::recipe::{PpoRecipe, Root};
 use crate::run::metrics::metrics_of;
 use crate::settings;
 use crate::wire::{self, Rewards};
@@ -95,13 +95,13 @@ async fn steps(place: &Place, layout: Layout) -> Result<Numbers, Failure> {
         "train.tokens_per_micro_batch=128".into(),
         format!("ppo.kl_coef={KL_COEF}"),
     ];
-    let recipe = Recipe::load(&recipes("quickstart.toml")?, &sets)?.resolve();
+    let recipe = PpoRecipe::load(&recipes("quickstart.toml")?, &sets)?.resolve();
     let folders = model_folders::model_folders(&recipe)?;
     let (held, _) = devices::held(&recipe.train.compute, &recipe.placement.devices, None)?;
     let tokenizer = Arc::new(Tokenizer::load(&folders.actor).map_err(Failure::other)?);
     let run_folder = place.scratch("same")?;
     let rewards = Rewards::start(&recipe, &folders)?;
-    let mut ppo = settings::ppo(&recipe, rewards.alone);
+    let mut ppo = settings::algorithm(&recipe, rewards.alone);
     let spec = recipe.spec(&folders, held, layout, &run_folder);
     let (devices, parts) = (&recipe.placement.devices, (Interrupt::default(), Arc::new(Unwatched) as _));
     let (roles, workers) =

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use echelon_algorithms::{Learning, OnPolicy};
 use echelon_core::role::Role;
 use echelon_placement::layout::{Layout, RoleGroup};
 
@@ -24,8 +25,8 @@ pub struct BatchArithmetic {
     pub optimizer_steps: usize,
     /// Steps of the run.
     pub steps: usize,
-    /// Optimizer steps of the critic in the whole run.
-    pub critic_optimizer_steps: usize,
+    /// Optimizer steps of the critic in the whole run, where there is one.
+    pub critic_optimizer_steps: Option<usize>,
     /// Optimizer steps of the actor in the whole run: none during the critic's warm-up.
     pub actor_optimizer_steps: usize,
     /// Optimizer steps over which the actor's learning rate rises.
@@ -38,21 +39,22 @@ pub struct BatchArithmetic {
     pub tokens_per_micro_batch: usize,
 }
 
-impl Recipe {
+impl<K: OnPolicy> Recipe<K> {
     /// The sizes that follow from this recipe.
     pub fn batch_arithmetic(&self) -> BatchArithmetic {
+        let Learning { epochs, mini_batch_size, critic_warmup_steps, .. } = self.keys.learning();
         let responses = self.rollout.batch_size * self.rollout.samples_per_prompt;
-        let optimizer_steps = responses / self.ppo.mini_batch_size * self.ppo.epochs;
-        let actor_optimizer_steps = optimizer_steps * (self.train.steps - self.ppo.critic_warmup_steps);
+        let optimizer_steps = responses / mini_batch_size * epochs;
+        let actor_optimizer_steps = optimizer_steps * (self.train.steps - critic_warmup_steps);
         BatchArithmetic {
             prompts: self.rollout.batch_size,
             samples_per_prompt: self.rollout.samples_per_prompt,
             responses,
-            mini_batch_size: self.ppo.mini_batch_size,
-            epochs: self.ppo.epochs,
+            mini_batch_size,
+            epochs,
             optimizer_steps,
             steps: self.train.steps,
-            critic_optimizer_steps: optimizer_steps * self.train.steps,
+            critic_optimizer_steps: K::has_critic().then_some(optimizer_steps * self.train.steps),
             actor_optimizer_steps,
             actor_warmup_steps: self.actor.optimizer.warmup_steps(actor_optimizer_steps),
             max_prompt_tokens: self.data.max_prompt_tokens,
@@ -116,8 +118,8 @@ impl BatchArithmetic {
 
     fn run_line(&self) -> String {
         let (steps, actor) = (count(self.steps, "step"), count(self.actor_optimizer_steps, "optimizer step"));
-        let (warmup, critic) = (self.actor_warmup_steps, self.critic_optimizer_steps);
-        format!("{steps}: {actor} of the actor, {warmup} of them warm-up; {critic} of the critic")
+        let critic = self.critic_optimizer_steps.map_or(String::new(), |critic| format!("; {critic} of the critic"));
+        format!("{steps}: {actor} of the actor, {} of them warm-up{critic}", self.actor_warmup_steps)
     }
 
     fn micro_batch_line(&self) -> String {
@@ -166,7 +168,7 @@ mod tests {
             epochs: 1,
             optimizer_steps: 2,
             steps: 1,
-            critic_optimizer_steps: 2,
+            critic_optimizer_steps: Some(2),
             actor_optimizer_steps: 2,
             actor_warmup_steps: 0,
             max_prompt_tokens: 10,

@@ -1,5 +1,6 @@
 //! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
 
+use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_placement::devices::{Devices, Placement};
 use echelon_placement::tier::Tier;
 use echelon_schema::{Auto, ModelSource, Origins, RecipeError, Rules, nearest};
@@ -9,8 +10,8 @@ use super::Root;
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
 use super::tables::*;
 
-impl Root for Recipe {
-    const PROGRAM: &'static str = "ppo";
+impl<K: OnPolicy> Root for Recipe<K> {
+    const PROGRAM: &'static str = K::Algorithm::NAME;
     const TABLE: &'static str = "actor";
 
     fn name(&self) -> &str {
@@ -19,6 +20,10 @@ impl Root for Recipe {
 
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
+    }
+
+    fn origins(&self) -> &Origins {
+        &self.origins
     }
 
     fn resolved_text(&self) -> String {
@@ -32,18 +37,12 @@ impl Root for Recipe {
         check_stop(&self.rollout, rules);
         check_replay(&self.rollout, rules);
         check_mini_batch(self, rules);
-        check_kl(self, rules);
-        self.ppo.check(rules);
+        self.keys.check(self.train.steps, rules);
         self.placement.devices.check(rules);
         check_parallelism(self, rules);
         check_ranks(self, rules);
         self.placement.check(rules);
         check_eval(self, rules);
-        if self.ppo.critic_warmup_steps >= self.train.steps && self.ppo.critic_warmup_steps > 0 {
-            let (warmup, steps) = (self.ppo.critic_warmup_steps, self.train.steps);
-            let message = format!("`ppo.critic_warmup_steps` = {warmup} leaves the actor none of the {steps} steps");
-            rules.broken(&["ppo.critic_warmup_steps", "train.steps"], message, "make it smaller than `train.steps`");
-        }
     }
 }
 
@@ -57,6 +56,10 @@ impl Root for SftRecipe {
 
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
+    }
+
+    fn origins(&self) -> &Origins {
+        &self.origins
     }
 
     fn check(&self, rules: &mut Rules) {
@@ -80,6 +83,10 @@ impl Root for RewardRecipe {
         (&mut self.name, &mut self.origins)
     }
 
+    fn origins(&self) -> &Origins {
+        &self.origins
+    }
+
     fn check(&self, rules: &mut Rules) {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
@@ -94,7 +101,7 @@ impl Root for RewardRecipe {
     }
 }
 
-impl Recipe {
+impl<K: OnPolicy> Recipe<K> {
     /// Refuses a `shape` that is no folder with a `config.json`: a plan may need it.
     ///
     /// # Errors
@@ -183,10 +190,10 @@ fn check_replay(rollout: &Rollout, rules: &mut Rules) {
     }
 }
 
-fn check_mini_batch(recipe: &Recipe, rules: &mut Rules) {
+fn check_mini_batch<K: OnPolicy>(recipe: &Recipe<K>, rules: &mut Rules) {
     let (prompts, samples) = (recipe.rollout.batch_size, recipe.rollout.samples_per_prompt);
-    let mini_batch = recipe.ppo.mini_batch_size;
-    let keys = ["ppo.mini_batch_size", "rollout.batch_size", "rollout.samples_per_prompt"];
+    let mini_batch = recipe.keys.learning().mini_batch_size;
+    let keys = [&mini_batch_key::<K>(), "rollout.batch_size", "rollout.samples_per_prompt"];
     let Some(responses) = prompts.checked_mul(samples) else {
         return rules.broken(&keys[1..], format!("{prompts} prompts x {samples} samples is too many"), "");
     };
@@ -203,26 +210,16 @@ fn check_mini_batch(recipe: &Recipe, rules: &mut Rules) {
     }
 }
 
+fn mini_batch_key<K: OnPolicy>() -> String {
+    format!("{}.mini_batch_size", K::Algorithm::NAME)
+}
+
 /// The divisor of `number` nearest to `wanted`; the larger of two equally near.
 fn nearest_divisor(number: usize, wanted: usize) -> usize {
     let small =
         (1..).take_while(|divisor| divisor * divisor <= number).filter(|divisor| number.is_multiple_of(*divisor));
     let all = small.flat_map(|divisor| [divisor, number / divisor]);
     all.min_by_key(|divisor| (divisor.abs_diff(wanted), std::cmp::Reverse(*divisor))).unwrap_or(1)
-}
-
-fn check_kl(recipe: &Recipe, rules: &mut Rules) {
-    if recipe.ppo.kl_coef > 0.0 {
-        return;
-    }
-    if recipe.reference.model.is_some() {
-        let message = "`reference.model` is never loaded, because `ppo.kl_coef` = 0";
-        rules.broken(&["reference.model"], message, "delete it, or give `kl_coef` a value above 0");
-    }
-    if recipe.ppo.kl_target.is_some() {
-        let message = "`ppo.kl_target` cannot adapt `ppo.kl_coef` = 0: it is multiplied, and stays 0";
-        rules.broken(&["ppo.kl_target"], message, "start from a `kl_coef` above 0");
-    }
 }
 
 /// A model that is trained alone shares its devices with nobody.
@@ -234,7 +231,7 @@ fn check_no_tier(program: &str, devices: &Devices, rules: &mut Rules) {
 }
 
 /// A rank without a row has nothing to do. Where roles have workers of their own, the planner sees to it.
-fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
+fn check_ranks<K: OnPolicy>(recipe: &Recipe<K>, rules: &mut Rules) {
     let Placement { devices, actor, critic, reward, reference, generator } = &recipe.placement;
     let hands = [actor, critic, reward, reference, generator];
     let apart = hands.iter().any(|hand| hand.devices.is_some())
@@ -243,9 +240,8 @@ fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
         return;
     }
     let Some(workers) = devices.workers.fixed().filter(|workers| *workers > 1) else { return };
-    for (key, rows) in
-        [("rollout.batch_size", recipe.rollout.batch_size), ("ppo.mini_batch_size", recipe.ppo.mini_batch_size)]
-    {
+    let (mini_batch, rows) = (mini_batch_key::<K>(), recipe.keys.learning().mini_batch_size);
+    for (key, rows) in [("rollout.batch_size", recipe.rollout.batch_size), (mini_batch.as_str(), rows)] {
         if workers > rows {
             let message = format!("{workers} workers are more than `{key}` = {rows}");
             rules.broken(&["placement.workers", key], message, "every worker needs a row");
@@ -253,7 +249,7 @@ fn check_ranks(recipe: &Recipe, rules: &mut Rules) {
     }
 }
 
-fn check_parallelism(recipe: &Recipe, rules: &mut Rules) {
+fn check_parallelism<K: OnPolicy>(recipe: &Recipe<K>, rules: &mut Rules) {
     let size = recipe.generation.tensor_parallel_size;
     let Placement { devices, generator, .. } = &recipe.placement;
     let own = generator.devices.as_ref().map(Vec::len);
@@ -265,7 +261,7 @@ fn check_parallelism(recipe: &Recipe, rules: &mut Rules) {
     }
 }
 
-fn check_eval(recipe: &Recipe, rules: &mut Rules) {
+fn check_eval<K: OnPolicy>(recipe: &Recipe<K>, rules: &mut Rules) {
     let eval = &recipe.eval;
     if eval.every_steps.is_some() && eval.prompts.is_none() {
         let help = "give `prompts = \"file or folder\"` in [eval]";

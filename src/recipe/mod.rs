@@ -1,6 +1,6 @@
 //! Recipes: the TOML a person writes, checked, and the value the programs run on.
 //!
-//! [`Recipe::load`] reads a file and the `--set` arguments into typed tables, or says everything that is wrong
+//! [`Root::load`] reads a file and the `--set` arguments into typed tables, or says everything that is wrong
 //! with them at once. [`Recipe::resolve`] then decides what the recipe left open: its result is written to
 //! `recipe.resolved.toml` and loads again to the same value. `sft` and `reward` have recipes of their own.
 //!
@@ -36,49 +36,8 @@ pub use resolve::ResolvedRecipe;
 pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
 pub use tables::*;
 
-/// Gives each kind of recipe the same methods; as a trait they would need an import at every call.
-macro_rules! recipe_methods {
-    ($($Recipe:ident),*) => {
-        $(
-            impl $Recipe {
-                /// Reads the recipe at `path` with the `--set` arguments `sets` (`table.key=value`) laid over it.
-                ///
-                /// # Errors
-                /// Everything wrong with it: syntax, unknown keys, types, ranges, rules between keys, missing files.
-                pub fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
-                    load(path, sets, true)
-                }
-
-                /// As `load`, for `--plan`: files that the recipe names need not exist.
-                ///
-                /// # Errors
-                /// As `load`, but for missing files.
-                pub fn load_for_plan(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
-                    load(path, sets, false)
-                }
-
-                /// A resolved recipe as another process of the run has it: its paths are absolute, and its files were
-                /// found there.
-                ///
-                /// # Errors
-                /// As `load`, but for missing files.
-                pub fn read_text(text: &str) -> Result<Self, RecipeError> {
-                    let label = "the driver's recipe".to_owned();
-                    let base = Path::new("/").to_owned();
-                    let document = Document { label, text: text.to_owned(), base, is_file: true };
-                    from_documents(Documents(vec![document]), false)
-                }
-
-                /// An error found later, outside the recipe's own rules, shown at the place of `key` (`"data.prompts"`).
-                pub fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
-                    self.origins.error_at(key, message, help)
-                }
-            }
-        )*
-    };
-}
-
-recipe_methods!(Recipe, SftRecipe, RewardRecipe);
+/// A recipe of `ppo`.
+pub type PpoRecipe = Recipe<PpoKeys>;
 
 /// A whole recipe of one of the programs.
 pub trait Root: Table {
@@ -90,11 +49,44 @@ pub trait Root: Table {
     fn name(&self) -> &str;
     /// The name and the places, which every recipe has.
     fn common(&mut self) -> (&mut String, &mut Origins);
+    fn origins(&self) -> &Origins;
     /// Checks the rules between keys.
     fn check(&self, rules: &mut Rules);
     /// What `recipe.resolved.toml` holds.
     fn resolved_text(&self) -> String {
         to_toml(self)
+    }
+
+    /// Reads the recipe at `path` with the `--set` arguments `sets` (`table.key=value`) laid over it.
+    ///
+    /// # Errors
+    /// Everything wrong with it: syntax, unknown keys, types, ranges, rules between keys, missing files.
+    fn load(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        load(path, sets, true)
+    }
+
+    /// As `load`, for `--plan`: files that the recipe names need not exist.
+    ///
+    /// # Errors
+    /// As `load`, but for missing files.
+    fn load_for_plan(path: &Path, sets: &[String]) -> Result<Self, RecipeError> {
+        load(path, sets, false)
+    }
+
+    /// A resolved recipe as another process of the run has it: its paths are absolute, and its files were found there.
+    ///
+    /// # Errors
+    /// As `load`, but for missing files.
+    fn read_text(text: &str) -> Result<Self, RecipeError> {
+        let label = "the driver's recipe".to_owned();
+        let base = Path::new("/").to_owned();
+        let document = Document { label, text: text.to_owned(), base, is_file: true };
+        from_documents(Documents(vec![document]), false)
+    }
+
+    /// An error found later, outside the recipe's own rules, shown at the place of `key` (`"data.prompts"`).
+    fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
+        self.origins().error_at(key, message, help)
     }
 }
 

@@ -5,6 +5,7 @@
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
+use echelon_algorithms::OnPolicy;
 use echelon_schema::{ModelSource, to_toml};
 use echelon_tasks::reward::SourceKeys;
 
@@ -12,42 +13,43 @@ use super::arithmetic::BatchArithmetic;
 use super::tables::{Critic, Data, DataMix, Recipe, Reference, Reward, RewardMix};
 use super::{Devices, json_of};
 
-/// A PPO recipe with nothing left to decide: the critic has its model, the reference too unless it is not loaded
-/// (`ppo.kl_coef = 0`), and every source of scores or prompts says all of its keys.
+/// A recipe with nothing left to decide: critic and reference have their models where the algorithm reads them, and every source of scores or prompts says all of its keys.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ResolvedRecipe {
-    recipe: Recipe,
+pub struct ResolvedRecipe<K: OnPolicy> {
+    recipe: Recipe<K>,
     /// Sizes that follow from the others.
     pub batch: BatchArithmetic,
 }
 
-impl Deref for ResolvedRecipe {
-    type Target = Recipe;
+impl<K: OnPolicy> Deref for ResolvedRecipe<K> {
+    type Target = Recipe<K>;
 
-    fn deref(&self) -> &Recipe {
+    fn deref(&self) -> &Recipe<K> {
         &self.recipe
     }
 }
 
-impl Recipe {
+impl<K: OnPolicy> Recipe<K> {
     /// Decides what the recipe left open. It cannot fail: a loaded recipe is consistent.
     ///
     /// # Panics
     /// On a recipe put together by hand that breaks the rules that loading checks.
-    pub fn resolve(mut self) -> ResolvedRecipe {
+    pub fn resolve(mut self) -> ResolvedRecipe<K> {
         // A command runs where its recipe lies, also when the recipe is read again from a run folder.
         self.reward.resolve(&self.origins.folder());
         self.data.resolve();
         let actor = (self.actor.model.clone(), self.actor.shape.clone());
         let judge = self.reward.model().map(|source| (source.model.clone().expect("it has one"), source.shape.clone()));
         let Critic { model, shape, .. } = &mut self.critic;
-        start(model, shape, judge.as_ref().unwrap_or(&actor));
+        if K::has_critic() {
+            start(model, shape, judge.as_ref().unwrap_or(&actor));
+        }
         let Reference { model, shape, .. } = &mut self.reference;
-        match self.ppo.kl_coef > 0.0 {
+        match self.keys.learning().reads_reference {
             true => start(model, shape, &actor),
             false => (*model, *shape) = (None, None),
         }
-        self.ppo.policy_clip_high.get_or_insert(self.ppo.policy_clip);
+        self.keys.resolve();
         self.origins = Default::default();
         ResolvedRecipe { batch: self.batch_arithmetic(), recipe: self }
     }
@@ -111,12 +113,7 @@ impl Data {
     }
 }
 
-impl ResolvedRecipe {
-    /// Where the critic starts: a checkpoint with a score head keeps it, any other gets a fresh value head.
-    pub fn critic_model(&self) -> &ModelSource {
-        self.critic.model.as_ref().expect("resolving decides it")
-    }
-
+impl<K: OnPolicy> ResolvedRecipe<K> {
     /// The devices, for what only this machine knows.
     pub fn devices_mut(&mut self) -> &mut Devices {
         &mut self.recipe.placement.devices

@@ -1,11 +1,11 @@
-//! The tables of a PPO recipe. A field's doc comment, default and range are all there is to know about a key:
+//! The tables of a recipe whose run learns from its own responses. A field's doc comment, default and range are all there is to know about a key:
 //! the reference page, the error messages and `recipe.resolved.toml` are made from them.
 //!
 //! Defaults are OpenRLHF's.
 
 use std::path::PathBuf;
 
-use echelon_algorithms::ppo::PpoKeys;
+use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_core::compute::Compute;
 use echelon_core::optimizer::Optimizer;
 use echelon_generation::keys::Generation;
@@ -14,8 +14,8 @@ use echelon_schema::{MOST, ModelSource, NewPath, Origins, above, above_to, at_le
 use echelon_tasks::reward::SourceKeys;
 
 table! {
-    /// A PPO run.
-    pub struct Recipe {
+    /// A run that learns from its own responses.
+    pub struct Recipe<K: OnPolicy> {
         inline origins: Origins;
         /// Names the run folder `runs/<name>/`. Default: the recipe's file name.
         pub name: String = String::new();
@@ -24,7 +24,7 @@ table! {
         /// The policy that is trained.
         pub actor: Actor = Actor::default();
         /// The value model that is trained beside it.
-        pub critic: Critic = Critic::default();
+        pub critic: Critic = Critic::default(), when K::has_critic();
         /// The frozen policy that the KL penalty is measured against; not loaded at all when `ppo.kl_coef = 0`.
         pub reference: Reference = Reference::default();
         /// Where scores come from: one source in this table, or several `[[reward.mix]]` tables.
@@ -34,7 +34,7 @@ table! {
         /// What one step samples.
         pub rollout: Rollout = Rollout::default();
         /// How a step learns from its rollout.
-        pub ppo: PpoKeys = PpoKeys::default();
+        pub keys: K = K::default(), named K::Algorithm::NAME;
         /// Length of the run, numbers and memory.
         pub train: Train = Train::default();
         /// The engine that samples.

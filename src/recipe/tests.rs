@@ -48,7 +48,7 @@ fn errors_read_as_their_snapshots() {
         let error = match header.into_iter().find_map(|line| line.strip_prefix("program: ")) {
             Some("sft") => SftRecipe::load(&case, &sets).err(),
             Some("reward") => RewardRecipe::load(&case, &sets).err(),
-            _ => Recipe::load(&case, &sets).err(),
+            _ => PpoRecipe::load(&case, &sets).err(),
         };
         let error = error.unwrap_or_else(|| panic!("{} loads, but should be refused", case.display()));
         let tests = root().join("tests").canonicalize().unwrap();
@@ -62,7 +62,7 @@ fn errors_read_as_their_snapshots() {
 
 #[test]
 fn a_recipe_that_is_not_there_is_named() {
-    let error = Recipe::load(Path::new("recipes/absent.toml"), &[]).unwrap_err();
+    let error = PpoRecipe::load(Path::new("recipes/absent.toml"), &[]).unwrap_err();
     assert!(error.to_string().starts_with("cannot read the recipe `recipes/absent.toml`: "), "{error}");
 }
 
@@ -83,7 +83,7 @@ fn every_key_has_a_sentence_and_every_number_a_range() {
             check(&name, key.table.as_deref().unwrap_or_default());
         }
     }
-    check("ppo", &Recipe::default().describe());
+    check("ppo", &PpoRecipe::default().describe());
     check("sft", &SftRecipe::default().describe());
     check("reward", &RewardRecipe::default().describe());
 }
@@ -91,7 +91,7 @@ fn every_key_has_a_sentence_and_every_number_a_range() {
 #[test]
 fn foreign_names_lead_to_keys_that_exist() {
     let mut known = Vec::new();
-    collect_names("", &Recipe::default().describe(), &mut known);
+    collect_names("", &PpoRecipe::default().describe(), &mut known);
     collect_names("", &SftRecipe::default().describe(), &mut known);
     collect_names("", &RewardRecipe::default().describe(), &mut known);
     for (framework, name, ours, _) in FOREIGN.keys {
@@ -122,7 +122,7 @@ fn every_shipped_recipe_loads_and_resolves() {
         match kind_of(&path) {
             "sft" => drop(loaded(SftRecipe::load_for_plan(&file, &[]))),
             "reward" => drop(loaded(RewardRecipe::load_for_plan(&file, &[]))),
-            _ => check_shipped(&path, loaded(Recipe::load_for_plan(&file, &[]))),
+            _ => check_shipped(&path, loaded(PpoRecipe::load_for_plan(&file, &[]))),
         }
     }
 }
@@ -132,7 +132,7 @@ fn loaded<T>(recipe: Result<T, RecipeError>) -> T {
 }
 
 /// The name is the file's, the devices are those of the name, and every shape that the recipe names is there.
-fn check_shipped(path: &Path, recipe: Recipe) {
+fn check_shipped(path: &Path, recipe: PpoRecipe) {
     let stem = path.file_stem().unwrap().to_str().unwrap();
     assert_eq!(recipe.name, stem);
     let resolved = recipe.resolve();
@@ -171,10 +171,10 @@ impl Folder {
 }
 
 /// The resolved recipe, written and read again from another folder, resolves to the same value.
-fn assert_round_trip(resolved: &ResolvedRecipe) {
+fn assert_round_trip(resolved: &ResolvedRecipe<PpoKeys>) {
     let folder = Folder::new();
     let path = folder.write("run/recipe.resolved.toml", &resolved.to_toml());
-    let again = Recipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}\n{}", resolved.to_toml()));
+    let again = PpoRecipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}\n{}", resolved.to_toml()));
     let again = again.resolve();
     assert_eq!(&again, resolved);
     assert_eq!(again.to_toml(), resolved.to_toml());
@@ -195,19 +195,19 @@ samples_per_prompt = 4
 mini_batch_size = 32
 "#;
 
-fn load_small(folder: &Folder, extra: &str, sets: &[&str]) -> Recipe {
+fn load_small(folder: &Folder, extra: &str, sets: &[&str]) -> PpoRecipe {
     let path = folder.write("small.toml", &format!("{SMALL}{extra}"));
     let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
-    Recipe::load_for_plan(&path, &sets).unwrap_or_else(|error| panic!("{error}"))
+    PpoRecipe::load_for_plan(&path, &sets).unwrap_or_else(|error| panic!("{error}"))
 }
 
 #[test]
 fn defaults_are_openrlhfs() {
-    let recipe = Recipe::default();
-    assert_eq!((recipe.ppo.epochs, recipe.ppo.mini_batch_size, recipe.rollout.batch_size), (1, 128, 1024));
-    assert_eq!((recipe.ppo.gamma, recipe.ppo.gae_lambda, recipe.ppo.kl_coef), (1.0, 1.0, 0.01));
-    assert_eq!((recipe.ppo.policy_clip, recipe.ppo.value_clip, recipe.ppo.dual_clip), (0.2, Some(0.5), None));
-    assert_eq!((recipe.ppo.kl_estimator, recipe.ppo.kl_horizon), (KlEstimator::K1, 10000.0));
+    let recipe = PpoRecipe::default();
+    assert_eq!((recipe.keys.epochs, recipe.keys.mini_batch_size, recipe.rollout.batch_size), (1, 128, 1024));
+    assert_eq!((recipe.keys.gamma, recipe.keys.gae_lambda, recipe.keys.kl_coef), (1.0, 1.0, 0.01));
+    assert_eq!((recipe.keys.policy_clip, recipe.keys.value_clip, recipe.keys.dual_clip), (0.2, Some(0.5), None));
+    assert_eq!((recipe.keys.kl_estimator, recipe.keys.kl_horizon), (KlEstimator::K1, 10000.0));
     assert_eq!((recipe.actor.optimizer.lr, recipe.critic.optimizer.lr), (1e-6, 9e-6));
     assert_eq!(recipe.critic.optimizer.betas, [0.9, 0.95]);
     let adam = &recipe.actor.optimizer;
@@ -233,10 +233,10 @@ fn set_values_are_toml_else_strings() {
         "ppo.value_clip=off",
     ];
     let recipe = load_small(&folder, "", &sets);
-    assert_eq!(recipe.ppo.kl_coef, 0.0);
+    assert_eq!(recipe.keys.kl_coef, 0.0);
     assert_eq!(recipe.actor.model, ModelSource::Hub("acme/model-1".into()));
     assert_eq!(recipe.rollout.stop, ["\n", "="]);
-    assert_eq!((recipe.train.steps, recipe.ppo.value_clip), (7, None));
+    assert_eq!((recipe.train.steps, recipe.keys.value_clip), (7, None));
 }
 
 #[test]
@@ -248,7 +248,7 @@ fn the_last_set_wins_and_reaches_into_lists() {
         &SMALL.replace("prompts = \"data/prompts.jsonl\"\n", "").replace("[rollout]", &format!("{mix}[rollout]")),
     );
     let sets = ["data.mix.1.weight=3", "train.steps=1", "train.steps=2"].map(str::to_owned);
-    let recipe = Recipe::load_for_plan(&path, &sets).unwrap();
+    let recipe = PpoRecipe::load_for_plan(&path, &sets).unwrap();
     assert_eq!(recipe.data.mix.iter().map(|source| source.weight).collect::<Vec<_>>(), [1.0, 3.0]);
     assert_eq!(recipe.train.steps, 2);
     assert_round_trip(&recipe.resolve());
@@ -276,12 +276,12 @@ fn a_folder_comes_before_a_hub_id() {
 fn the_critic_starts_from_the_reward_model_else_from_the_actor() {
     let folder = Folder::new();
     let hub = |id: &str| ModelSource::Hub(id.into());
-    assert_eq!(load_small(&folder, "", &[]).resolve().critic_model(), &hub("owner/tiny"));
+    assert_eq!(load_small(&folder, "", &[]).resolve().critic.model, Some(hub("owner/tiny")));
     let by_model = load_small(&folder, "", &["reward={model = \"owner/judge\"}"]).resolve();
-    assert_eq!(by_model.critic_model(), &hub("owner/judge"));
+    assert_eq!(by_model.critic.model, Some(hub("owner/judge")));
     assert_round_trip(&by_model);
     let by_hand = load_small(&folder, "", &["reward={model = \"owner/judge\"}", "critic.model=owner/own"]).resolve();
-    assert_eq!(by_hand.critic_model(), &hub("owner/own"));
+    assert_eq!(by_hand.critic.model, Some(hub("owner/own")));
 }
 
 #[test]
@@ -310,7 +310,7 @@ fn every_kind_of_reward_survives_the_resolved_recipe() {
     ];
     let mix: String = mix.iter().map(|part| format!("[[reward.mix]]\n{part}\n")).collect();
     let path = folder.write("rewards.toml", &SMALL.replace("[reward]\nrule = \"math\"\n", &mix));
-    let resolved = Recipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}")).resolve();
+    let resolved = PpoRecipe::load_for_plan(&path, &[]).unwrap_or_else(|error| panic!("{error}")).resolve();
     let sources = resolved.reward.sources();
     let rules = [0, 2].map(|index: usize| sources[index].0.rule().unwrap());
     assert_eq!(rules, [RuleConfig::Math { tolerance: 0.01 }, RuleConfig::Length { min: 20, max: Some(20) }]);
@@ -341,7 +341,7 @@ fn the_batch_arithmetic_is_designs() {
     let folder = Folder::new();
     let recipe = load_small(&folder, "[train]\nsteps = 10\n", &["placement.workers=8", "ppo.epochs=2"]);
     let batch = recipe.resolve().batch;
-    assert_eq!((batch.optimizer_steps, batch.critic_optimizer_steps, batch.actor_warmup_steps), (16, 160, 5));
+    assert_eq!((batch.optimizer_steps, batch.critic_optimizer_steps, batch.actor_warmup_steps), (16, Some(160), 5));
     let text = batch.to_string();
     assert!(
         text.starts_with("64 prompts x 4 samples = 256 responses -> 8 optimizer steps of 32, 2 epochs: 16\n"),
@@ -367,11 +367,11 @@ fn unlike_nodes_are_declared_as_pools() {
         ("placement.gpu=H200", "`placement.gpu` beside"),
         ("placement.device=cpu", "`placement.device` is \"cpu\""),
     ] {
-        let error = Recipe::load_for_plan(&path, &[set.to_string()]).unwrap_err().to_string();
+        let error = PpoRecipe::load_for_plan(&path, &[set.to_string()]).unwrap_err().to_string();
         assert!(error.contains(named), "{set}: {error}");
     }
     let path = folder.write("pools.toml", &format!("{SMALL}{}", pools.replace("L40S", "A100")));
-    let error = Recipe::load_for_plan(&path, &[]).unwrap_err().to_string();
+    let error = PpoRecipe::load_for_plan(&path, &[]).unwrap_err().to_string();
     assert!(error.contains("`A100` may be A100-80GB, A100-40GB") && error.contains("gpu = \"A100\""), "{error}");
 }
 
@@ -380,7 +380,7 @@ fn workers_are_an_equal_share_of_the_nodes() {
     let folder = Folder::new();
     let path = folder.write("small.toml", SMALL);
     let sets = ["placement.workers=3", "placement.nodes=2"].map(String::from);
-    let error = Recipe::load_for_plan(&path, &sets).unwrap_err().to_string();
+    let error = PpoRecipe::load_for_plan(&path, &sets).unwrap_err().to_string();
     assert!(error.contains("3 workers are no equal share of 2 nodes") && error.contains("`workers = 4`"), "{error}");
 }
 
@@ -411,7 +411,7 @@ fn only_the_keys_that_decide_what_is_learned_must_stay_in_a_resumed_run() {
     let stored = folder.write(RESOLVED_FILE, &load_small(&folder, "", &[]).resolve().to_toml());
     let changes = |sets: &[&str]| -> Vec<String> {
         let present = load_small(&folder, "", sets).resolve().to_toml();
-        changes_since::<Recipe>(&stored, &present).unwrap().iter().map(ToString::to_string).collect()
+        changes_since::<PpoRecipe>(&stored, &present).unwrap().iter().map(ToString::to_string).collect()
     };
     let free = [
         "name=other",

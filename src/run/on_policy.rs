@@ -1,10 +1,9 @@
-//! What a PPO run is made of.
+//! What a run that samples its own responses is made of.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use echelon_algorithms::Algorithm;
-use echelon_algorithms::ppo::Ppo;
+use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_core::role::Role;
 
 use super::feed::{Feed, PromptFeed};
@@ -19,7 +18,7 @@ use crate::model_folders::{self, ModelFolders, shapes};
 use crate::plan;
 use crate::program::{Arguments, Failure, PlanFormat, absolute};
 use crate::prompts::{TrainingPrompts, evaluation_prompts};
-use crate::recipe::{Checkpoint, Devices, Recipe, ResolvedRecipe};
+use crate::recipe::{Checkpoint, Devices, Recipe, ResolvedRecipe, Root};
 use crate::replay;
 use crate::run_spec::RunSpec;
 use crate::settings;
@@ -27,15 +26,15 @@ use crate::wire::{self, Rewards};
 use echelon_placement::layout::Layout;
 use echelon_roles::models::Held;
 
-impl Program for ResolvedRecipe {
-    type Algorithm = Ppo;
-    type Written = Recipe;
+impl<K: OnPolicy> Program for ResolvedRecipe<K> {
+    type Algorithm = K::Algorithm;
+    type Written = Recipe<K>;
 
-    fn read(arguments: &Arguments) -> Result<ResolvedRecipe, Failure> {
+    fn read(arguments: &Arguments) -> Result<Self, Failure> {
         if arguments.plan.is_none() {
-            return Ok(Recipe::load(&arguments.recipe, &arguments.sets)?.resolve());
+            return Ok(Recipe::<K>::load(&arguments.recipe, &arguments.sets)?.resolve());
         }
-        let recipe = Recipe::load_for_plan(&arguments.recipe, &arguments.sets)?;
+        let recipe = Recipe::<K>::load_for_plan(&arguments.recipe, &arguments.sets)?;
         recipe.check_shapes()?;
         Ok(recipe.resolve())
     }
@@ -65,7 +64,9 @@ impl Program for ResolvedRecipe {
         plan::print(format, (headed, self.to_json()), plan::ask(self)?.as_ref().map(Result::as_ref))
     }
 
-    fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<Ppo>, Failure> {
+    fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<K::Algorithm>, Failure> {
+        let losses: Vec<_> = self.keys.losses().iter().map(|(role, loss)| (*role, loss.name())).collect();
+        check_learners(K::Algorithm::NAME, K::Algorithm::LEARNERS, &losses)?;
         let folders = model_folders::model_folders(self)?;
         let (held, warning) = devices::held(&self.train.compute, &self.placement.devices, None)?;
         settings::check_limits(self, &folders, held)?;
@@ -86,7 +87,7 @@ impl Program for ResolvedRecipe {
         let rewards = Rewards::start(self, &folders)?;
         let plan = plan.map(|plan| format!("workers {layout}\n\n{plan}\n"));
         Ok(Inputs {
-            algorithm: settings::ppo(self, rewards.alone),
+            algorithm: settings::algorithm(self, rewards.alone),
             arithmetic: Some(metrics::Work::new(&shape, feed.samples_per_prompt)),
             feed: Feed::Prompts(Box::new(feed)),
             spec: self.spec(&folders, held, layout, run_folder),
@@ -103,18 +104,16 @@ impl Program for ResolvedRecipe {
     }
 }
 
-impl ResolvedRecipe {
+impl<K: OnPolicy> ResolvedRecipe<K> {
     /// All that the run is made from.
     pub fn spec(&self, folders: &ModelFolders, held: Held, layout: Layout, run_folder: &Path) -> RunSpec {
         RunSpec {
-            program: Ppo::NAME.into(),
+            program: K::Algorithm::NAME.into(),
             recipe: self.to_toml(),
             folders: folders.by_role(),
-            optimizer_steps: [
-                (Role::Actor, self.batch.actor_optimizer_steps),
-                (Role::Critic, self.batch.critic_optimizer_steps),
-            ]
-            .into(),
+            optimizer_steps: std::iter::once((Role::Actor, self.batch.actor_optimizer_steps))
+                .chain(self.batch.critic_optimizer_steps.map(|steps| (Role::Critic, steps)))
+                .collect(),
             weight_layout: held.weight_layout,
             layout,
             run_folder: absolute(run_folder),
@@ -181,4 +180,45 @@ fn check_replay(feed: &mut PromptFeed, resumed: &Resumed, total: u64) -> Result<
     let first = (!steps.is_empty()).then_some(&first);
     let folders: (Option<&PathBuf>, Option<&PathBuf>) = (feed.record.as_ref(), feed.replay.as_ref());
     replay::check(folders, steps, first)
+}
+
+/// The roles that can learn in such a run.
+const CAN_LEARN: [Role; 2] = [Role::Actor, Role::Critic];
+
+/// Refuses an algorithm whose roles nobody builds, or that have nothing to minimise.
+fn check_learners(name: &str, learners: &[(Role, &str)], losses: &[(Role, &str)]) -> Result<(), Failure> {
+    let refuse = |why: String| Err(Failure::Other(format!("the algorithm `{name}`: {why}")));
+    for (role, _) in learners {
+        if !CAN_LEARN.contains(role) {
+            let [actor, critic] = CAN_LEARN;
+            return refuse(format!("the {role} shall learn, and only {actor} and {critic} are built to: see LEARNERS"));
+        }
+        if losses.iter().all(|(of, _)| of != role) {
+            return refuse(format!("the {role} learns, and has no loss: name one in losses()"));
+        }
+    }
+    match losses.iter().find(|(role, _)| learners.iter().all(|(learner, _)| learner != role)) {
+        Some((role, loss)) => refuse(format!("the loss `{loss}` is the {role}'s, which is none of LEARNERS")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_and_losses_that_do_not_meet_are_named() {
+        let refused = |learners: &[(Role, &str)], losses: &[(Role, &str)]| {
+            check_learners("mine", learners, losses).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        let actor = (Role::Actor, "actor");
+        assert_eq!(refused(&[actor], &[(Role::Actor, "surrogate")]), "");
+        let error = refused(&[actor, (Role::Reward, "judge")], &[(Role::Actor, "surrogate")]);
+        assert!(error.contains("`mine`: the reward shall learn, and only actor and critic are built to"), "{error}");
+        let error = refused(&[actor, (Role::Critic, "critic")], &[(Role::Actor, "surrogate")]);
+        assert!(error.contains("the critic learns, and has no loss"), "{error}");
+        let error = refused(&[actor], &[(Role::Actor, "surrogate"), (Role::Critic, "value")]);
+        assert!(error.contains("the loss `value` is the critic's, which is none of LEARNERS"), "{error}");
+    }
 }
