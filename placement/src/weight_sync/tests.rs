@@ -22,7 +22,7 @@ type Tensors = HashMap<String, Tensor>;
 fn shape(tied: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};
     let (hidden, heads, head_dim, ffn, vocabulary) = (12, 4, 4, 20, 33);
-    let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
+    let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis, trainable: true };
     let mut units = vec![UnitShape {
         name: "embedding".into(),
         params: vec![param("embedding".into(), &[vocabulary, hidden], Rows)],
