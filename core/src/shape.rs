@@ -22,6 +22,13 @@ pub struct ParamShape {
     pub name: String,
     pub shape: Vec<i64>,
     pub axis: TensorParallelAxis,
+    /// Whether training moves it; not written where it does, as everywhere before parameters could be frozen.
+    #[serde(default = "trained", skip_serializing_if = "Clone::clone")]
+    pub trainable: bool,
+}
+
+fn trained() -> bool {
+    true
 }
 
 impl ParamShape {
@@ -30,7 +37,7 @@ impl ParamShape {
     }
 }
 
-/// What ZeRO gathers and releases at once.
+/// What ZeRO gathers and releases at once; it may hold trained and frozen parameters.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnitShape {
     pub name: String,
@@ -40,6 +47,15 @@ pub struct UnitShape {
 impl UnitShape {
     pub fn numel(&self) -> i64 {
         self.params.iter().map(ParamShape::numel).sum()
+    }
+
+    /// The unit's trained parameters, and its frozen ones.
+    pub fn split(&self) -> [UnitShape; 2] {
+        let part = |trainable: bool, name: String| {
+            let params = self.params.iter().filter(|param| param.trainable == trainable).cloned().collect();
+            UnitShape { name, params }
+        };
+        [part(true, self.name.clone()), part(false, format!("{}, frozen", self.name))]
     }
 }
 
@@ -63,6 +79,13 @@ impl ModelShape {
         let last = self.units.len() - 1;
         let own_head = self.units[last].params.iter().any(|param| param.shape.len() > 1);
         if own_head { vec![last] } else { vec![0, last] }
+    }
+
+    /// The same model in regions instead of units: each unit's trained parameters, then its frozen ones, where it has such.
+    /// A model of which all is trained has its units as regions.
+    pub fn by_region(&self) -> ModelShape {
+        let regions = self.units.iter().flat_map(UnitShape::split).filter(|region| !region.params.is_empty());
+        ModelShape { units: regions.collect(), ..self.clone() }
     }
 
     /// Parameters of the whole model.
@@ -218,7 +241,8 @@ mod tests {
             ("o", vec![hidden_size, q], Columns),
             ("up", vec![intermediate_size, hidden_size], Rows),
         ];
-        let param = |(name, shape, axis): (&str, Vec<i64>, _)| ParamShape { name: name.into(), shape, axis };
+        let param =
+            |(name, shape, axis): (&str, Vec<i64>, _)| ParamShape { name: name.into(), shape, axis, trainable: true };
         ModelShape {
             units: vec![UnitShape { name: "all".into(), params: params.into_iter().map(param).collect() }],
             hidden_size,

@@ -73,7 +73,7 @@ impl DecoderConfig {
     /// Layer units and parameters, by Hugging Face names.
     pub fn shape(&self) -> ModelShape {
         use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};
-        let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
+        let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis, trainable: true };
         let (h, f, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
         let mut units = vec![UnitShape {
             name: "embedding".into(),

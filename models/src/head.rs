@@ -14,8 +14,9 @@ use crate::tensor_parallel::VocabularySlice;
 /// and applies the analytic gradient.
 #[derive(Debug)]
 pub struct LogprobHead {
-    /// `[V, H]`, with its gradient where it is trained; of a frozen head the rows of a rank's part of the vocabulary.
+    /// `[V, H]`; of a frozen head the rows of a rank's part of the vocabulary.
     weight: Tensor,
+    /// Of a weight that is trained.
     grad: Option<Tensor>,
     vocabulary: VocabularySlice,
     temperature: f64,
@@ -61,8 +62,9 @@ impl LogprobHead {
         }
     }
 
+    /// A head that a loss goes through; its weight may be frozen.
     pub fn trained(param: ParamWithGrad, temperature: f64) -> LogprobHead {
-        LogprobHead { grad: Some(param.grad), ..LogprobHead::frozen(param.weight, temperature) }
+        LogprobHead { grad: param.grad, ..LogprobHead::frozen(param.weight, temperature) }
     }
 
     /// `[V, H]`, or this rank's rows of it.
@@ -136,13 +138,13 @@ impl Head for LogprobHead {
     /// With z = logits / temperature, p = softmax z and H its entropy:
     /// ∂logprob/∂z = onehot − p and ∂H/∂z = −p (log p + H).
     fn backward(&self, hidden: &Tensor, batch: &PackedRows, output: &LogprobOutput) -> Result<Tensor> {
-        let (Some(leaves), Some(grad)) = (&output.leaves, &self.grad) else {
+        let Some(leaves) = &output.leaves else {
             return Err(Error::Refused("backward through a frozen head".into()));
         };
         let gradient = hidden.zeros_like();
         let of_logprobs = defined_or_zeros(&leaves.logprobs);
         let of_entropy = leaves.entropy.grad();
-        let mut grad = grad.shallow_clone();
+        let mut grad = self.grad.as_ref().map(Tensor::shallow_clone);
         let rows = hidden.size()[0];
         for start in (0..rows).step_by(self.chunk_rows() as usize) {
             let length = self.chunk_rows().min(rows - start);
@@ -162,10 +164,10 @@ impl Head for LogprobHead {
             }
             let slope = slope.to_kind(hidden.kind());
             part(&gradient).copy_(&slope.matmul(&self.weight.detach()));
-            if grad.kind() == hidden.kind() {
-                let _ = grad.addmm_(&slope.tr(), &part(hidden));
-            } else {
-                let _ = grad.g_add_(&slope.tr().matmul(&part(hidden)).to_kind(grad.kind()));
+            match &mut grad {
+                Some(grad) if grad.kind() == hidden.kind() => drop(grad.addmm_(&slope.tr(), &part(hidden))),
+                Some(grad) => drop(grad.g_add_(&slope.tr().matmul(&part(hidden)).to_kind(grad.kind()))),
+                None => {}
             }
         }
         Ok(gradient)
@@ -202,7 +204,7 @@ impl ScalarHead {
     }
 
     pub fn trained(param: ParamWithGrad, reads: ScalarRows) -> ScalarHead {
-        ScalarHead { weight: param.weight, grad: Some(param.grad), reads }
+        ScalarHead { weight: param.weight, grad: param.grad, reads }
     }
 }
 
@@ -228,9 +230,10 @@ impl Head for ScalarHead {
     }
 
     fn backward(&self, hidden: &Tensor, _batch: &PackedRows, output: &ScalarOutput) -> Result<Tensor> {
-        let Some(grad) = &self.grad else { return Err(Error::Refused("backward through a frozen head".into())) };
         let slope = defined_or_zeros(&output.leaf).to_kind(hidden.kind()).unsqueeze(1);
-        let _ = grad.shallow_clone().g_add_(&slope.tr().matmul(hidden).to_kind(grad.kind()));
+        if let Some(grad) = &self.grad {
+            let _ = grad.shallow_clone().g_add_(&slope.tr().matmul(hidden).to_kind(grad.kind()));
+        }
         Ok(slope.matmul(&self.weight.detach()))
     }
 }
@@ -289,7 +292,7 @@ mod tests {
 
             for chunk_logits in [1, 3 * vocabulary, CHUNK_LOGITS.into()] {
                 let grad = weight.zeros_like();
-                let param = ParamWithGrad { weight: weight.copy(), grad: grad.shallow_clone() };
+                let param = ParamWithGrad { weight: weight.copy(), grad: Some(grad.shallow_clone()) };
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
                 let output = head.forward(&hidden, &batch, true).unwrap();
                 let found = [&output.logprobs, output.entropy.as_ref().unwrap()].map(|rows| batch.from_rows(rows));

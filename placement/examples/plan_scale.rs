@@ -126,7 +126,8 @@ fn workload_of(size: [i64; 6], roles: &[Role]) -> Workload {
 /// The shape of a Llama-like model with an untied head, or one score.
 fn gated([h, layers, heads, kv_heads, f, v]: [i64; 6], scores: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, Replicated, Rows};
-    let param = |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis };
+    let param =
+        |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis, trainable: true };
     let kv = h / heads * kv_heads;
     let layer = |index: i64| UnitShape {
         name: format!("layer {index}"),

@@ -46,7 +46,7 @@ fn main() -> Outcome<()> {
 fn shape() -> ModelShape {
     use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};
     let (hidden, kv, ffn, vocabulary) = (576, 192, 1536, 49_152);
-    let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
+    let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis, trainable: true };
     let embedding = param("embedding".into(), &[vocabulary, hidden], Rows);
     let mut units = vec![UnitShape { name: "embedding".into(), params: vec![embedding] }];
     for layer in 0..30 {

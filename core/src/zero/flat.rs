@@ -1,4 +1,5 @@
-//! One layer unit that learns: flat weights, and gradients whole on every rank or a part on each.
+//! One layer unit that learns: flat weights, and gradients whole on every rank or a part on each. Parameters that training
+//! leaves are in a buffer of their own, which has no gradients.
 
 use std::collections::HashMap;
 
@@ -9,21 +10,21 @@ use super::sharding::Sharding;
 use crate::collective::{allocate_storage, free_storage, unversioned};
 use crate::error::Result;
 use crate::process_group::Parts;
-use crate::shape::UnitShape;
+use crate::shape::{ParamShape, UnitShape};
 use crate::shim;
 
 /// A parameter and where its gradient is accumulated.
 #[derive(Debug)]
 pub struct ParamWithGrad {
-    /// In the compute dtype; a leaf that requires a gradient.
+    /// In the compute dtype; a leaf that requires a gradient where it is trained.
     pub weight: Tensor,
-    /// Same shape, in the accumulation dtype.
-    pub grad: Tensor,
+    /// Same shape, in the accumulation dtype; a frozen parameter has none.
+    pub grad: Option<Tensor>,
 }
 
 impl ParamWithGrad {
     pub fn shallow_clone(&self) -> ParamWithGrad {
-        ParamWithGrad { weight: self.weight.shallow_clone(), grad: self.grad.shallow_clone() }
+        ParamWithGrad { weight: self.weight.shallow_clone(), grad: self.grad.as_ref().map(Tensor::shallow_clone) }
     }
 }
 
@@ -31,29 +32,36 @@ impl ParamWithGrad {
 ///
 /// A buffer that is not whole on every rank all the time has memory only while it is needed; its views stay valid.
 pub struct FlatUnit {
-    /// Compute dtype.
+    /// The trained parameters, in the compute dtype; there may be none.
     pub weights: FlatWeights,
+    /// The others, where there are any, in the compute dtype.
+    pub frozen: Option<FlatWeights>,
     /// Accumulation dtype (f32, or f64 when computing in f64), all of the unit; without memory between backward passes
     /// when gradients are sharded.
     grads: Tensor,
     /// Accumulation dtype, this rank's part, when gradients are sharded.
     grads_shard: Option<Tensor>,
     sharding: Sharding,
-    views: Vec<ParamWithGrad>,
+    views: Views,
     grads_open: bool,
     reducing: Option<Parts>,
 }
 
 impl FlatUnit {
     /// Lays a unit out and fills it: `load` gives each parameter by name, in any dtype, on any device. Only what this
-    /// rank keeps is read.
+    /// rank keeps is read. The frozen parameters may be those of `base`, in its memory.
     pub fn new(
         shape: &UnitShape,
         sharding: &Sharding,
         (kind, device): (Kind, Device),
+        base: Option<&FlatUnit>,
         load: &mut dyn FnMut(&str) -> Result<Tensor>,
     ) -> Result<FlatUnit> {
-        let mut weights = FlatWeights::new(shape, sharding, (kind, device))?;
+        let [shape, frozen] = shape.split();
+        let (frozen, frozen_views) = frozen_weights(&frozen, sharding, (kind, device), base, load)?;
+        // Where nothing is trained there is nothing to divide, and no collective.
+        let sharding = if shape.params.is_empty() { Sharding::whole() } else { sharding.clone() };
+        let mut weights = FlatWeights::new(&shape, &sharding, (kind, device))?;
         let (length, part) = (weights.length(), weights.part());
         let accumulate = if kind == Kind::Double { Kind::Double } else { Kind::Float };
         let (grads, grads_shard) = if sharding.gradients() {
@@ -62,26 +70,37 @@ impl FlatUnit {
         } else {
             (shim::zeros_on_demand(length, accumulate, device)?, None)
         };
-        let views = views_of(&weights, &grads)?;
+        let mut views = views_of(&weights, &grads)?;
+        views.extend(frozen_views);
         if sharding.gradients() {
             free_storage(&grads)?;
         }
         weights.load(load)?;
         Ok(FlatUnit {
             weights,
+            frozen,
             grads,
             grads_shard,
-            sharding: sharding.clone(),
-            views,
             grads_open: !sharding.gradients(),
+            sharding,
+            views,
             reducing: None,
         })
     }
 
     /// Every parameter by name.
     pub fn params(&self) -> HashMap<String, ParamWithGrad> {
-        let params = &self.weights.shape.params;
-        params.iter().zip(&self.views).map(|(p, view)| (p.name.clone(), view.shallow_clone())).collect()
+        self.views.iter().map(|(name, view)| (name.clone(), view.shallow_clone())).collect()
+    }
+
+    /// Trained and frozen weights.
+    pub fn buffers(&self) -> impl Iterator<Item = &FlatWeights> {
+        std::iter::once(&self.weights).chain(&self.frozen)
+    }
+
+    /// Does the same to trained and frozen weights.
+    pub fn each_buffer(&mut self, act: impl FnMut(&mut FlatWeights) -> Result<()>) -> Result<()> {
+        std::iter::once(&mut self.weights).chain(&mut self.frozen).try_for_each(act)
     }
 
     pub fn compute_kind(&self) -> Kind {
@@ -138,11 +157,11 @@ impl FlatUnit {
             return Ok(()); // the backward pass already added in place
         }
         let _guard = tch::no_grad_guard();
-        for view in &mut self.views {
-            let grad = view.weight.grad();
-            if grad.defined() {
-                let _ = view.grad.f_add_(&grad.f_to_kind(view.grad.kind())?)?;
-                shim::clear_grad(&view.weight)?;
+        for (_, ParamWithGrad { weight, grad }) in &mut self.views {
+            let found = weight.grad();
+            if let (Some(grad), true) = (grad, found.defined()) {
+                let _ = grad.f_add_(&found.f_to_kind(grad.kind())?)?;
+                shim::clear_grad(weight)?;
             }
         }
         Ok(())
@@ -202,33 +221,49 @@ impl FlatUnit {
         Ok(())
     }
 
-    /// All of a flat buffer of which each rank has its part; every rank calls this.
-    pub fn whole(&self, shard: &Tensor) -> Result<Tensor> {
-        if shard.size()[0] == self.weights.length() {
-            return Ok(shard.shallow_clone());
-        }
-        let whole = Tensor::f_empty([self.weights.length()], (shard.kind(), shard.device()))?;
-        let operation = format!("collect {}", self.weights.shape.name);
-        self.sharding.group.start_all_gather_in_place(&operation, &whole, &shard.contiguous())?.wait()?;
-        Ok(whole)
-    }
-
     /// Bytes of weights and of gradients that stay between passes.
     pub fn bytes(&self) -> (usize, usize) {
         let grads = self.grads_shard.as_ref().unwrap_or(&self.grads);
-        (self.weights.bytes(), grads.numel() * grads.kind().elt_size_in_bytes())
+        (self.buffers().map(FlatWeights::bytes).sum(), grads.numel() * grads.kind().elt_size_in_bytes())
     }
 }
 
+type Views = Vec<(String, ParamWithGrad)>;
+
+/// A unit's frozen weights, loaded or those of `base`, and every parameter as a tensor without a gradient.
+fn frozen_weights(
+    shape: &UnitShape,
+    sharding: &Sharding,
+    place: (Kind, Device),
+    base: Option<&FlatUnit>,
+    load: &mut dyn FnMut(&str) -> Result<Tensor>,
+) -> Result<(Option<FlatWeights>, Views)> {
+    if shape.params.is_empty() {
+        return Ok((None, Vec::new()));
+    }
+    let mut weights = match base.and_then(|base| base.frozen.as_ref()) {
+        Some(frozen) => frozen.borrowed(),
+        None => FlatWeights::new(shape, sharding, place)?,
+    };
+    let named = |(param, view): (&ParamShape, Tensor)| {
+        (param.name.clone(), ParamWithGrad { weight: view.detach(), grad: None })
+    };
+    let views = shape.params.iter().zip(weights.views()).map(named).collect();
+    if !weights.is_borrowed() {
+        weights.load(load)?;
+    }
+    Ok((Some(weights), views))
+}
+
 /// Every parameter as a leaf over the flat weights, with its place in the flat gradients.
-fn views_of(weights: &FlatWeights, grads: &Tensor) -> Result<Vec<ParamWithGrad>> {
+fn views_of(weights: &FlatWeights, grads: &Tensor) -> Result<Views> {
     let leaf = |(index, weight): (usize, Tensor)| {
         let weight = weight.detach().set_requires_grad(true);
         let grad = weights.view_of(grads, index);
         if grads.kind() == weight.kind() {
             shim::set_grad(&weight, &grad)?;
         }
-        Ok(ParamWithGrad { weight, grad })
+        Ok((weights.shape.params[index].name.clone(), ParamWithGrad { weight, grad: Some(grad) }))
     };
     weights.views().into_iter().enumerate().map(leaf).collect()
 }

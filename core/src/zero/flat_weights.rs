@@ -24,6 +24,8 @@ pub struct FlatWeights {
     layout: FlatLayout,
     resident: bool,
     gathering: Option<Pending>,
+    /// The memory is another's, who counts it and moves it.
+    borrowed: bool,
 }
 
 impl FlatWeights {
@@ -46,7 +48,30 @@ impl FlatWeights {
             layout,
             resident,
             gathering: None,
+            borrowed: false,
         })
+    }
+
+    /// The same weights in the same memory, for another model that does not change them either.
+    ///
+    /// # Panics
+    /// They are divided: a pass of one model would release what the other reads.
+    pub fn borrowed(&self) -> FlatWeights {
+        assert!(!self.sharding.parameters(), "only weights that are whole have two readers");
+        FlatWeights {
+            shape: self.shape.clone(),
+            whole: self.whole.shallow_clone(),
+            shard: self.shard.shallow_clone(),
+            sharding: self.sharding.clone(),
+            layout: self.layout.clone(),
+            resident: true,
+            gathering: None,
+            borrowed: true,
+        }
+    }
+
+    pub fn is_borrowed(&self) -> bool {
+        self.borrowed
     }
 
     /// Every parameter as a view of the whole buffer. Make them before [`FlatWeights::load`].
@@ -57,16 +82,16 @@ impl FlatWeights {
     /// Fills what this rank keeps: `load` gives each parameter by name, in any dtype, on any device. Only what is kept is
     /// read.
     pub fn load(&mut self, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
-        if !self.sharding.parameters() {
-            return self.fill(&self.whole, &(0..self.length()), load);
+        if self.sharding.parameters() {
+            free_storage(&self.whole)?;
         }
-        free_storage(&self.whole)?;
-        self.fill(&self.shard, &self.part(), load)
+        self.fill(self.kept(), load)
     }
 
-    /// Copies the parameters into `flat`, which holds the elements `part` of the unit.
-    pub fn fill(&self, flat: &Tensor, part: &Range<i64>, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
+    /// Copies the parameters into `flat`, which holds all of the unit or this rank's part.
+    pub fn fill(&self, flat: &Tensor, load: &mut dyn FnMut(&str) -> Result<Tensor>) -> Result<()> {
         let _guard = tch::no_grad_guard();
+        let part = if flat.size()[0] == self.length() { 0..self.length() } else { self.part() };
         for (param, &offset) in self.shape.params.iter().zip(&self.layout.offsets) {
             let (begin, end) = (offset.max(part.start), (offset + param.numel()).min(part.end));
             if begin < end {
@@ -138,16 +163,27 @@ impl FlatWeights {
         Ok(())
     }
 
+    /// All of a flat buffer laid out like this unit of which each rank has its part; every rank calls this.
+    pub fn collect(&self, shard: &Tensor) -> Result<Tensor> {
+        if shard.size()[0] == self.length() {
+            return Ok(shard.shallow_clone());
+        }
+        let whole = Tensor::f_empty([self.length()], (shard.kind(), shard.device()))?;
+        let operation = format!("collect {}", self.shape.name);
+        self.sharding.group.start_all_gather_in_place(&operation, &whole, &shard.contiguous())?.wait()?;
+        Ok(whole)
+    }
+
     /// The part of a flat buffer laid out like this unit that belongs to parameter `index`, in its shape.
     pub fn view_of(&self, flat: &Tensor, index: usize) -> Tensor {
         let param = &self.shape.params[index];
         flat.narrow(0, self.layout.offsets[index], param.numel()).view(param.shape.as_slice())
     }
 
-    /// Bytes that stay between passes.
+    /// Bytes that stay between passes; none of memory that is another's.
     pub fn bytes(&self) -> usize {
         let kept = self.kept();
-        kept.numel() * kept.kind().elt_size_in_bytes()
+        if self.borrowed { 0 } else { kept.numel() * kept.kind().elt_size_in_bytes() }
     }
 }
 

@@ -4,6 +4,9 @@
 //! A unit's parameters form one flat buffer, tensors on 64-byte boundaries, matrices first; the model's own tensors
 //! are views of it. Backward passes add into the flat gradient, the optimizer steps on the flat buffers.
 //!
+//! Parameters that training leaves ([`trainable`](crate::shape::ParamShape::trainable)) have a flat buffer of their
+//! own in their unit, without gradients and moments; two states may share those ([`TrainingState::with_base`]).
+//!
 //! Over several ranks, [`Sharding`] says what is divided. A unit's parameters are gathered when a pass comes to it and
 //! released behind it; its gradients are handed to their ranks as soon as its backward pass is over.
 

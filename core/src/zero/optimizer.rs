@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::aside::{Aside, in_host_memory};
 use super::flat::{FlatUnit, ParamWithGrad};
+use super::flat_weights::FlatWeights;
 use super::pass::Units;
 use super::sharding::Sharding;
 use crate::error::{Error, Result};
@@ -57,7 +58,8 @@ struct Moments {
     exp_avg_sq: Tensor,
 }
 
-/// The tensors of a training state by what they are; each has the shape of its parameter.
+/// The tensors of a training state by what they are; each has the shape of its parameter. Frozen parameters have weights
+/// alone, in the compute dtype.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatePart {
     Weights,
@@ -84,14 +86,51 @@ impl TrainingState {
         role: Role,
         shape: &ModelShape,
         config: OptimizerConfig,
-        (kind, device): (Kind, Device),
+        place: (Kind, Device),
         sharding: &Sharding,
+        load: &mut dyn FnMut(&str) -> Result<Tensor>,
+    ) -> Result<TrainingState> {
+        TrainingState::laid_out(role, shape, config, place, (sharding, &[]), load)
+    }
+
+    /// A state whose frozen parameters are those of `base`, in the same memory and where that is; `base` counts it, moves it
+    /// when it is set aside, and restores it. `load` gives the trained parameters by name.
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: parameters are divided over ranks (ZeRO stage 3), or `base` has other frozen parameters.
+    pub fn with_base(
+        base: &TrainingState,
+        role: Role,
+        shape: &ModelShape,
+        config: OptimizerConfig,
+        sharding: &Sharding,
+        load: &mut dyn FnMut(&str) -> Result<Tensor>,
+    ) -> Result<TrainingState> {
+        let refused = |why: &str| Err(Error::Refused(format!("{role} and {} share frozen weights: {why}", base.role)));
+        if sharding.parameters() || base.sharding.parameters() {
+            return refused("they must be whole on every rank, and ZeRO stage 3 divides them: take stage 2 or less");
+        }
+        let frozen = |unit: &FlatUnit| unit.frozen.as_ref().map_or(Vec::new(), |frozen| frozen.shape.params.clone());
+        let wanted = shape.units.iter().map(|unit| unit.split()[1].params.clone());
+        if !wanted.eq(base.units.iter().map(frozen)) {
+            return refused("they must freeze the same parameters of the same model");
+        }
+        let device = base.units[0].weights.whole.device();
+        TrainingState::laid_out(role, shape, config, (base.compute_kind(), device), (sharding, &base.units), load)
+    }
+
+    fn laid_out(
+        role: Role,
+        shape: &ModelShape,
+        config: OptimizerConfig,
+        place: (Kind, Device),
+        (sharding, base): (&Sharding, &[FlatUnit]),
         load: &mut dyn FnMut(&str) -> Result<Tensor>,
     ) -> Result<TrainingState> {
         let mut units = Vec::new();
         let mut moments = Vec::new();
-        for unit in &shape.units {
-            let flat = FlatUnit::new(unit, sharding, (kind, device), load)?;
+        for (index, unit) in shape.units.iter().enumerate() {
+            let flat = FlatUnit::new(unit, sharding, place, base.get(index), load)?;
             moments.push(Moments::new(&flat, sharding.offload, load)?);
             units.push(flat);
         }
@@ -201,16 +240,14 @@ impl TrainingState {
 
     /// Names and shapes of the tensors that [`TrainingState::visit`] gives, in its order.
     pub fn names(&self, parts: &[StatePart]) -> Vec<(String, Vec<i64>)> {
-        let of_unit = |unit: &FlatUnit| {
-            let params = unit.weights.shape.params.clone();
-            parts
-                .iter()
-                .flat_map(move |part| {
-                    params.clone().into_iter().map(move |p| (format!("{}.{}", part.name(), p.name), p.shape))
-                })
-                .collect::<Vec<_>>()
-        };
-        self.units.iter().flat_map(of_unit).collect()
+        let mut names = Vec::new();
+        for (unit, moments) in self.units.iter().zip(&self.moments) {
+            for &part in parts {
+                let params = moments.buffers(part, unit).flat_map(|(weights, _)| &weights.shape.params);
+                names.extend(params.map(|param| (format!("{}.{}", part.name(), param.name), param.shape.clone())));
+            }
+        }
+        names
     }
 
     /// Gives every tensor of the state, `<part>.<parameter>`, a unit at a time: whole, whoever keeps its parts. Every rank
@@ -219,28 +256,39 @@ impl TrainingState {
         let _guard = tch::no_grad_guard();
         for (unit, moments) in self.units.iter().zip(&self.moments) {
             for &part in parts {
-                let whole = unit.whole(moments.part(part, unit))?;
-                for (index, param) in unit.weights.shape.params.iter().enumerate() {
-                    each(&format!("{}.{}", part.name(), param.name), &unit.weights.view_of(&whole, index))?;
+                for (weights, kept) in moments.buffers(part, unit) {
+                    let whole = weights.collect(kept)?;
+                    for (index, param) in weights.shape.params.iter().enumerate() {
+                        each(&format!("{}.{}", part.name(), param.name), &weights.view_of(&whole, index))?;
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    pub fn num_units(&self) -> usize {
-        self.units.len()
+    /// Of the model's [regions](ModelShape::by_region) the flat weights, and what this rank keeps of them in full precision.
+    fn regions(&self) -> impl Iterator<Item = (&FlatWeights, &Tensor)> {
+        let units = self.units.iter().zip(&self.moments);
+        let buffers = units.flat_map(|(unit, moments)| moments.buffers(StatePart::Weights, unit));
+        buffers.filter(|(weights, _)| weights.length() > 0)
     }
 
-    /// The weights that this rank hands on to others: of a unit's flat buffer the `rank`-th of as many equal parts as there
+    pub fn num_regions(&self) -> usize {
+        self.regions().count()
+    }
+
+    /// The weights that this rank hands on to others: of a region's flat buffer the `rank`-th of as many equal parts as there
     /// are ranks, whatever the stage. A view of the compute-dtype weights where those are of `kind`, else of those in full
-    /// precision.
-    pub fn weights_part(&self, unit: usize, kind: Kind) -> Tensor {
-        let (unit, moments) = (&self.units[unit], &self.moments[unit]);
-        let computed_in = unit.weights.whole.kind();
-        let kept = if computed_in == kind { &unit.weights.shard } else { moments.part(StatePart::Weights, unit) };
+    /// precision, where there are such.
+    ///
+    /// # Panics
+    /// No such region.
+    pub fn weights_part(&self, region: usize, kind: Kind) -> Tensor {
+        let (weights, kept) = self.regions().nth(region).expect("a region of the model");
+        let kept = if weights.whole.kind() == kind { &weights.shard } else { kept };
         let group = &self.sharding.group;
-        let length = unit.weights.length() / group.size() as i64;
+        let length = weights.length() / group.size() as i64;
         if kept.size()[0] == length {
             return kept.shallow_clone();
         }
@@ -264,7 +312,8 @@ impl TrainingState {
         for (unit, moments) in self.units.iter_mut().zip(&self.moments) {
             for part in StatePart::ALL {
                 let mut named = |name: &str| load(&format!("{}.{name}", part.name()));
-                unit.weights.fill(moments.part(part, unit), &unit.weights.part(), &mut named)?;
+                let mut own = moments.buffers(part, unit).filter(|(weights, _)| !weights.is_borrowed());
+                own.try_for_each(|(weights, kept)| weights.fill(kept, &mut named))?;
             }
             if let Some(master) = &moments.master {
                 unit.weights.shard.f_copy_(master)?;
@@ -279,16 +328,16 @@ impl TrainingState {
     pub fn gather_all(&mut self) -> Result<()> {
         for unit in 0..self.units.len() {
             if unit + 1 < self.units.len() {
-                self.units[unit + 1].weights.prefetch()?;
+                self.units[unit + 1].each_buffer(FlatWeights::prefetch)?;
             }
-            self.units[unit].weights.gather()?;
+            self.units[unit].each_buffer(FlatWeights::gather)?;
         }
         Ok(())
     }
 
     /// Ends [`TrainingState::gather_all`].
     pub fn release_all(&mut self) -> Result<()> {
-        self.units.iter_mut().try_for_each(|unit| unit.weights.release())
+        self.units.iter_mut().try_for_each(|unit| unit.each_buffer(FlatWeights::release))
     }
 
     /// Moves what learning keeps to host memory, where a generator needs the device: moments, master weights and, with
@@ -304,7 +353,8 @@ impl TrainingState {
                 moments.tensors().try_for_each(|tensor| in_host_memory(tensor).map(|host| *tensor = host))?;
             }
             if weights {
-                aside.take(unit.weights.kept())?;
+                let mut own = unit.buffers().filter(|weights| !weights.is_borrowed());
+                own.try_for_each(|weights| aside.take(weights.kept()))?;
             }
         }
         self.aside = Some(aside);
@@ -362,16 +412,16 @@ impl Units for TrainingState {
     }
 
     fn prefetch(&mut self, unit: usize) -> Result<()> {
-        self.units[unit].weights.prefetch()
+        self.units[unit].each_buffer(FlatWeights::prefetch)
     }
 
     fn gather(&mut self, unit: usize) -> Result<()> {
         self.sharding.group.made_progress();
-        self.units[unit].weights.gather()
+        self.units[unit].each_buffer(FlatWeights::gather)
     }
 
     fn release(&mut self, unit: usize) -> Result<()> {
-        self.units[unit].weights.release()
+        self.units[unit].each_buffer(FlatWeights::release)
     }
 
     fn open_grads(&mut self, unit: usize) -> Result<()> {
@@ -424,7 +474,7 @@ impl Moments {
         };
         let master = if on_host || unit.weights.whole.kind() != kind {
             let master = zeros()?;
-            unit.weights.fill(&master, &part, load)?;
+            unit.weights.fill(&master, load)?;
             Some(master)
         } else {
             None
@@ -434,6 +484,16 @@ impl Moments {
 
     fn tensors(&mut self) -> impl Iterator<Item = &mut Tensor> {
         self.master.iter_mut().chain([&mut self.exp_avg, &mut self.exp_avg_sq])
+    }
+
+    /// The buffers of a unit that have a part of the state, and what this rank keeps of it.
+    fn buffers<'a>(
+        &'a self,
+        part: StatePart,
+        unit: &'a FlatUnit,
+    ) -> impl Iterator<Item = (&'a FlatWeights, &'a Tensor)> {
+        let frozen = unit.frozen.iter().filter(move |_| part == StatePart::Weights);
+        std::iter::once((&unit.weights, self.part(part, unit))).chain(frozen.map(|frozen| (frozen, frozen.kept())))
     }
 
     fn part<'a>(&'a self, part: StatePart, unit: &'a FlatUnit) -> &'a Tensor {

@@ -34,7 +34,7 @@ pub trait Head {
     fn rows(&self, batch: &PackedRows) -> Tensor;
     /// From `[R, H]`; with `leaves`, the outputs are leaves that require a gradient.
     fn forward(&self, hidden: &Tensor, batch: &PackedRows, leaves: bool) -> Result<Self::Output>;
-    /// Adds the head's weight gradients to their accumulators and returns the gradient of `hidden`.
+    /// Adds the gradients of the head's trained weights to their accumulators and returns the gradient of `hidden`.
     fn backward(&self, hidden: &Tensor, batch: &PackedRows, output: &Self::Output) -> Result<Tensor>;
 }
 
@@ -173,7 +173,9 @@ pub fn forward_backward<B: Backbone, H: Head>(
         units.reduce(index + 1)?;
     }
     units.open_grads(0)?;
-    shim::backward_from(&embedded, &gradient)?;
+    if embedded.requires_grad() {
+        shim::backward_from(&embedded, &gradient)?; // a frozen embedding does not
+    }
     units.reduce(0)?;
     Ok(value)
 }

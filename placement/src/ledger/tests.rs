@@ -6,7 +6,8 @@ use super::*;
 /// A model with gated layers: hidden, layers, query heads, key-value heads, gated width, vocabulary.
 pub(crate) fn gated([h, layers, heads, kv_heads, f, v]: [i64; 6], tied: bool, scores: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, Replicated, Rows};
-    let param = |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis };
+    let param =
+        |name: &str, shape: &[i64], axis| ParamShape { name: name.into(), shape: shape.into(), axis, trainable: true };
     let kv = h / heads * kv_heads;
     let layer = |index: i64| UnitShape {
         name: format!("layer {index}"),
@@ -159,7 +160,8 @@ fn the_zero_table() {
 fn the_zero_table_through_the_ledger() {
     let mut shape = gated([1000, 2, 10, 10, 1000, 1000], true, false);
     let rest = 7_500_000_000 - shape.num_params();
-    let filler = ParamShape { name: "filler".into(), shape: vec![rest], axis: TensorParallelAxis::Replicated };
+    let filler =
+        ParamShape { name: "filler".into(), shape: vec![rest], axis: TensorParallelAxis::Replicated, trainable: true };
     shape.units[1].params.push(filler);
     let model = ModelSizes::of(&shape);
     let work = workload(GATED_7B);

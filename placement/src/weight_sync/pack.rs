@@ -78,8 +78,8 @@ pub(super) fn check_state(plan: &SyncPlan, state: &TrainingState) -> Result<()> 
         )));
     }
     let lengths = |unit: usize| (state.weights_part(unit, Kind::Float).size()[0], plan.part_length(unit));
-    if state.num_units() != plan.shape().units.len()
-        || (0..state.num_units()).map(lengths).any(|(found, planned)| found != planned)
+    if state.num_regions() != plan.shape().units.len()
+        || (0..state.num_regions()).map(lengths).any(|(found, planned)| found != planned)
     {
         return Err(Error::Refused("weight sync is planned for a model of another shape than the trainer's".into()));
     }

@@ -39,7 +39,8 @@ const PACK_BELOW: usize = 256 << 10;
 
 /// The way of every weight from the trainers' flat shards to the generators' slices.
 ///
-/// A trainer answers for its even part of every unit. Its parts, laid end to end, are cut into buckets; a bucket holds
+/// A trainer answers for its even part of every unit, of its trained and of its frozen parameters each: what is called a unit
+/// here is a [region](ModelShape::by_region). Its parts, laid end to end, are cut into buckets; a bucket holds
 /// for each generator rank the elements that fall into its slices.
 #[derive(Clone, Debug)]
 pub struct SyncPlan {
@@ -91,6 +92,7 @@ impl SyncPlan {
             let who = format!("{trainers} trainers and {replicas} generators");
             return Err(Error::Refused(format!("weight sync between {who}: it takes at least one of each")));
         }
+        let shape = shape.by_region();
         let layouts: Vec<_> = shape.units.iter().map(|unit| FlatLayout::new(unit, trainers)).collect();
         let laid_out = |rank: usize| {
             let sliced = shape.sliced(TensorParallelPart { rank, size });
@@ -106,13 +108,14 @@ impl SyncPlan {
         let slices = (0..size).map(of_rank).collect();
         let elements = (config.bucket_bytes / config.kind.elt_size_in_bytes()).max(1) as i64;
         let buckets = cut(&layouts, trainers, elements);
-        Ok(SyncPlan { shape: shape.clone(), config, layouts, slices, slice_layouts, buckets })
+        Ok(SyncPlan { shape, config, layouts, slices, slice_layouts, buckets })
     }
 
     pub fn config(&self) -> &SyncConfig {
         &self.config
     }
 
+    /// The model by region.
     pub fn shape(&self) -> &ModelShape {
         &self.shape
     }

@@ -18,11 +18,15 @@ use super::{SyncConfig, SyncPlan, SyncReport};
 
 type Tensors = HashMap<String, Tensor>;
 
-/// Two layers, fewer key-value heads than slices, a vocabulary that does not divide, biases.
-fn shape(tied: bool) -> ModelShape {
+/// Two layers, fewer key-value heads than slices, a vocabulary that does not divide, biases; with `frozen`, the embedding and
+/// one layer's wide matrices are not trained.
+fn shape(tied: bool, frozen: bool) -> ModelShape {
     use TensorParallelAxis::{Columns, KeyValueRows, Replicated, Rows};
     let (hidden, heads, head_dim, ffn, vocabulary) = (12, 4, 4, 20, 33);
-    let param = |name: String, shape: &[i64], axis| ParamShape { name, shape: shape.into(), axis };
+    let param = |name: String, shape: &[i64], axis| {
+        let trainable = !(frozen && ["embedding", "1.up", "1.down"].contains(&name.as_str()));
+        ParamShape { name, shape: shape.into(), axis, trainable }
+    };
     let mut units = vec![UnitShape {
         name: "embedding".into(),
         params: vec![param("embedding".into(), &[vocabulary, hidden], Rows)],
@@ -64,6 +68,7 @@ struct Case {
     replicas: usize,
     tensor_parallel: usize,
     tied: bool,
+    frozen: bool,
     trainer_kind: Kind,
     kind: Kind,
     bucket_bytes: usize,
@@ -76,13 +81,15 @@ const SMALL: Case = Case {
     replicas: 1,
     tensor_parallel: 1,
     tied: true,
+    frozen: false,
     trainer_kind: Kind::Float,
     kind: Kind::Float,
     bucket_bytes: 1000,
     pack_below: 128,
 };
 
-/// Every number of trainers, stage, arrangement of generators and head, with dtypes and sizes of messages in turn.
+/// Every number of trainers, stage, arrangement of generators and head, with dtypes, what is frozen and sizes of messages in
+/// turn.
 fn cases() -> Vec<Case> {
     let kinds = [
         (Kind::Float, Kind::Float),
@@ -105,6 +112,7 @@ fn cases() -> Vec<Case> {
                         replicas,
                         tensor_parallel,
                         tied,
+                        frozen: (cases.len() / 2 + stage as usize) % 2 == 1,
                         trainer_kind,
                         kind,
                         bucket_bytes,
@@ -118,14 +126,18 @@ fn cases() -> Vec<Case> {
 }
 
 impl Case {
+    fn shape(&self) -> ModelShape {
+        shape(self.tied, self.frozen)
+    }
+
     fn plan(&self) -> SyncPlan {
         let Case { trainers, replicas, tensor_parallel, kind, bucket_bytes, pack_below, .. } = *self;
         let config = SyncConfig { trainers, replicas, tensor_parallel, kind, bucket_bytes, pack_below };
-        SyncPlan::new(&shape(self.tied), config).unwrap()
+        SyncPlan::new(&self.shape(), config).unwrap()
     }
 
     fn state(&self, group: ProcessGroup, seed: f64) -> TrainingState {
-        let shape = shape(self.tied);
+        let shape = self.shape();
         let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
         let sharding = Sharding { group, stage: ZeroStage::from_number(self.stage).unwrap(), offload: false };
         let place = (self.trainer_kind, Device::Cpu);
@@ -154,7 +166,7 @@ fn numbers(shape: &ModelShape, name: &str, seed: f64) -> Tensor {
 
 /// Moves a state to other weights, as a step would.
 fn change(case: &Case, state: &mut TrainingState, seed: f64) {
-    let shape = shape(case.tied);
+    let shape = case.shape();
     let load = &mut |name: &str| {
         let (part, name) = name.split_once('.').unwrap();
         let numbers = numbers(&shape, name, seed);
@@ -176,7 +188,7 @@ fn exported(state: &TrainingState) -> Tensors {
 
 /// Asserts that a generator rank holds its slices of the exported weights, bit for bit.
 fn assert_slices(case: &Case, tp_rank: usize, held: &Tensors, exported: &Tensors) {
-    let shape = shape(case.tied);
+    let shape = case.shape();
     let part = TensorParallelPart { rank: tp_rank, size: case.tensor_parallel };
     for param in shape.units.iter().flat_map(|unit| &unit.params) {
         let slice = shape.slice(param, part);
@@ -297,7 +309,7 @@ fn broadcast_slices_are_the_exported_state() {
 
 fn slice_bytes(case: &Case, tp_rank: usize) -> usize {
     let part = TensorParallelPart { rank: tp_rank, size: case.tensor_parallel };
-    shape(case.tied).sliced(part).unwrap().num_params() as usize * case.kind.elt_size_in_bytes()
+    case.shape().sliced(part).unwrap().num_params() as usize * case.kind.elt_size_in_bytes()
 }
 
 /// WS-4, WS-5, WS-6: one wrong bit is found and named; nothing is sampled with until a whole sync has succeeded.
@@ -484,7 +496,7 @@ fn shared_weights_that_are_not_whole_are_refused() {
 fn what_cannot_be_planned_or_does_not_fit_is_refused() {
     let plan = |trainers, replicas, slices| {
         let config = SyncConfig::new(trainers, replicas, slices, Kind::Float);
-        SyncPlan::new(&shape(true), config).err().map(|error| error.to_string()).unwrap_or_default()
+        SyncPlan::new(&shape(true, false), config).err().map(|error| error.to_string()).unwrap_or_default()
     };
     assert_eq!(plan(2, 1, 2), "");
     assert!(plan(0, 1, 1).contains("between 0 trainers and 1 generators"));
