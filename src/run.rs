@@ -1,6 +1,6 @@
 //! The one run of every program that learns: draw, sample, learn, publish; log, evaluate, save, stop, finish.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -37,7 +37,7 @@ mod on_policy;
 mod out_of_memory;
 
 use evaluate::Evaluation;
-use inputs::{Inputs, Program};
+use inputs::Program;
 use learning::Learning;
 use memory::MemoryLedger;
 use metrics::{Work, metrics_of};
@@ -102,8 +102,7 @@ struct Run<A> {
 impl<A: Algorithm> Run<A> {
     /// Loads, checks and restores everything; only then is the run folder made, or changed.
     async fn prepare<P: Program<Algorithm = A>>(recipe: &P, folder: PathBuf, resumes: bool) -> Result<Run<A>, Failure> {
-        let begun = Instant::now();
-        let resolved = recipe.text();
+        let (begun, resolved) = (Instant::now(), recipe.text());
         let checkpoints = Checkpoints::new(&folder, recipe.checkpoint());
         let resumed = match resumes {
             true => resume::<P::Written>(&folder, &checkpoints, &resolved)?,
@@ -115,41 +114,29 @@ impl<A: Algorithm> Run<A> {
         let interrupt = Interrupt::default();
         watch_signals(interrupt.clone());
         terminal.header(&format!("{} {}", A::NAME, recipe.name()), &inputs.header);
-        resumed.notes.iter().chain(&inputs.notes).for_each(|note| terminal.note(note));
-        let Inputs {
-            algorithm, feed, spec, tokenizer, held, rewards, memory, forecast, arithmetic, total, plan, ..
-        } = inputs;
+        let (held, total, tokenizer) = (inputs.held, inputs.total, inputs.tokenizer);
         let (device, saved) = (devices::device_name(held.pass.device), resumed.saved.as_ref());
         let elsewhere = saved.and_then(|(_, state)| state.note_on(&device, held.deterministic));
-        elsewhere.iter().for_each(|note| terminal.note(note));
+        resumed.notes.iter().chain(&inputs.notes).chain(&elsewhere).for_each(|note| terminal.note(note));
         let teller = terminal.clone();
         let say = Arc::new(move |line: &str| teller.note(line));
-        let progress = feed.shown(watch.clone());
+        let watched = (interrupt.clone(), inputs.feed.shown(watch.clone()));
         let (roles, workers) =
-            wire::connect((spec, tokenizer.clone()), recipe.devices(), rewards, (interrupt.clone(), progress), say)
-                .await?;
-        let mut run = Learning { algorithm, roles, feed, policy_version: 0 };
-        let step = resumed.saved.as_ref().map_or(0, |(_, state)| state.step);
-        let opened = async {
-            if let Some((path, state)) = &resumed.saved {
-                run.restore(path, state).await?;
-            }
-            make_run_folder(&folder)?;
-            let log = if resumes { RunLog::resume(&folder, step)? } else { RunLog::create(&folder)? };
-            write_whole(&folder.join(RESOLVED_FILE), &resolved)?;
-            if step < total {
-                plan::keep(&folder, plan.as_deref())?;
-            }
-            Ok(log)
+            wire::connect((inputs.spec, tokenizer.clone()), recipe.devices(), inputs.rewards, watched, say).await?;
+        let mut run = Learning { algorithm: inputs.algorithm, roles, feed: inputs.feed, policy_version: 0 };
+        let step = saved.map_or(0, |(_, state)| state.step);
+        let restored = match &resumed.saved {
+            Some((path, state)) => run.restore(path, state).await,
+            None => Ok(()),
         };
-        let log = match opened.await {
+        let opened = restored.and_then(|()| open_folder(&folder, resumes, (step, total), &resolved, inputs.plan));
+        let log = match opened {
             Ok(log) => log,
             Err(failure) => return Err(workers.give_up(failure).await),
         };
         if let Some((path, _)) = &resumed.saved {
             terminal.note(&format!("resumed after step {step} from {}", path.display()));
         }
-        let metric = resumed.saved.as_ref().and_then(|(_, state)| state.metric.clone());
         Ok(Run {
             folder,
             learning: run,
@@ -160,17 +147,17 @@ impl<A: Algorithm> Run<A> {
             terminal,
             watch,
             interrupt,
-            work: arithmetic,
-            memory,
+            work: inputs.arithmetic,
+            memory: inputs.memory,
             matmul_rate: None,
-            forecast,
+            forecast: inputs.forecast,
             clock: RunClock::start(),
             held,
             begun,
             total,
             save_every: recipe.checkpoint().every_steps.map(|every| every as u64),
             step,
-            metric,
+            metric: saved.and_then(|(_, state)| state.metric.clone()),
             saved: resumed.saved.map(|(path, state)| (state.step, path)),
         })
     }
@@ -370,6 +357,23 @@ impl<A: Algorithm> Run<A> {
         });
         Ok(())
     }
+}
+
+/// Makes the run folder, or takes it up as it was after `step`.
+fn open_folder(
+    folder: &Path,
+    resumes: bool,
+    (step, total): (u64, u64),
+    resolved: &str,
+    plan: Option<String>,
+) -> Result<RunLog, Failure> {
+    make_run_folder(folder)?;
+    let log = if resumes { RunLog::resume(folder, step)? } else { RunLog::create(folder)? };
+    write_whole(&folder.join(RESOLVED_FILE), resolved)?;
+    if step < total {
+        plan::keep(folder, plan.as_deref())?;
+    }
+    Ok(log)
 }
 
 const BEFORE: &str = "before";

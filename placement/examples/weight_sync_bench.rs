@@ -23,6 +23,7 @@ use echelon_placement::weight_sync::broadcast::{BroadcastReceiver, BroadcastSend
 use echelon_placement::weight_sync::shared::{SharedReceiver, SharedSender};
 use echelon_placement::weight_sync::{BUCKET_BYTES, SyncConfig, SyncPlan};
 use serde_json::{Value, json};
+use tch::kind::FLOAT_CPU;
 use tch::{Device, Kind, Tensor};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -95,18 +96,12 @@ fn trainer(rounds: usize, bucket: usize) -> Outcome<()> {
     let sizes: HashMap<String, Vec<i64>> =
         shape.units.iter().flat_map(|unit| &unit.params).map(|p| (p.name.clone(), p.shape.clone())).collect();
     let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 0.0 };
-    let place = (Kind::Float, Device::Cpu);
-    let load = &mut |name: &str| Ok(Tensor::randn(sizes[name].as_slice(), place));
-    let state = TrainingState::new(Role::Actor, &shape, optimizer, place, &Sharding::whole(), load)?;
-
+    let load = &mut |name: &str| Ok(Tensor::randn(sizes[name].as_slice(), FLOAT_CPU));
+    let state = TrainingState::new(Role::Actor, &shape, optimizer, FLOAT_CPU, &Sharding::whole(), load)?;
     let point = MeetingPoint::serve(HOST, 0)?;
     let name = format!("weight-sync-bench-{}", std::process::id());
     let listener = PacketListener::bind(&name)?;
-    let generator = Command::new(std::env::current_exe()?)
-        .args(["generator", &point.port().to_string(), &name, &rounds.to_string(), &bucket.to_string()])
-        .stdout(Stdio::piped())
-        .spawn()?;
-    let mut generator = Reaped(generator);
+    let mut generator = start_generator(point.port(), &name, rounds, bucket)?;
     let mut shared = SharedSender::new(plan(bucket)?, 0)?;
     let socket = listener.accept(Instant::now() + Duration::from_secs(30))?;
     let segment = shared.writer().segment().as_fd();
@@ -116,10 +111,7 @@ fn trainer(rounds: usize, bucket: usize) -> Outcome<()> {
     let bare = bare_group(&point, 0)?;
 
     let mut lines = BufReader::new(generator.0.stdout.take().expect("piped")).lines();
-    let mut received = || -> Outcome<()> {
-        lines.next().ok_or("the generator's process has ended")??;
-        Ok(())
-    };
+    let mut received = || lines.next().unwrap_or_else(|| Err(std::io::ErrorKind::UnexpectedEof.into()));
     let from = vec![1u8; bytes() as usize];
     let mut to = vec![2u8; bytes() as usize];
     let whole = Tensor::zeros([bytes()], (Kind::Uint8, Device::Cpu));
@@ -155,6 +147,18 @@ fn trainer(rounds: usize, bucket: usize) -> Outcome<()> {
         received()?;
         note("bare", begun);
     }
+    println!("{}", serde_json::to_string_pretty(&report(rounds, bucket, &measured))?);
+    let ended = generator.0.wait()?;
+    if ended.success() { Ok(()) } else { Err(format!("the generator's process: {ended}").into()) }
+}
+
+fn start_generator(port: u16, socket: &str, rounds: usize, bucket: usize) -> Outcome<Reaped> {
+    let arguments = ["generator", &port.to_string(), socket, &rounds.to_string(), &bucket.to_string()];
+    Ok(Reaped(Command::new(std::env::current_exe()?).args(arguments).stdout(Stdio::piped()).spawn()?))
+}
+
+/// Medians, and ratios by rounds.
+fn report(rounds: usize, bucket: usize, measured: &HashMap<&str, Vec<f64>>) -> serde_json::Value {
     let median = |what: &str| {
         let mut seconds = measured[what].clone();
         seconds.sort_by(f64::total_cmp);
@@ -167,7 +171,7 @@ fn trainer(rounds: usize, bucket: usize) -> Outcome<()> {
         ratios[ratios.len() / 2]
     };
     let rate = |what: &str| bytes() as f64 / median(what) / 1e9;
-    let report = json!({
+    json!({
         "machine": machine(),
         "model": "SmolLM2-135M, float32, 1 trainer, 1 generator",
         "bytes": bytes(),
@@ -187,10 +191,7 @@ fn trainer(rounds: usize, bucket: usize) -> Outcome<()> {
             "bare_gloo_s": median("bare"),
             "of_bare_rate": ratio("bare", "broadcast"),
         },
-    });
-    println!("{}", serde_json::to_string_pretty(&report)?);
-    let ended = generator.0.wait()?;
-    if ended.success() { Ok(()) } else { Err(format!("the generator's process: {ended}").into()) }
+    })
 }
 
 /// Receives as the trainer sends, and says when it has.

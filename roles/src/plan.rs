@@ -9,18 +9,18 @@ use echelon_core::process_group::nccl_version;
 use echelon_core::progress::{Interrupt, Progress};
 use echelon_core::role::Role;
 use echelon_core::store::Store;
-use echelon_core::{Error, determinism, shim};
+use echelon_core::{Error, Result, determinism, shim};
 use echelon_generation::{Engine, EngineConfig};
 use echelon_models::config::DecoderConfig;
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::deferred::Deferred;
 use crate::device_roles::{DeviceRoles, Frozen};
-use crate::generator::{self, Generator};
+use crate::generator::{self, Generator, Sender};
 use crate::matmul_rate::matmul_rate;
 use crate::membership::Membership;
 use crate::models::{Held, frozen_policy, frozen_scorer};
-use crate::trained::TrainedPlan;
+use crate::trained::{Trained, TrainedPlan};
 
 /// What a rank's roles are built from; crosses to its device thread.
 #[derive(Clone)]
@@ -55,7 +55,7 @@ impl RankPlan {
         tokenizer: Arc<Tokenizer>,
         interrupt: Interrupt,
         progress: Arc<dyn Progress>,
-    ) -> echelon_core::Result<DeviceRoles> {
+    ) -> Result<DeviceRoles> {
         let Held { kind, pass, deterministic, .. } = self.held;
         if deterministic {
             determinism::enforce(pass.device)?;
@@ -66,31 +66,10 @@ impl RankPlan {
         }
         let matmul_rate = pass.device.is_cuda().then(|| matmul_rate(kind, pass.device));
         let frozen = self.frozen(&membership, &tokenizer);
-        let (mut trained, mut sender) = (BTreeMap::new(), None);
         let alone = self.trained.len() == 1;
         let published =
             self.trained.iter().find(|plan| plan.role == Role::Actor && !alone).map(|plan| plan.folder.clone());
-        for plan in self.trained {
-            let (role, folder) = (plan.role, plan.folder.clone());
-            if membership.layout.of_worker(membership.worker, role).is_none() {
-                continue;
-            }
-            let held = self.held;
-            if role == Role::Actor || alone {
-                let mut model = plan.build(&membership, held).map_err(|error| match alone {
-                    true => error,
-                    false => Error::other(format!("loading the {role}"), error),
-                })?;
-                if !alone {
-                    sender =
-                        generator::sender(&membership, model.state(), &DecoderConfig::read(&folder)?.shape(), kind)?;
-                }
-                trained.insert(role, Deferred::loaded_before(pass.device, model));
-            } else {
-                let membership = membership.clone();
-                trained.insert(role, Deferred::new(pass.device, move || plan.build(&membership, held)));
-            }
-        }
+        let (trained, sender) = trained(self.trained, &membership, self.held)?;
         let generator = match published {
             Some(folder) => Generator::of(&membership, &folder, self.held)?,
             None => None,
@@ -138,4 +117,33 @@ impl RankPlan {
         }
         frozen
     }
+}
+
+type Learners = BTreeMap<Role, Deferred<Trained>>;
+
+/// The models that learn here, and what sends the actor's weights to generators.
+fn trained(plans: Vec<TrainedPlan>, membership: &Membership, held: Held) -> Result<(Learners, Option<Sender>)> {
+    let (mut trained, mut sender) = (BTreeMap::new(), None);
+    let alone = plans.len() == 1;
+    for plan in plans {
+        let (role, folder, device) = (plan.role, plan.folder.clone(), held.pass.device);
+        if membership.layout.of_worker(membership.worker, role).is_none() {
+            continue;
+        }
+        if role != Role::Actor && !alone {
+            let membership = membership.clone();
+            trained.insert(role, Deferred::new(device, move || plan.build(&membership, held)));
+            continue;
+        }
+        let mut model = plan.build(membership, held).map_err(|error| match alone {
+            true => error,
+            false => Error::other(format!("loading the {role}"), error),
+        })?;
+        if !alone {
+            let shape = DecoderConfig::read(&folder)?.shape();
+            sender = generator::sender(membership, model.state(), &shape, held.kind)?;
+        }
+        trained.insert(role, Deferred::loaded_before(device, model));
+    }
+    Ok((trained, sender))
 }

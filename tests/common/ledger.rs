@@ -150,39 +150,40 @@ pub fn meter_learners(
     meter.end(metering, critic.state.bytes_by_part(), load);
 
     if sharding.group.size() == 1 {
-        let prompt = |id: usize| Prompt {
-            id: id as u64,
-            token_ids: (0..setting.prompt_tokens).map(|t| ((t * 31 + id * 7) as i64) % vocab).collect(),
-            text: String::new(),
-            label: None,
-        };
-        let prompts = Prompts {
-            rows: (0..setting.rows).map(prompt).collect(),
-            samples_per_prompt: 1,
-            seed: 1,
-            evaluation: false,
-        };
-        let sampling = SamplingConfig {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            max_new_tokens: setting.response_tokens,
-            stop: Vec::new(),
-            ignore_eos: true,
-        };
-        let engine = Engine::new(EngineConfig {
-            max_sequences: setting.max_sequences,
-            weight_layout: setting.weight_layout,
-            ..EngineConfig::default()
-        });
-        let metering = meter.begin(Role::Generator, Generate::NAME);
-        let model = Policy { model: &actor.model, head: actor.head.weight(), tokenizer: None };
-        let (made, _) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default()).unwrap();
-        let load = engine.load(&actor.model, &prompts, &sampling, &made);
-        meter.end(metering, StateBytes::default(), Load::Decode(load));
+        meter_generation(setting, &actor, vocab, &mut meter);
     }
     meter.report().uses
+}
+
+/// The engine on the actor's own weights.
+fn meter_generation(setting: &Setting, actor: &echelon_roles::models::Policy, vocab: i64, meter: &mut Meter) {
+    let prompt = |id: usize| Prompt {
+        id: id as u64,
+        token_ids: (0..setting.prompt_tokens).map(|t| ((t * 31 + id * 7) as i64) % vocab).collect(),
+        text: String::new(),
+        label: None,
+    };
+    let prompts =
+        Prompts { rows: (0..setting.rows).map(prompt).collect(), samples_per_prompt: 1, seed: 1, evaluation: false };
+    let sampling = SamplingConfig {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        min_p: 0.0,
+        max_new_tokens: setting.response_tokens,
+        stop: Vec::new(),
+        ignore_eos: true,
+    };
+    let engine = Engine::new(EngineConfig {
+        max_sequences: setting.max_sequences,
+        weight_layout: setting.weight_layout,
+        ..EngineConfig::default()
+    });
+    let metering = meter.begin(Role::Generator, Generate::NAME);
+    let model = Policy { model: &actor.model, head: actor.head.weight(), tokenizer: None };
+    let (made, _) = engine.generate(model, &prompts, &sampling, &Unwatched, &Interrupt::default()).unwrap();
+    let load = engine.load(&actor.model, &prompts, &sampling, &made);
+    meter.end(metering, StateBytes::default(), Load::Decode(load));
 }
 
 /// The reference's and the reward model's passes, on mapped files or, in another dtype, on copies.

@@ -139,25 +139,8 @@ pub fn forward_backward<B: Backbone, H: Head>(
         saved.push((input, (!recompute).then_some(output)));
     }
 
-    let last = hidden.detach().set_requires_grad(true);
-    gather_head(units)?;
-    for &unit in &units.head_units().to_vec() {
-        units.open_grads(unit)?;
-    }
-    let wanted = model.norm(&last.index_select(0, &head.rows(batch)));
-    let value = {
-        let leaf = wanted.detach();
-        let output = head.forward(&leaf, batch, true)?;
-        let loss = loss(&output)?;
-        loss.f_backward()?;
-        let gradient = tch::no_grad(|| head.backward(&leaf, batch, &output))?;
-        shim::backward_from(&wanted, &gradient)?;
-        loss.double_value(&[])
-    };
-    release_head(units)?;
+    let (value, mut gradient) = through_head(units, (model, head), batch, &hidden, loss)?;
     units.reduce(layers + 1)?;
-
-    let mut gradient = last.grad();
     while let Some((input, output)) = saved.pop() {
         let index = saved.len();
         units.gather(index + 1)?;
@@ -178,6 +161,33 @@ pub fn forward_backward<B: Backbone, H: Head>(
     }
     units.reduce(0)?;
     Ok(value)
+}
+
+/// The loss on the head's output, and the gradient of what went into the final norm; the head's units have theirs added.
+fn through_head<B: Backbone, H: Head>(
+    units: &mut dyn Units,
+    (model, head): (&B, &H),
+    batch: &PackedRows,
+    hidden: &Tensor,
+    loss: impl FnOnce(&H::Output) -> Result<Tensor>,
+) -> Result<(f64, Tensor)> {
+    let last = hidden.detach().set_requires_grad(true);
+    gather_head(units)?;
+    for &unit in &units.head_units().to_vec() {
+        units.open_grads(unit)?;
+    }
+    let wanted = model.norm(&last.index_select(0, &head.rows(batch)));
+    let value = {
+        let leaf = wanted.detach();
+        let output = head.forward(&leaf, batch, true)?;
+        let loss = loss(&output)?;
+        loss.f_backward()?;
+        let gradient = tch::no_grad(|| head.backward(&leaf, batch, &output))?;
+        shim::backward_from(&wanted, &gradient)?;
+        loss.double_value(&[])
+    };
+    release_head(units)?;
+    Ok((value, last.grad()))
 }
 
 /// The collectives of a pass without its work: for a rank that has no micro-batch left while others have.
