@@ -265,7 +265,7 @@ pub(crate) fn workload_of<K: OnPolicy>(recipe: &ResolvedRecipe<K>, shapes: Shape
     }));
     models.extend(shapes.reward.map(|shape| model(Role::Reward, shape, Gives::Scalars, None)));
     Workload {
-        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch) * epochs),
+        passes: passes_with_sampling(&models, rows, batch, rows.div_ceil(batch).saturating_mul(epochs)),
         models,
         sampling: Some(Sampling {
             published: Role::Actor,

@@ -44,8 +44,8 @@ impl<K: OnPolicy> Recipe<K> {
     pub fn batch_arithmetic(&self) -> BatchArithmetic {
         let Learning { epochs, mini_batch_size, critic_warmup_steps, .. } = self.keys.learning();
         let responses = self.rollout.batch_size * self.rollout.samples_per_prompt;
-        let optimizer_steps = responses / mini_batch_size * epochs;
-        let actor_optimizer_steps = optimizer_steps * (self.train.steps - critic_warmup_steps);
+        let optimizer_steps = (responses / mini_batch_size).saturating_mul(epochs);
+        let actor_optimizer_steps = optimizer_steps.saturating_mul(self.train.steps - critic_warmup_steps);
         BatchArithmetic {
             prompts: self.rollout.batch_size,
             samples_per_prompt: self.rollout.samples_per_prompt,
@@ -54,7 +54,7 @@ impl<K: OnPolicy> Recipe<K> {
             epochs,
             optimizer_steps,
             steps: self.train.steps,
-            critic_optimizer_steps: K::has_critic().then_some(optimizer_steps * self.train.steps),
+            critic_optimizer_steps: K::has_critic().then_some(optimizer_steps.saturating_mul(self.train.steps)),
             actor_optimizer_steps,
             actor_warmup_steps: self.actor.optimizer.warmup_steps(actor_optimizer_steps),
             max_prompt_tokens: self.data.max_prompt_tokens,

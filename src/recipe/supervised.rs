@@ -157,7 +157,7 @@ table! {
 impl SupervisedTrain {
     /// Optimizer steps of a run over `num_rows` rows; the last batch of an epoch may be smaller.
     pub fn optimizer_steps(&self, num_rows: usize) -> usize {
-        self.steps.unwrap_or(self.epochs * num_rows.div_ceil(self.batch_size))
+        self.steps.unwrap_or(num_rows.div_ceil(self.batch_size).saturating_mul(self.epochs))
     }
 }
 

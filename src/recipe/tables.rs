@@ -1,5 +1,5 @@
-//! The tables of a recipe whose run learns from its own responses. A field's doc comment, default and range are all there is to know about a key:
-//! the reference page, the error messages and `recipe.resolved.toml` are made from them.
+//! The tables of a recipe whose run learns from its own responses. A field's doc comment, default and range are all there is
+//! to know about a key: the reference page, the error messages and `recipe.resolved.toml` are made from them.
 //!
 //! Defaults are OpenRLHF's.
 
