@@ -8,7 +8,6 @@ pub mod wire;
 pub mod run;
 
 pub mod rank_plan;
-pub mod registry;
 pub mod run_spec;
 
 pub mod forecast;

@@ -9,8 +9,7 @@ use crate::import;
 use crate::inference::{self, GENERATE, SCORE};
 use crate::options::Options;
 use crate::program::{self, Arguments, Failure};
-use crate::rank_plan::RankSide;
-use crate::registry::{check_names, for_each_recipe};
+use crate::recipe::{Root, check_names, for_each_recipe};
 use crate::{run, worker};
 
 /// The program whose name this process was called by; `ppo` by any other.
@@ -33,14 +32,14 @@ pub fn as_called() -> ! {
 pub fn learn(name: &'static str) -> ! {
     let (_, run) = LEARNERS.iter().find(|(known, _)| *known == name).expect("its program is in the registry");
     worker::or_driver(|| {
-        check_names(&LEARNERS.iter().map(|(name, _)| *name).collect::<Vec<_>>())?;
+        check_names(&LEARNERS.iter().map(|(name, _)| *name).collect::<Vec<_>>()).map_err(Failure::Other)?;
         run(&Arguments::read(name)?)
     })
 }
 
 macro_rules! by_name {
     ($($Recipe:ty),* $(,)?) => {
-        &[$((<$Recipe as RankSide>::PROGRAM, run::main::<$Recipe>)),*]
+        &[$((<$Recipe>::PROGRAM, run::main::<<$Recipe as Root>::Resolved>)),*]
     };
 }
 

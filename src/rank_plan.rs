@@ -18,14 +18,11 @@ use echelon_roles::trained::{Reads, TrainedPlan};
 use crate::devices;
 use crate::machine;
 use crate::program::Failure;
-use crate::recipe::{Compute, Devices, Init, Model, Recipe, ResolvedRecipe, RewardRecipe, Root, SftRecipe};
-use crate::registry::for_each_recipe;
+use crate::recipe::{Compute, Devices, Init, Model, Recipe, RewardRecipe, Root, SftRecipe, for_each_recipe};
 use crate::run_spec::RunSpec;
 
 /// A recipe of a program, as a worker reads it.
-pub trait RankSide {
-    const PROGRAM: &'static str;
-
+pub trait RankSide: Root {
     /// What a worker builds at its place among those of its host, and a warning about its device.
     ///
     /// # Errors
@@ -56,7 +53,7 @@ pub fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
 
 macro_rules! by_name {
     ($($Recipe:ty),* $(,)?) => {
-        &[$((<$Recipe as RankSide>::PROGRAM, <$Recipe as RankSide>::rank_plan)),*]
+        &[$((<$Recipe>::PROGRAM, <$Recipe as RankSide>::rank_plan)),*]
     };
 }
 
@@ -73,9 +70,7 @@ fn held(
     Ok((Held { weight_layout: machine::usable(spec.weight_layout, held), ..held }, warning))
 }
 
-impl<K: OnPolicy> RankSide for ResolvedRecipe<K> {
-    const PROGRAM: &'static str = K::Algorithm::NAME;
-
+impl<K: OnPolicy> RankSide for Recipe<K> {
     fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
         let recipe = Recipe::<K>::read_text(&spec.recipe)?.resolve();
         let (compute, temperature) = (&recipe.train.compute, recipe.rollout.temperature);
@@ -101,8 +96,6 @@ impl<K: OnPolicy> RankSide for ResolvedRecipe<K> {
 }
 
 impl RankSide for SftRecipe {
-    const PROGRAM: &'static str = Sft::NAME;
-
     fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
         let recipe = SftRecipe::read_text(&spec.recipe)?;
         let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;
@@ -113,8 +106,6 @@ impl RankSide for SftRecipe {
 }
 
 impl RankSide for RewardRecipe {
-    const PROGRAM: &'static str = RewardModel::NAME;
-
     fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
         let recipe = RewardRecipe::read_text(&spec.recipe)?;
         let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;

@@ -1,16 +1,19 @@
 //! Rules between the keys of a recipe: what each key alone allows but the recipe as a whole does not.
 
+use echelon_algorithms::reward_model::RewardModel;
+use echelon_algorithms::sft::Sft;
 use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_placement::devices::{Devices, Placement};
 use echelon_placement::tier::Tier;
 use echelon_schema::{Auto, ModelSource, Origins, RecipeError, Rules, nearest};
 use echelon_tasks::reward::RuleName;
 
-use super::Root;
 use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
 use super::tables::*;
+use super::{ResolvedRecipe, Root};
 
 impl<K: OnPolicy> Root for Recipe<K> {
+    type Resolved = ResolvedRecipe<K>;
     const PROGRAM: &'static str = K::Algorithm::NAME;
     const TABLE: &'static str = "actor";
 
@@ -47,7 +50,8 @@ impl<K: OnPolicy> Root for Recipe<K> {
 }
 
 impl Root for SftRecipe {
-    const PROGRAM: &'static str = "sft";
+    type Resolved = SftRecipe;
+    const PROGRAM: &'static str = Sft::NAME;
     const TABLE: &'static str = "model";
 
     fn name(&self) -> &str {
@@ -72,7 +76,8 @@ impl Root for SftRecipe {
 }
 
 impl Root for RewardRecipe {
-    const PROGRAM: &'static str = "reward";
+    type Resolved = RewardRecipe;
+    const PROGRAM: &'static str = RewardModel::NAME;
     const TABLE: &'static str = "model";
 
     fn name(&self) -> &str {

@@ -14,6 +14,7 @@ mod check;
 mod foreign;
 mod parse;
 mod reference;
+mod registry;
 mod resolve;
 mod supervised;
 mod tables;
@@ -32,6 +33,8 @@ pub use arithmetic::BatchArithmetic;
 pub(crate) use changes::{RESOLVED_FILE, changes_since, free_keys};
 use parse::{SET_PREFIX, parse};
 pub use reference::reference_page;
+pub use registry::check_names;
+pub(crate) use registry::for_each_recipe;
 pub use resolve::ResolvedRecipe;
 pub use supervised::{Init, Model, PairData, RewardRecipe, SftData, SftRecipe, SupervisedTrain, TrainMix};
 pub use tables::*;
@@ -43,6 +46,8 @@ pub type PpoRecipe = Recipe<PpoKeys>;
 pub trait Root: Table {
     /// The program that runs it.
     const PROGRAM: &'static str;
+    /// With nothing left to decide.
+    type Resolved;
     /// The table that no recipe of this program is without.
     const TABLE: &'static str;
     /// Names the run folder.

@@ -2,19 +2,19 @@
 
 use echelon_schema::{Table, program};
 
-use super::PpoRecipe;
-use super::supervised::{RewardRecipe, SftRecipe};
+use super::{Root, for_each_recipe};
 
 /// The whole page `docs/recipe-reference.md`.
 pub fn reference_page() -> String {
     let mut page = String::from(INTRODUCTION);
-    program(&mut page, "ppo", PPO, &PpoRecipe::default().describe());
-    program(&mut page, "sft", SftRecipe::DOC, &SftRecipe::default().describe());
-    program(&mut page, "reward", RewardRecipe::DOC, &RewardRecipe::default().describe());
+    macro_rules! programs {
+        ($($Recipe:ty),* $(,)?) => {
+            $(program(&mut page, <$Recipe>::PROGRAM, <$Recipe>::DOC, &<$Recipe>::default().describe());)*
+        };
+    }
+    for_each_recipe!(programs);
     page
 }
-
-const PPO: &str = "A PPO run.\n";
 
 const INTRODUCTION: &str = "\
 # Recipe reference
