@@ -330,14 +330,18 @@ fn two_states_share_a_frozen_base() {
 }
 
 #[test]
-fn a_base_that_freezes_others_is_refused() {
-    let (model, other) = (Model::new("llama_biases", whole_units), Model::new("llama_biases", every_other_mlp));
-    let base = other.state(Kind::Double, &Sharding::whole());
-    let load = &mut |name: &str| Ok(model.weight(name));
-    let refused =
-        TrainingState::with_base(&base, Role::Critic, &model.shape, ADAMW, &Sharding::whole(), load).err().unwrap();
-    assert_eq!(
-        refused.to_string(),
-        "critic and actor share frozen weights: they must freeze the same parameters of the same model"
-    );
+fn a_base_of_another_shape_or_that_freezes_others_is_refused() {
+    let model = Model::new("llama_biases", whole_units);
+    let mut wider = Model::new("llama_biases", whole_units);
+    wider.shape.units.iter_mut().flat_map(|unit| &mut unit.params).for_each(|param| param.shape[0] *= 2);
+    for other in [Model::new("llama_biases", every_other_mlp), wider] {
+        let base = other.state(Kind::Double, &Sharding::whole());
+        let load = &mut |name: &str| Ok(model.weight(name));
+        let refused =
+            TrainingState::with_base(&base, Role::Critic, &model.shape, ADAMW, &Sharding::whole(), load).err().unwrap();
+        assert_eq!(
+            refused.to_string(),
+            "critic and actor share frozen weights: they must freeze the same parameters of the same model"
+        );
+    }
 }
