@@ -81,7 +81,7 @@ fn a_live_segment_shows_later_writes_in_another_process() {
         let socket = PacketSocket::connect(&name, soon()).unwrap();
         let segment = LiveSegment::from_fd(receive(&socket)).unwrap();
         let map = segment.map().unwrap();
-        assert_eq!((map.len(), map.word(0), map.word(LEN - 8)), (LEN, 0, 0));
+        assert_eq!((map.num_bytes(), map.word(0), map.word(LEN - 8)), (LEN, 0, 0));
         socket.send(b"mapped", None, soon()).unwrap();
         while map.word(0) != 7 {
             assert!(Instant::now() < soon());

@@ -6,19 +6,12 @@
 
 mod config;
 pub mod keys;
-
 pub mod engine;
-
 pub mod sequence;
-
 pub mod scheduler;
-
 pub mod kv_cache;
-
 pub mod model_runner;
-
 pub mod sampler;
-
 pub mod weight_layout;
 
 pub use config::EngineConfig;

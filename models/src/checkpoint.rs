@@ -3,14 +3,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use echelon_core::shape::{ParamSlice, TensorParallelPart};
 use echelon_core::shim;
-use echelon_core::store::{Object, ObjectId, Store, StoreError};
+use echelon_core::store::{ObjectId, Store, StoreError};
 use echelon_core::zero::TensorWriter;
 use memmap2::{Mmap, MmapOptions};
 use safetensors::{Dtype, SafeTensors};
@@ -34,26 +33,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Arc<Map>,
-}
-
-/// Bytes that stay where they are and never change.
-#[derive(Debug)]
-enum Map {
-    File(Mmap),
-    /// Of the memory that the host's processes share.
-    Object(Object),
-}
-
-impl Deref for Map {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Map::File(map) => map,
-            Map::Object(object) => object.bytes(),
-        }
-    }
+    map: Arc<Mmap>,
 }
 
 #[derive(Debug)]
@@ -69,23 +49,10 @@ struct Entry {
 impl Checkpoint {
     /// Maps the folder's files privately and read-only and checks every tensor's place in them.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
-        Checkpoint::read(folder, &map_file)
-    }
-
-    /// As [`Checkpoint::open`], with the folder's files in the memory that the processes of this host share: the first
-    /// who opens a file copies it in, and the others wait for that, at most `timeout`. The objects are held as long as the checkpoint or a tensor.
-    pub fn open_shared(folder: &Path, store: &Store, timeout: Duration) -> Result<Checkpoint> {
-        Checkpoint::read(folder, &|path| {
-            let object = store.put_file(path, timeout);
-            object.map(Map::Object).map_err(|source| ModelError::Shared { path: path.into(), source: source.into() })
-        })
-    }
-
-    fn read(folder: &Path, map: &dyn Fn(&Path) -> Result<Map>) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint { folder: folder.into(), shards: Vec::new(), index: HashMap::new() };
         let single = folder.join("model.safetensors");
         if single.exists() {
-            checkpoint.add_shard(single, map)?;
+            checkpoint.add_shard(single)?;
             return Ok(checkpoint);
         }
         let index = folder.join("model.safetensors.index.json");
@@ -109,7 +76,7 @@ impl Checkpoint {
             if Path::new(file).components().count() != 1 {
                 return Err(wrong(file));
             }
-            checkpoint.add_shard(folder.join(file), map)?;
+            checkpoint.add_shard(folder.join(file))?;
         }
         if let Some((name, file)) = names.iter().find(|(name, _)| !checkpoint.index.contains_key(*name)) {
             let hint = format!(" ({} says it is here)", index.display());
@@ -122,8 +89,8 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    fn add_shard(&mut self, path: PathBuf, map: &dyn Fn(&Path) -> Result<Map>) -> Result<()> {
-        let map = map(&path)?;
+    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
+        let map = map_file(&path)?;
         let begin = whole(&path, &map)?;
         let damaged = |found: String| ModelError::Damaged {
             file: path.clone(),
@@ -199,7 +166,7 @@ impl Checkpoint {
     }
 
     /// The named tensor's bytes in its file's map, once it is known to have this shape.
-    fn find(&self, name: &str, shape: &[i64]) -> Result<(&[u8], Kind, &Arc<Map>)> {
+    fn find(&self, name: &str, shape: &[i64]) -> Result<(&[u8], Kind, &Arc<Mmap>)> {
         let Some(entry) = self.index.get(name) else { return Err(self.missing(name)) };
         let shard = &self.shards[entry.shard];
         if entry.shape != shape {
@@ -320,11 +287,11 @@ impl Checkpoint {
     }
 }
 
-fn map_file(path: &Path) -> Result<Map> {
+fn map_file(path: &Path) -> Result<Mmap> {
     let io = |source| ModelError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
-    Ok(Map::File(unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)?))
+    unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)
 }
 
 /// Where the tensor data begins, once the header fits the file and the file is as long as the header says.

@@ -74,7 +74,7 @@ pub fn import_gguf(source: &Path, output: &Path, dtype: WeightDtype) -> Result<I
     staging.write_json("tokenizer_config.json", &tokenizer.tokenizer_config)?;
     staging.write_json("special_tokens_map.json", &tokenizer.special.map())?;
     staging.remove(archive::EXTRACTED)?;
-    staging.publish(output)?;
+    staging.0.finish().map_err(|cause| ImportError::io(output, cause))?;
 
     Ok(ImportReport {
         output: output.to_path_buf(),
@@ -104,10 +104,7 @@ fn refuse_occupied(output: &Path) -> Result<(), ImportError> {
         Ok(mut entries) => entries.next().is_some(),
         Err(_) => fs::symlink_metadata(output).is_ok(),
     };
-    if occupied {
-        return Err(ImportError::OutputExists { path: output.to_path_buf() });
-    }
-    Ok(())
+    if occupied { Err(ImportError::OutputExists { path: output.to_path_buf() }) } else { Ok(()) }
 }
 
 /// A folder beside the output that becomes it, or disappears.
@@ -133,10 +130,6 @@ impl StagingFolder {
             Err(cause) if cause.kind() != std::io::ErrorKind::NotFound => Err(ImportError::io(&path, cause)),
             _ => Ok(()),
         }
-    }
-
-    fn publish(self, output: &Path) -> Result<(), ImportError> {
-        self.0.finish().map_err(|cause| ImportError::io(output, cause))
     }
 }
 

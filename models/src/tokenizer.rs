@@ -221,11 +221,6 @@ impl Tokenizer {
 
 /// Chat.
 impl Tokenizer {
-    /// Whether the folder has a chat template.
-    pub fn has_chat_template(&self) -> bool {
-        self.chat_template.is_some()
-    }
-
     /// The conversation as the model's text; with `add_generation_prompt` it ends where the assistant is to go on.
     ///
     /// # Errors

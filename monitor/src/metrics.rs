@@ -70,53 +70,13 @@ impl Metrics {
     }
 
     /// The line of `metrics.jsonl` for `step`: `step`, then the scalars; non-finite ones are null.
-    fn to_json(&self, step: u64) -> Value {
+    pub(super) fn to_json(&self, step: u64) -> Value {
         let mut object = Map::new();
         object.insert("step".into(), step.into());
         for (name, value) in &self.scalars {
             object.insert(name.clone(), Value::from(*value)); // serde_json turns non-finite into null
         }
         Value::Object(object)
-    }
-}
-
-/// Appends one object per step to `metrics.jsonl`.
-#[derive(Debug)]
-pub struct MetricsLog {
-    lines: JsonLines,
-}
-
-impl MetricsLog {
-    /// Starts an empty file at `path`; one that exists is emptied.
-    ///
-    /// # Errors
-    /// The file cannot be created.
-    pub fn create(path: &Path) -> Result<Self, MonitorError> {
-        Ok(Self { lines: JsonLines::create(path)? })
-    }
-
-    /// Opens the file at `path` to continue after `step`: later lines and a torn last line are cut off.
-    ///
-    /// # Errors
-    /// The file cannot be read or cut, or a line before the last is no JSON object with a `step`.
-    pub fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
-        Ok(Self { lines: JsonLines::resume(path, step)? })
-    }
-
-    /// Writes the scalars of one step, in one write, so that a kill leaves a whole line or a torn last one.
-    ///
-    /// # Errors
-    /// The line cannot be written (the disk is full, say).
-    pub fn write(&mut self, step: u64, metrics: &Metrics) -> Result<(), MonitorError> {
-        self.lines.append(&[metrics.to_json(step)])
-    }
-
-    /// Waits until everything written has reached the disk: before a checkpoint that relies on it.
-    ///
-    /// # Errors
-    /// The operating system reports a failed write.
-    pub fn sync(&self) -> Result<(), MonitorError> {
-        self.lines.sync()
     }
 }
 
@@ -128,6 +88,7 @@ pub(super) struct JsonLines {
 }
 
 impl JsonLines {
+    /// Starts an empty file at `path`; one that exists is emptied.
     pub(super) fn create(path: &Path) -> Result<Self, MonitorError> {
         let file = File::create(path).map_err(|source| MonitorError::io("create", path, source))?;
         Ok(Self { path: path.into(), file })
@@ -142,7 +103,8 @@ impl JsonLines {
         }
     }
 
-    /// Cuts the file after its last line of `step` or before, and continues there. A missing file is an empty one.
+    /// Cuts the file after its last line of `step` or before, a torn last line too, and continues there. A missing file is
+    /// an empty one.
     pub(super) fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
         let kept = Self::kept_bytes(path, step)?;
         let file = OpenOptions::new()
@@ -154,6 +116,7 @@ impl JsonLines {
         Ok(Self { path: path.into(), file })
     }
 
+    /// Writes one line per record, in one write, so that a kill leaves whole lines or a torn last one.
     pub(super) fn append<T: Serialize>(&mut self, records: &[T]) -> Result<(), MonitorError> {
         let mut buffer = Vec::new();
         for record in records {
@@ -200,9 +163,9 @@ mod tests {
     }
 
     fn written(path: &Path, last_step: u64) {
-        let mut log = MetricsLog::create(path).unwrap();
+        let mut log = JsonLines::create(path).unwrap();
         for step in 1..=last_step {
-            log.write(step, Metrics::new().set("train/reward", step as f64 / 3.0)).unwrap();
+            log.append(&[Metrics::new().set("train/reward", step as f64 / 3.0).to_json(step)]).unwrap();
         }
     }
 
@@ -221,7 +184,7 @@ mod tests {
     fn floats_round_trip_bit_for_bit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
-        let mut log = MetricsLog::create(&path).unwrap();
+        let mut log = JsonLines::create(&path).unwrap();
         let mut bits = 0x9e37_79b9_7f4a_7c15_u64;
         let values: Vec<f64> = std::iter::repeat_with(|| {
             bits = bits.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -234,7 +197,7 @@ mod tests {
         for (index, value) in values.iter().enumerate() {
             metrics.set(format!("m/{index}"), *value);
         }
-        log.write(1, &metrics).unwrap();
+        log.append(&[metrics.to_json(1)]).unwrap();
         let line: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
         for (index, value) in values.iter().enumerate() {
             assert_eq!(line[format!("m/{index}")].as_f64().unwrap().to_bits(), value.to_bits());
@@ -246,15 +209,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
         written(&path, 5);
-        let mut log = MetricsLog::resume(&path, 3).unwrap();
-        log.write(4, &Metrics::new()).unwrap();
+        let mut log = JsonLines::resume(&path, 3).unwrap();
+        log.append(&[Metrics::new().to_json(4)]).unwrap();
         assert_eq!(steps(&path), [1, 2, 3, 4]);
 
         for torn in ["{\"step\":5,\"train/rew", "{\"step\":5}", "\0\0\0\0", "{}\n"] {
             written(&path, 4);
             let whole = std::fs::read_to_string(&path).unwrap();
             std::fs::write(&path, whole.clone() + torn).unwrap();
-            MetricsLog::resume(&path, 9).unwrap();
+            JsonLines::resume(&path, 9).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), whole, "after {torn:?}");
         }
     }
@@ -263,7 +226,7 @@ mod tests {
     fn resume_starts_a_missing_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
-        MetricsLog::resume(&path, 3).unwrap().write(4, &Metrics::new()).unwrap();
+        JsonLines::resume(&path, 3).unwrap().append(&[Metrics::new().to_json(4)]).unwrap();
         assert_eq!(steps(&path), [4]);
     }
 
@@ -272,14 +235,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("metrics.jsonl");
         std::fs::write(&path, "{\"step\":1}\n{\"st\n{\"step\":3}\n").unwrap();
-        let error = MetricsLog::resume(&path, 3).unwrap_err().to_string();
+        let error = JsonLines::resume(&path, 3).unwrap_err().to_string();
         assert!(error.contains("metrics.jsonl:2"), "{error}");
         assert!(!error.ends_with('.'), "{error}");
     }
 
     #[test]
     fn a_file_that_cannot_be_written_is_named() {
-        let error = MetricsLog::create(Path::new("no/such/folder/metrics.jsonl")).unwrap_err();
+        let error = JsonLines::create(Path::new("no/such/folder/metrics.jsonl")).unwrap_err();
         assert!(error.to_string().contains("no/such/folder/metrics.jsonl"), "{error}");
     }
 }

@@ -253,20 +253,13 @@ impl Run {
                 let value = format!("{} → {}", significant(before, 3), significant(after, 3));
                 push(" class=\"wide\"", title, value, "before → after".into());
             }
-        } else if self.has("train/loss") {
-            let value = format!(
-                "{} → {}",
-                significant(self.start_mean("train/loss"), 3),
-                significant(self.end_mean("train/loss"), 3)
-            );
-            push(" class=\"wide\"", "Training loss", value, "first → last steps".into());
         } else {
-            let value = format!(
-                "{} → {}",
-                significant(self.start_mean("train/reward"), 3),
-                significant(self.end_mean("train/reward"), 3)
-            );
-            push(" class=\"wide\"", "Training reward", value, "first → last steps".into());
+            let (name, key) = match self.has("train/loss") {
+                true => ("Training loss", "train/loss"),
+                false => ("Training reward", "train/reward"),
+            };
+            let [first, last] = [self.start_mean(key), self.end_mean(key)].map(|mean| significant(mean, 3));
+            push(" class=\"wide\"", name, format!("{first} → {last}"), "first → last steps".into());
         }
         let last_steps = format!("mean, last {} steps", self.steps.len().min(END_STEPS));
         for (name, key) in self.leads.tiles.iter().chain(&[("Tokens per second", "perf/tokens_per_second")]) {
@@ -616,7 +609,8 @@ mod tests {
     use echelon_algorithms::ppo::Ppo;
 
     use super::*;
-    use crate::{Metrics, MetricsLog};
+    use crate::Metrics;
+    use crate::metrics::JsonLines;
 
     const HOSTILE: &str = "</script><script>alert(1)</script> & <b> \"quoted\" 'single' <!--";
 
@@ -632,13 +626,13 @@ mod tests {
     fn run_folder() -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
-        let mut log = MetricsLog::create(&path(METRICS_FILE)).unwrap();
+        let mut log = JsonLines::create(&path(METRICS_FILE)).unwrap();
         for step in 1..=40_u32 {
             let mut metrics = Metrics::new();
             metrics.set("train/reward", f64::from(step).sqrt() / 7.0).set("train/kl", f64::from(step) * 1e-3);
             metrics.set("train/timing/generation", 1.5).set("train/timing/step_total", 3.0);
             metrics.set(HOSTILE, if step == 3 { f64::NAN } else { 0.1 + f64::from(step) / 3.0 });
-            log.write(u64::from(step), &metrics).unwrap();
+            log.append(&[metrics.to_json(u64::from(step))]).unwrap();
         }
         std::fs::write(path("recipe.resolved.toml"), format!("name = 'a <b> run'\nseed = 1 # {HOSTILE}\n")).unwrap();
         evaluation(0.25).write(&path("eval_before.json")).unwrap();
@@ -723,14 +717,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("eval_before.json"), r#"{"eval/loss": 2.5, "eval/perplexity": 12.1825}"#).unwrap();
-        let mut log = MetricsLog::create(&path(METRICS_FILE)).unwrap();
+        let mut log = JsonLines::create(&path(METRICS_FILE)).unwrap();
         for step in 1..=4_u32 {
             let mut metrics = Metrics::new();
             metrics.set("train/loss", 3.0 / f64::from(step));
             if step == 4 {
                 metrics.set("eval/loss", 0.75).set("eval/perplexity", 2.117);
             }
-            log.write(u64::from(step), &metrics).unwrap();
+            log.append(&[metrics.to_json(u64::from(step))]).unwrap();
         }
         std::fs::write(path(PLAN_FILE), "4 devices <of one>").unwrap();
         let page = report(directory.path());

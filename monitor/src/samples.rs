@@ -1,12 +1,8 @@
 //! `samples.jsonl`: what the policy said, step by step, and the same as a text for TensorBoard.
 
 use std::fmt::Write as _;
-use std::path::Path;
 
 use serde::Serialize;
-
-use super::MonitorError;
-use super::metrics::JsonLines;
 
 /// One sampled response of a step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -27,46 +23,6 @@ pub struct Sample {
     pub response_length: u64,
     /// Why sampling ended: `stop` or `length`.
     pub finish_reason: String,
-}
-
-/// Appends sampled responses to `samples.jsonl`.
-#[derive(Debug)]
-pub struct SampleLog {
-    lines: JsonLines,
-}
-
-impl SampleLog {
-    /// Starts an empty file at `path`; one that exists is emptied.
-    ///
-    /// # Errors
-    /// The file cannot be created.
-    pub fn create(path: &Path) -> Result<Self, MonitorError> {
-        Ok(Self { lines: JsonLines::create(path)? })
-    }
-
-    /// Opens the file at `path` to continue after `step`: later lines and a torn last line are cut off.
-    ///
-    /// # Errors
-    /// The file cannot be read or cut, or a line before the last is no JSON object with a `step`.
-    pub fn resume(path: &Path, step: u64) -> Result<Self, MonitorError> {
-        Ok(Self { lines: JsonLines::resume(path, step)? })
-    }
-
-    /// Writes the samples of one step, in one write.
-    ///
-    /// # Errors
-    /// They cannot be written (the disk is full, say).
-    pub fn write(&mut self, samples: &[Sample]) -> Result<(), MonitorError> {
-        self.lines.append(samples)
-    }
-
-    /// Waits until everything written has reached the disk.
-    ///
-    /// # Errors
-    /// The operating system reports a failed write.
-    pub fn sync(&self) -> Result<(), MonitorError> {
-        self.lines.sync()
-    }
 }
 
 /// Samples as Markdown for TensorBoard's text tab.
@@ -99,6 +55,7 @@ fn code_block(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::JsonLines;
 
     fn sample(step: u64) -> Sample {
         Sample {
@@ -117,16 +74,16 @@ mod tests {
     fn lines_carry_every_field_and_resume_cuts_whole_steps() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("samples.jsonl");
-        let mut log = SampleLog::create(&path).unwrap();
+        let mut log = JsonLines::create(&path).unwrap();
         for step in 1..=3 {
-            log.write(&[sample(step), sample(step)]).unwrap();
+            log.append(&[sample(step), sample(step)]).unwrap();
         }
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(
             text.lines().next().unwrap(),
             r#"{"step":1,"prompt":"2+2=\n","response":"</script> `4`","reward":0.5,"score":1.0,"kl":null,"response_length":3,"finish_reason":"stop"}"#
         );
-        SampleLog::resume(&path, 2).unwrap();
+        JsonLines::resume(&path, 2).unwrap();
         let cut = std::fs::read_to_string(&path).unwrap();
         assert_eq!(cut.lines().count(), 4);
         assert!(text.starts_with(&cut));

@@ -15,7 +15,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message;
 
 use super::event::{
-    DT_STRING, DataClass, Event, HistogramProto, PluginData, SessionLog, SessionStatus, Summary, SummaryMetadata,
+    DATA_CLASS_TENSOR, DT_STRING, Event, HistogramProto, PluginData, SESSION_START, SessionLog, Summary, SummaryMetadata,
     SummaryValue, TensorDim, TensorProto, TensorShapeProto, Value, What,
 };
 use super::{Metrics, MonitorError};
@@ -59,12 +59,7 @@ impl EventWriter {
         let histograms = metrics.histograms.iter().filter_map(|(tag, values)| histogram(tag, values));
         let texts = metrics.texts.iter().map(|(tag, markdown)| text(tag, markdown));
         let value = scalars.chain(histograms).chain(texts).collect();
-        self.append(step, &[What::Summary(Summary { value })])
-    }
-
-    /// The event file.
-    pub fn path(&self) -> &Path {
-        &self.path
+        self.append(step, What::Summary(Summary { value }))
     }
 
     /// A new file whose first events are the format's version and the start of a session at `step`.
@@ -77,18 +72,15 @@ impl EventWriter {
             .open(&path)
             .map_err(|source| MonitorError::io("create", &path, source))?;
         let mut writer = Self { path, file };
-        writer.append(0, &[What::FileVersion("brain.Event:2".into())])?;
-        let start = SessionLog { status: SessionStatus::Start.into(), msg: String::new() };
-        writer.append(step, &[What::SessionLog(start)])?;
+        writer.append(0, What::FileVersion("brain.Event:2".into()))?;
+        writer.append(step, What::SessionLog(SessionLog { status: SESSION_START }))?;
         Ok(writer)
     }
 
-    fn append(&mut self, step: u64, contents: &[What]) -> Result<(), MonitorError> {
+    fn append(&mut self, step: u64, what: What) -> Result<(), MonitorError> {
+        let event = Event { wall_time: seconds_since_epoch(), step: step as i64, what: Some(what) };
         let mut bytes = Vec::new();
-        for what in contents {
-            let event = Event { wall_time: seconds_since_epoch(), step: step as i64, what: Some(what.clone()) };
-            push_record(&mut bytes, &event.encode_to_vec());
-        }
+        push_record(&mut bytes, &event.encode_to_vec());
         self.file.write_all(&bytes).map_err(|source| MonitorError::io("write", &self.path, source))
     }
 }
@@ -104,8 +96,8 @@ fn histogram(tag: &str, values: &[f32]) -> Option<SummaryValue> {
 }
 
 fn text(tag: &str, markdown: &str) -> SummaryValue {
-    let plugin_data = PluginData { plugin_name: "text".into(), content: Vec::new() };
-    let metadata = SummaryMetadata { plugin_data: Some(plugin_data), data_class: DataClass::Tensor.into() };
+    let plugin_data = PluginData { plugin_name: "text".into() };
+    let metadata = SummaryMetadata { plugin_data: Some(plugin_data), data_class: DATA_CLASS_TENSOR };
     let tensor = TensorProto {
         dtype: DT_STRING,
         tensor_shape: Some(TensorShapeProto { dim: vec![TensorDim { size: 1 }] }),
@@ -256,7 +248,7 @@ mod tests {
     }
 
     fn is_start(event: &Event) -> bool {
-        matches!(&event.what, Some(What::SessionLog(log)) if log.status == SessionStatus::Start as i32)
+        matches!(&event.what, Some(What::SessionLog(log)) if log.status == SESSION_START)
     }
 
     #[test]
@@ -290,7 +282,7 @@ mod tests {
         metrics.set_histogram("train/empty", vec![]).set_text("samples", "**é**");
         writer.write(3, &metrics).unwrap();
 
-        let events = events(writer.path());
+        let events = events(&writer.path);
         assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
         assert!(is_start(&events[1]));
         let Some(What::Summary(summary)) = &events[2].what else { panic!("no summary") };
@@ -332,7 +324,7 @@ mod tests {
         write(&mut EventWriter::create(directory.path()).unwrap(), 1..=5);
         let mut second = EventWriter::resume(directory.path(), 3).unwrap();
         write(&mut second, 4..=8);
-        let start = &events(second.path())[1];
+        let start = &events(&second.path)[1];
         assert!(is_start(start));
         assert_eq!(start.step, 4);
         assert_eq!(summary_steps(directory.path()), [1, 2, 3, 4, 5, 6, 7, 8]);
@@ -347,18 +339,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut writer = EventWriter::create(directory.path()).unwrap();
         writer.write(1, Metrics::new().set("a", 1.0)).unwrap();
-        let whole = std::fs::read(writer.path()).unwrap();
+        let whole = std::fs::read(&writer.path).unwrap();
         writer.write(2, Metrics::new().set("a", 2.0)).unwrap();
-        let all = std::fs::read(writer.path()).unwrap();
+        let all = std::fs::read(&writer.path).unwrap();
         for length in whole.len()..all.len() {
-            std::fs::write(writer.path(), &all[..length]).unwrap();
-            cut_after(writer.path(), 9).unwrap();
-            assert_eq!(std::fs::read(writer.path()).unwrap(), whole, "cut at {length}");
+            std::fs::write(&writer.path, &all[..length]).unwrap();
+            cut_after(&writer.path, 9).unwrap();
+            assert_eq!(std::fs::read(&writer.path).unwrap(), whole, "cut at {length}");
         }
         let mut damaged = all.clone();
         *damaged.last_mut().unwrap() ^= 1;
-        std::fs::write(writer.path(), &damaged).unwrap();
-        cut_after(writer.path(), 9).unwrap();
-        assert_eq!(std::fs::read(writer.path()).unwrap(), whole);
+        std::fs::write(&writer.path, &damaged).unwrap();
+        cut_after(&writer.path, 9).unwrap();
+        assert_eq!(std::fs::read(&writer.path).unwrap(), whole);
     }
 }

@@ -7,7 +7,8 @@ use echelon_core::role::Role;
 
 use serde::{Deserialize, Serialize};
 
-use crate::planner::{ByHand, Plan};
+use crate::planner::{ByHand, DeviceRange, Plan};
+use crate::tier::ROLES;
 
 /// The places of a run's roles. Workers are numbered from 0, one per device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +32,6 @@ pub struct RoleGroup {
     /// Neighbouring ranks of the generator that share one copy of its weights.
     pub tensor_parallel: usize,
 }
-
-const ROLES: [Role; 5] = [Role::Actor, Role::Critic, Role::Reference, Role::Reward, Role::Generator];
 
 impl Layout {
     /// Every role on every one of `num_workers`.
@@ -183,18 +182,7 @@ impl fmt::Display for RoleGroup {
 
 /// Numbers as `0-3, 6`.
 fn ranges(numbers: &[usize]) -> String {
-    let mut ranges: Vec<(usize, usize)> = Vec::new();
-    for &number in numbers {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == number => *last = number,
-            _ => ranges.push((number, number)),
-        }
-    }
-    let shown = |(first, last): &(usize, usize)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
-    };
-    ranges.iter().map(shown).collect::<Vec<_>>().join(", ")
+    DeviceRange::of(numbers).iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -10,8 +10,7 @@
 //! | 2 | + gradients | 2Ψ + (2 + K) Ψ/N |
 //! | 3 | + parameters | (2 + 2 + K) Ψ/N |
 //!
-//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic
-//! ([`ModelStates::of_the_paper`]). What a rank holds here differs in one entry ([`ModelStates::new`]): gradients are always
+//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic. What a rank holds here differs in one entry ([`ModelStates::new`]): gradients are always
 //! accumulated in f32, so that a mini-batch may have any number of micro-batches, and take 4 bytes instead of 2 in bf16.
 //!
 //! Everything else is activations and buffers of a pass. Those entries are *transient*: roles on one device take turns,
@@ -132,13 +131,7 @@ pub struct ModelStates {
 }
 
 impl ModelStates {
-    /// Of `params` parameters over `ranks` ranks at a ZeRO stage, by the ZeRO paper: gradients in the compute dtype.
-    pub fn of_the_paper(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
-        let gradients = dtype.bytes() * if stage >= 2 { params.div_ceil(ranks as u64) } else { params };
-        ModelStates { gradients, ..ModelStates::new(params, ranks, stage, dtype) }
-    }
-
-    /// What a rank holds: gradients in the accumulators' dtype, f32 at least.
+    /// What a rank of `ranks` holds of `params` parameters at a ZeRO stage: gradients in the accumulators' dtype, f32 at least.
     pub fn new(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
         let part = |from_stage: u8| if stage >= from_stage { params.div_ceil(ranks as u64) } else { params };
         let master_bytes = if dtype == ComputeDtype::Bfloat16 { 4 } else { 0 };

@@ -15,6 +15,7 @@ mod render;
 mod search;
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use echelon_core::memory::Phase;
 use echelon_core::role::Role;
@@ -212,12 +213,30 @@ pub struct Alternative {
     pub seconds: f64,
 }
 
-impl Plan {
-    /// The group of a role.
-    pub fn group_of(&self, role: Role) -> Option<&GroupPlan> {
-        self.groups.iter().find(|group| group.roles.iter().any(|plan| plan.role == role))
+impl DeviceRange {
+    /// Rising numbers as ranges.
+    pub fn of(numbers: &[usize]) -> Vec<DeviceRange> {
+        let mut ranges: Vec<DeviceRange> = Vec::new();
+        for &number in numbers {
+            match ranges.last_mut() {
+                Some(range) if range.last + 1 == number => range.last = number,
+                _ => ranges.push(DeviceRange { first: number, last: number }),
+            }
+        }
+        ranges
     }
+}
 
+impl fmt::Display for DeviceRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.first == self.last {
+            true => write!(f, "{}", self.first),
+            false => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+impl Plan {
     /// How a role is held.
     pub fn role(&self, role: Role) -> Option<&RolePlan> {
         self.groups.iter().flat_map(|group| &group.roles).find(|plan| plan.role == role)

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::id::ObjectId;
-use super::protocol::{Fate, Refusal, Room};
+use super::protocol::{Fate, Refusal, Room, StoreReport};
 use super::segment::Segment;
 
 /// How many objects that went are remembered, to tell what became of them.
@@ -193,7 +193,7 @@ impl Inventory {
     ) -> Result<(), Refusal> {
         let by = self.name(client);
         match self.entries.get_mut(id).map(|entry| &mut entry.state) {
-            Some(state) if state.is_reserved(client, segment.len() as u64) => {
+            Some(state) if state.is_reserved(client, segment.len as u64) => {
                 let holders = if hand_over { HashMap::new() } else { HashMap::from([(client, 1)]) };
                 *state = State::Ready { segment, holders, idle_since: None, removed: false };
                 Ok(())
@@ -304,20 +304,15 @@ impl Inventory {
         self.names.get(&client).cloned().unwrap_or_else(|| "a client that is gone".into())
     }
 
-    pub(super) fn used_bytes(&self) -> u64 {
-        self.used_bytes
-    }
-
-    pub(super) fn num_objects(&self) -> usize {
-        self.entries.len()
-    }
-
-    pub(super) fn num_held(&self) -> usize {
-        self.entries.len() - self.idle.len()
-    }
-
-    pub(super) fn num_evicted(&self) -> u64 {
-        self.num_evicted
+    pub(super) fn report(&self, num_connections: usize) -> StoreReport {
+        StoreReport {
+            capacity_bytes: self.capacity_bytes,
+            used_bytes: self.used_bytes,
+            num_objects: self.entries.len(),
+            num_held: self.entries.len() - self.idle.len(),
+            num_connections,
+            num_evicted: self.num_evicted,
+        }
     }
 }
 

@@ -68,15 +68,6 @@ impl SegmentWriter {
         Ok(SegmentWriter { name: name.into(), fd, map })
     }
 
-    pub fn len(&self) -> usize {
-        self.map.len()
-    }
-
-    /// Never: a segment has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        self.map.is_empty()
-    }
-
     pub fn bytes(&mut self) -> &mut [u8] {
         &mut self.map
     }
@@ -117,7 +108,8 @@ fn short(name: &str) -> String {
 #[derive(Debug)]
 pub struct Segment {
     fd: OwnedFd,
-    len: usize,
+    /// Bytes, at least one.
+    pub(super) len: usize,
 }
 
 impl Segment {
@@ -128,15 +120,6 @@ impl Segment {
     pub fn from_fd(fd: OwnedFd) -> Result<Segment, SegmentError> {
         let len = sealed_len(&fd, FIXED_SIZE | SealFlags::WRITE)?;
         Ok(Segment { fd, len })
-    }
-
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Never: a segment has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 
     /// Maps it here, read-only. No byte is copied; the map outlives the segment, its sender and its descriptors.
@@ -179,15 +162,6 @@ impl LiveWriter {
         &self.segment
     }
 
-    pub fn len(&self) -> usize {
-        self.map.len()
-    }
-
-    /// Never: a segment has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        self.map.is_empty()
-    }
-
     /// The bytes, to be changed while no reader looks at them.
     pub fn bytes(&mut self) -> &mut [u8] {
         &mut self.map
@@ -225,15 +199,6 @@ impl LiveSegment {
         Ok(LiveSegment { fd, len })
     }
 
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Never: a segment has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// Maps it here, read-only. The map outlives the segment, its sender and its descriptors.
     pub fn map(&self) -> Result<LiveMap, SegmentError> {
         let map = MmapOptions::new().len(self.len).map_raw_read_only(self.fd.as_raw_fd());
@@ -253,13 +218,8 @@ impl AsFd for LiveSegment {
 pub struct LiveMap(MmapRaw);
 
 impl LiveMap {
-    pub fn len(&self) -> usize {
+    pub fn num_bytes(&self) -> usize {
         self.0.len()
-    }
-
-    /// Never: a segment has at least one byte.
-    pub fn is_empty(&self) -> bool {
-        self.0.len() == 0
     }
 
     pub fn as_ptr(&self) -> *const u8 {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::id::ObjectId;
 use super::inventory::{Client, Found, Inventory};
 use super::packet::{Packet, PacketListener, PacketSocket, timespec};
-use super::protocol::{MAX_MESSAGE, MAX_NAME, Refusal, Reply, Request, StoreReport, Token, VERSION, random_hex};
+use super::protocol::{MAX_MESSAGE, MAX_NAME, Refusal, Reply, Request, Token, VERSION, random_hex};
 use super::segment::Segment;
 
 /// How long a connection may be there without having said the token.
@@ -300,7 +300,7 @@ impl Server {
             Request::Abandon { id } => (Ok(()), self.inventory.abandon(client, &id)),
             Request::Remove { id } => (self.inventory.remove(&id), true),
             Request::Report => {
-                let report = Reply::Report(self.report());
+                let report = Reply::Report(self.inventory.report(self.connections.len()));
                 return self.reply(client, &report, None);
             }
             Request::Get { id, wait_ms, claim, take } => {
@@ -412,17 +412,6 @@ impl Server {
         }
         if self.inventory.leave(client) {
             self.wake();
-        }
-    }
-
-    fn report(&self) -> StoreReport {
-        StoreReport {
-            capacity_bytes: self.config.capacity_bytes,
-            used_bytes: self.inventory.used_bytes(),
-            num_objects: self.inventory.num_objects(),
-            num_held: self.inventory.num_held(),
-            num_connections: self.connections.len(),
-            num_evicted: self.inventory.num_evicted(),
         }
     }
 }

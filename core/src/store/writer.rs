@@ -1,9 +1,6 @@
 //! Objects on their way into the store: written once, where they stay.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
 use std::time::Duration;
 
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -114,25 +111,6 @@ impl Store {
             let layout = Layout::new(id, &named, &[], Some(kind))?;
             let mut writer = claim.allocate(layout.len)?;
             layout.fill(&mut writer)?;
-            Ok(writer)
-        })
-    }
-
-    /// The file at `path`, a whole safetensors file, as an object: copied in once per host, whoever asks.
-    ///
-    /// # Errors
-    /// The file cannot be read, is no safetensors, or was not there after `timeout`.
-    pub fn put_file(&self, path: &Path, timeout: Duration) -> Result<Object, StoreError> {
-        let unreadable = |source: std::io::Error| StoreError::Fetch {
-            id: ObjectId::ModelFile { file: path.display().to_string(), state: String::new() },
-            source: source.into(),
-        };
-        let id = ObjectId::model_file(path).map_err(unreadable)?;
-        self.get_or_fetch(&id, timeout, |claim| {
-            let mut file = File::open(path)?;
-            let len = usize::try_from(file.metadata()?.len())?;
-            let mut writer = claim.allocate(len)?;
-            file.read_exact(writer.bytes())?;
             Ok(writer)
         })
     }

@@ -22,12 +22,7 @@ impl Architecture {
     const SUPPORTED: &str = "llama (also Mistral and SmolLM), qwen2, qwen3";
 
     fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "llama" => Some(Self::Llama),
-            "qwen2" => Some(Self::Qwen2),
-            "qwen3" => Some(Self::Qwen3),
-            _ => None,
-        }
+        [Self::Llama, Self::Qwen2, Self::Qwen3].into_iter().find(|known| known.name() == name)
     }
 
     /// The name in `general.architecture`, also the prefix of the model's keys.
@@ -164,37 +159,26 @@ impl ModelConfig {
 fn architecture(header: &Header) -> Result<Architecture, ImportError> {
     let key = "general.architecture";
     let name = header.text(key)?.ok_or_else(|| header.missing(key, "the name of an architecture"))?;
-    Architecture::from_name(name).ok_or_else(|| ImportError::Unsupported {
-        file: header.file.clone(),
-        what: "architecture".to_owned(),
-        found: name.to_owned(),
-        supported: Architecture::SUPPORTED.to_owned(),
-    })
+    let unsupported = || ImportError::unsupported(&header.file, "architecture", name, Architecture::SUPPORTED);
+    Architecture::from_name(name).ok_or_else(unsupported)
 }
 
 /// A file that is one of several lacks most tensors: say so instead of naming the first that is missing.
 fn refuse_parts(header: &Header) -> Result<(), ImportError> {
     match header.count("split.count")? {
-        Some(parts) if parts > 1 => Err(ImportError::Unsupported {
-            file: header.file.clone(),
-            what: "a model split into several files,".to_owned(),
-            found: format!("{parts} parts,"),
-            supported: "one file (llama-gguf-split --merge joins the parts)".to_owned(),
-        }),
+        Some(parts) if parts > 1 => {
+            let supported = "one file (llama-gguf-split --merge joins the parts)";
+            let (what, found) = ("a model split into several files,", format!("{parts} parts,"));
+            Err(ImportError::unsupported(&header.file, what, &found, supported))
+        }
         _ => Ok(()),
     }
 }
 
 fn vocab_size(header: &Header) -> Result<u64, ImportError> {
-    match header.tensor("token_embd.weight") {
-        Some(entry) => Ok(entry.shape[0]),
-        None => Err(ImportError::Tensor {
-            file: header.file.clone(),
-            tensor: "token_embd.weight".to_owned(),
-            expected: "the token embedding".to_owned(),
-            found: "no such tensor".to_owned(),
-        }),
-    }
+    const EMBEDDING: &str = "token_embd.weight";
+    let missing = || header.tensor_error(EMBEDDING, "the token embedding".to_owned(), "no such tensor".to_owned());
+    header.tensor(EMBEDDING).map(|entry| entry.shape[0]).ok_or_else(missing)
 }
 
 /// Keys of one architecture.
@@ -257,12 +241,9 @@ fn rope_scaling(keys: &Keys) -> Result<Json, ImportError> {
         Some("linear") => {
             Ok(json!({"rope_type": "linear", "factor": keys.positive_float("rope.scaling.factor", None)?}))
         }
-        Some(other) => Err(ImportError::Unsupported {
-            file: keys.header.file.clone(),
-            what: "rope scaling".to_owned(),
-            found: other.to_owned(),
-            supported: "none, linear, llama3".to_owned(),
-        }),
+        Some(other) => {
+            Err(ImportError::unsupported(&keys.header.file, "rope scaling", other, "none, linear, llama3"))
+        }
     }
 }
 
@@ -279,12 +260,8 @@ fn llama3_scaling(header: &Header, divisors: &[f32], rope_theta: f64, head_dim: 
     let expected = llama3_divisors(factor, rope_theta, head_dim);
     let close = |(a, b): (&f64, &f32)| (a - f64::from(*b)).abs() <= 1e-3 * a.abs();
     if divisors.len() != expected.len() || !expected.iter().zip(divisors).all(close) {
-        return Err(ImportError::Tensor {
-            file: header.file.clone(),
-            tensor: ROPE_DIVISORS.to_owned(),
-            expected: format!("Llama 3's {} frequency divisors {expected:.4?}", expected.len()),
-            found: format!("{divisors:.4?}"),
-        });
+        let expected = format!("Llama 3's {} frequency divisors {expected:.4?}", expected.len());
+        return Err(header.tensor_error(ROPE_DIVISORS, expected, format!("{divisors:.4?}")));
     }
     Ok(json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": LLAMA3_LOW_FREQ_FACTOR,

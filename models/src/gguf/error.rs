@@ -43,4 +43,9 @@ impl ImportError {
     pub(super) fn io(path: &Path, source: io::Error) -> Self {
         Self::Io { path: path.to_path_buf(), source }
     }
+
+    pub(super) fn unsupported(file: &str, what: &str, found: &str, supported: &str) -> Self {
+        let [file, what, found, supported] = [file, what, found, supported].map(str::to_owned);
+        Self::Unsupported { file, what, found, supported }
+    }
 }

@@ -98,59 +98,47 @@ impl Header {
 
     /// A count or id: an integer in `0..2^32`.
     pub fn count(&self, key: &str) -> Result<Option<u64>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Integer(number)) if u32::try_from(*number).is_ok() => Ok(Some(*number as u64)),
-            Some(other) => Err(self.wrong(key, "an integer in 0..2^32", other)),
-        }
+        self.get(key, "an integer in 0..2^32", |value| match value {
+            Value::Integer(number) => u32::try_from(*number).ok().map(u64::from),
+            _ => None,
+        })
     }
 
     pub fn float(&self, key: &str) -> Result<Option<f64>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Float(number)) if number.is_finite() => Ok(Some(*number)),
-            Some(other) => Err(self.wrong(key, "a finite number", other)),
-        }
+        self.get(key, "a finite number", |value| match value {
+            Value::Float(number) => Some(*number).filter(|number| number.is_finite()),
+            _ => None,
+        })
     }
 
     pub fn flag(&self, key: &str) -> Result<Option<bool>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Bool(flag)) => Ok(Some(*flag)),
-            Some(other) => Err(self.wrong(key, "a bool", other)),
-        }
+        self.get(key, "a bool", |value| if let Value::Bool(flag) = value { Some(*flag) } else { None })
     }
 
     pub fn text(&self, key: &str) -> Result<Option<&str>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Text(text)) => Ok(Some(text)),
-            Some(other) => Err(self.wrong(key, "a string", other)),
-        }
+        self.get(key, "a string", |value| if let Value::Text(text) = value { Some(text.as_str()) } else { None })
     }
 
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Texts(texts)) => Ok(Some(texts)),
-            Some(other) => Err(self.wrong(key, "an array of strings", other)),
-        }
+        self.get(key, "an array of strings", |value| if let Value::Texts(list) = value { Some(&list[..]) } else { None })
     }
 
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Integers(numbers)) => Ok(Some(numbers)),
-            Some(other) => Err(self.wrong(key, "an array of integers", other)),
-        }
+        self.get(key, "an array of integers", |value| if let Value::Integers(list) = value { Some(&list[..]) } else { None })
     }
 
     pub fn floats(&self, key: &str) -> Result<Option<&[f32]>, ImportError> {
-        match self.metadata.get(key) {
-            None => Ok(None),
-            Some(Value::Floats(numbers)) => Ok(Some(numbers)),
-            Some(other) => Err(self.wrong(key, "an array of floats", other)),
-        }
+        self.get(key, "an array of floats", |value| if let Value::Floats(list) = value { Some(&list[..]) } else { None })
+    }
+
+    fn get<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ImportError> {
+        let wrong = |value: &Value| self.key_error(key, expected, value.describe());
+        self.metadata.get(key).map(|value| read(value).ok_or_else(|| wrong(value))).transpose()
     }
 
     /// The error for a key that must be there.
@@ -162,9 +150,11 @@ impl Header {
         ImportError::Key { file: self.file.clone(), key: key.to_owned(), expected: expected.to_owned(), found }
     }
 
-    fn wrong(&self, key: &str, expected: &str, found: &Value) -> ImportError {
-        self.key_error(key, expected, found.describe())
+    /// The error for a tensor that is not as it must be.
+    pub fn tensor_error(&self, tensor: &str, expected: String, found: String) -> ImportError {
+        ImportError::Tensor { file: self.file.clone(), tensor: tensor.to_owned(), expected, found }
     }
+
 }
 
 impl Value {
@@ -216,12 +206,7 @@ impl HeaderReader {
         }
         match self.u32()? {
             2 | 3 => Ok(()),
-            found => Err(ImportError::Unsupported {
-                file: self.file.clone(),
-                what: "GGUF version".to_owned(),
-                found: found.to_string(),
-                supported: "2, 3 (little-endian)".to_owned(),
-            }),
+            found => Err(ImportError::unsupported(&self.file, "GGUF version", &found.to_string(), "2, 3 (little-endian)")),
         }
     }
 
@@ -337,12 +322,9 @@ impl HeaderReader {
         }
         let mut shape: Vec<u64> = (0..dims).map(|_| self.u64()).collect::<Result<_, _>>()?;
         let id = self.u32()?;
-        let block = BlockType::from_id(id).map_err(|found| ImportError::Unsupported {
-            file: self.file.clone(),
-            what: format!("tensor {name}: block type"),
-            found,
-            supported: SUPPORTED.to_owned(),
-        })?;
+        let what = format!("tensor {name}: block type");
+        let block =
+            BlockType::from_id(id).map_err(|found| ImportError::unsupported(&self.file, &what, &found, SUPPORTED))?;
         let start = self.u64()?;
         // GGUF lists the fastest dimension first; its length must be whole blocks.
         if !shape[0].is_multiple_of(block.elements()) {

@@ -43,12 +43,8 @@ impl TokenizerFiles {
             Some("gpt2") => byte_level(header, &vocabulary)?,
             Some("llama") => sentence_piece(header, &vocabulary)?,
             Some(found) => {
-                return Err(unsupported(
-                    header,
-                    "tokenizer",
-                    found,
-                    "gpt2 (byte-level BPE), llama (SentencePiece BPE)",
-                ));
+                let supported = "gpt2 (byte-level BPE), llama (SentencePiece BPE)";
+                return Err(ImportError::unsupported(&header.file, "tokenizer", found, supported));
             }
             None => return Err(header.missing(key, "gpt2 or llama")),
         };
@@ -176,42 +172,31 @@ const DEFAULT_PATTERNS: &[&str] = &[
     r"[0-9][0-9][0-9]",
 ];
 
+/// What most of them are.
+const PLAIN: PreTokenizer =
+    PreTokenizer { names: &[], splits: Splits::Gpt2, normalizes_nfc: false, ignore_merges: false, adds_bos: false };
+
 const PRE_TOKENIZERS: &[PreTokenizer] = &[
     PreTokenizer {
         names: &["smollm", "starcoder", "refact", "command-r", "codeshell"],
         splits: Splits::DigitsThenGpt2,
-        normalizes_nfc: false,
-        ignore_merges: false,
-        adds_bos: false,
+        ..PLAIN
     },
     PreTokenizer {
         names: &["llama-bpe", "llama3", "llama-v3"],
         splits: Splits::Patterns(&[LLAMA3_PATTERN]),
-        normalizes_nfc: false,
         ignore_merges: true,
         adds_bos: true,
+        ..PLAIN
     },
     PreTokenizer {
         names: &["qwen2", "deepseek-r1-qwen"],
         splits: Splits::Patterns(&[QWEN2_PATTERN]),
         normalizes_nfc: true,
-        ignore_merges: false,
-        adds_bos: false,
+        ..PLAIN
     },
-    PreTokenizer {
-        names: &["gpt-2", "gpt2"],
-        splits: Splits::Gpt2,
-        normalizes_nfc: false,
-        ignore_merges: false,
-        adds_bos: false,
-    },
-    PreTokenizer {
-        names: &["default"],
-        splits: Splits::Patterns(DEFAULT_PATTERNS),
-        normalizes_nfc: false,
-        ignore_merges: false,
-        adds_bos: false,
-    },
+    PreTokenizer { names: &["gpt-2", "gpt2"], ..PLAIN },
+    PreTokenizer { names: &["default"], splits: Splits::Patterns(DEFAULT_PATTERNS), ..PLAIN },
 ];
 
 impl PreTokenizer {
@@ -220,7 +205,7 @@ impl PreTokenizer {
         let name = header.text("tokenizer.ggml.pre")?.unwrap_or("default");
         PRE_TOKENIZERS.iter().find(|rules| rules.names.contains(&name)).ok_or_else(|| {
             let names: Vec<&str> = PRE_TOKENIZERS.iter().flat_map(|rules| rules.names).copied().collect();
-            unsupported(header, "pre-tokenizer", name, &names.join(", "))
+            ImportError::unsupported(&header.file, "pre-tokenizer", name, &names.join(", "))
         })
     }
 
@@ -462,13 +447,4 @@ fn chat_template(header: &Header) -> Result<Json, ImportError> {
         list.push(json!({"name": key[prefix.len()..], "template": header.text(key)?}));
     }
     Ok(json!(list))
-}
-
-fn unsupported(header: &Header, what: &str, found: &str, supported: &str) -> ImportError {
-    ImportError::Unsupported {
-        file: header.file.clone(),
-        what: what.to_owned(),
-        found: found.to_owned(),
-        supported: supported.to_owned(),
-    }
 }

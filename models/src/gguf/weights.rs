@@ -24,26 +24,17 @@ pub enum WeightDtype {
 }
 
 impl WeightDtype {
+    /// The name in `config.json`, the name in a safetensors file, and the bytes of an element.
+    fn description(self) -> (&'static str, &'static str, u64) {
+        match self {
+            Self::Bfloat16 => ("bfloat16", "BF16", 2),
+            Self::Float32 => ("float32", "F32", 4),
+        }
+    }
+
     /// The name in `config.json`.
     pub fn torch_name(self) -> &'static str {
-        match self {
-            Self::Bfloat16 => "bfloat16",
-            Self::Float32 => "float32",
-        }
-    }
-
-    fn safetensors_name(self) -> &'static str {
-        match self {
-            Self::Bfloat16 => "BF16",
-            Self::Float32 => "F32",
-        }
-    }
-
-    fn bytes(self) -> u64 {
-        match self {
-            Self::Bfloat16 => 2,
-            Self::Float32 => 4,
-        }
+        self.description().0
     }
 }
 
@@ -131,9 +122,9 @@ impl Planner<'_> {
 
     fn add(&mut self, source: &str, target: &str, shape: &[u64]) -> Result<(), ImportError> {
         let entry = self.header.tensor(source);
-        let entry = entry.ok_or_else(|| self.wrong(source, format!("shape {shape:?}"), "no such tensor".to_owned()))?;
+        let entry = entry.ok_or_else(|| self.header.tensor_error(source, format!("shape {shape:?}"), "no such tensor".to_owned()))?;
         if entry.shape != shape {
-            return Err(self.wrong(source, format!("shape {shape:?}"), format!("shape {:?}", entry.shape)));
+            return Err(self.header.tensor_error(source, format!("shape {shape:?}"), format!("shape {:?}", entry.shape)));
         }
         self.plan.push(PlannedTensor {
             source: source.to_owned(),
@@ -150,12 +141,8 @@ impl Planner<'_> {
         let unknown = |name: &&str| !planned.contains(name) && *name != ROPE_DIVISORS;
         match self.header.tensor_names().filter(unknown).min() {
             None => Ok(()),
-            Some(name) => Err(self.wrong(name, "only tensors of the architecture".to_owned(), "this one".to_owned())),
+            Some(name) => Err(self.header.tensor_error(name, "only tensors of the architecture".to_owned(), "this one".to_owned())),
         }
-    }
-
-    fn wrong(&self, tensor: &str, expected: String, found: String) -> ImportError {
-        ImportError::Tensor { file: self.header.file.clone(), tensor: tensor.to_owned(), expected, found }
     }
 }
 
@@ -205,12 +192,7 @@ fn for_each_chunk(
     tensor: &PlannedTensor,
     mut consume: impl FnMut(Vec<f32>) -> Result<(), ImportError>,
 ) -> Result<(), ImportError> {
-    let wrong = |expected: &str, found: String| ImportError::Tensor {
-        file: header.file.clone(),
-        tensor: tensor.source.clone(),
-        expected: expected.to_owned(),
-        found,
-    };
+    let wrong = |expected: &str, found: String| header.tensor_error(&tensor.source, expected.to_owned(), found);
     let chunk = tensor.bytes_per_chunk().ok_or_else(|| {
         wrong(
             "a block type that holds whole rows",
@@ -280,11 +262,10 @@ fn split_halves(data: &[u8], head_rows: usize, row_bytes: usize) -> Vec<u8> {
 fn safetensors_head(plan: &[PlannedTensor], dtype: WeightDtype) -> Vec<u8> {
     let mut head = Map::new();
     head.insert("__metadata__".to_owned(), json!({"format": "pt"}));
-    let mut offset = 0;
+    let (mut offset, (_, name, bytes)) = (0, dtype.description());
     for tensor in plan {
-        let end = offset + tensor.elements() * dtype.bytes();
-        let description =
-            json!({"dtype": dtype.safetensors_name(), "shape": tensor.entry.shape, "data_offsets": [offset, end]});
+        let end = offset + tensor.elements() * bytes;
+        let description = json!({"dtype": name, "shape": tensor.entry.shape, "data_offsets": [offset, end]});
         head.insert(tensor.target.clone(), description);
         offset = end;
     }

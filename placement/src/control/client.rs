@@ -68,25 +68,12 @@ pub struct Reply {
     body_bytes: usize,
 }
 
-/// Dials the driver at `HOST:PORT` until it answers, at most `patience`, and joins its run.
+/// Dials the driver at `HOST:PORT` until it answers, at most `patience`, and joins its run. Calls of verbs of `beside` are
+/// served beside those that [`Session::next`] gives.
 ///
 /// # Errors
 /// [`ControlError::Unreachable`] when no driver answered in time; [`ControlError::Refused`] in the driver's words;
 /// [`ControlError::OtherRun`] when the credentials are not of its run.
-pub async fn join(
-    driver: &str,
-    credentials: &Credentials,
-    hello: Hello,
-    limits: Limits,
-    patience: Duration,
-) -> Result<Session, ControlError> {
-    join_with(driver, credentials, hello, limits, patience, None).await
-}
-
-/// As [`join`], with calls that are served beside those that [`Session::next`] gives.
-///
-/// # Errors
-/// As [`join`].
 pub async fn join_with(
     driver: &str,
     credentials: &Credentials,

@@ -8,18 +8,7 @@ use super::protocol::Beat;
 
 /// What a worker is at; clones share it. The device thread writes it, heartbeats carry it.
 #[derive(Clone, Debug, Default)]
-pub struct Progress(Arc<Mutex<Position>>);
-
-#[derive(Clone, Debug, Default)]
-struct Position {
-    operation: String,
-    sequence: u64,
-    micro_batch: u64,
-    work: u64,
-    phase: String,
-    done: u64,
-    total: u64,
-}
+pub struct Progress(Arc<Mutex<Beat>>);
 
 impl Progress {
     /// Operation in progress, its sequence number in its group, the micro-batch it belongs to, and a count of what is
@@ -42,9 +31,7 @@ impl Progress {
     }
 
     pub(super) fn beat(&self) -> Beat {
-        let position = self.0.lock().expect("never held over a panic").clone();
-        let Position { operation, sequence, micro_batch, work, phase, done, total } = position;
-        Beat { operation, sequence, micro_batch, work, phase, done, total }
+        self.0.lock().expect("never held over a panic").clone()
     }
 }
 

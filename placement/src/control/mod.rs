@@ -17,31 +17,21 @@
 //! (waiting for all), [`heartbeat`] (who is behind), `awake` (why a call is quick).
 
 pub mod protocol;
-
 pub mod framing;
-
 pub mod identity;
-
 pub mod door;
-
 pub mod server;
-
 pub mod supervisor;
-
 pub mod proxy;
-
 pub mod client;
-
 pub mod rendezvous;
-
 pub mod heartbeat;
-
 pub(crate) mod awake;
 mod error;
 
 use std::time::Duration;
 
-pub use client::{Beside, Call, Session, join, join_with};
+pub use client::{Beside, Call, Session, join_with};
 pub(crate) use error::seconds;
 pub use error::{ControlError, Peer, RefusalKind};
 pub use heartbeat::{Heartbeat, Progress};

@@ -126,24 +126,12 @@ impl Place {
 
 /// Variables that tell a process its place: what this process starts must not inherit them.
 pub fn names_a_place(variable: &str) -> bool {
-    const NAMES: [&str; 12] = [
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "GROUP_WORLD_SIZE",
-        "ROLE_RANK",
-        "ROLE_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "JOB_COMPLETION_INDEX",
-        "NNODES",
-    ];
+    const NAMES: &str = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE \
+        MASTER_ADDR MASTER_PORT JOB_COMPLETION_INDEX NNODES SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_STEP_ID \
+        SLURM_STEP_NUM_TASKS";
     const PREFIXES: [&str; 9] =
         ["TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "PALS_", "LWS_", "MPI_LOCAL"];
-    const SLURM: [&str; 5] = ["SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"];
-    NAMES.contains(&variable) || SLURM.contains(&variable) || PREFIXES.iter().any(|prefix| variable.starts_with(prefix))
+    NAMES.split(' ').any(|name| name == variable) || PREFIXES.iter().any(|prefix| variable.starts_with(prefix))
 }
 
 struct Environment<'a>(&'a HashMap<String, String>);

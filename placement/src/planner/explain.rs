@@ -73,7 +73,7 @@ fn page_locked(cluster: &Cluster, phases: &[Phase], groups: &[GroupPlan]) -> Opt
     let on_node = |node: usize, phase: Phase| -> u64 {
         let here = |device: &usize| cluster.locate(*device).is_some_and(|(its, _)| its == node);
         let devices = |group: &GroupPlan| {
-            group.devices.iter().flat_map(|range| range.first..=range.last).filter(here).count() as u64
+            group.device_numbers().filter(here).count() as u64
         };
         groups.iter().map(|group| devices(group) * of_device(group, phase)).sum()
     };
@@ -217,7 +217,7 @@ impl Placed {
         let (device_kinds, num_nodes) = self.hardware(question);
         GroupPlan {
             roles: group.roles.iter().map(role_plan).collect(),
-            devices: ranges(&self.devices),
+            devices: DeviceRange::of(&self.devices),
             num_devices: slice.devices,
             device_kinds,
             num_nodes,
@@ -249,11 +249,6 @@ impl Placed {
         let shown = counts.iter().zip(&cluster.kinds).filter(|(count, _)| **count > 0);
         let kinds = shown.map(|(count, kind)| format!("{count} x {}", kind.name)).collect::<Vec<_>>();
         (kinds.join(" and "), nodes.len())
-    }
-
-    /// Such as "actor + generator on 8 (ZeRO 2, tensor parallel 4)".
-    fn describe(&self, problem: &Problem) -> String {
-        describe_choice(problem.workload, self.group.roles, self.slice.devices, &self.config)
     }
 }
 
@@ -295,7 +290,10 @@ pub(super) fn describe_choice(work: &Workload, roles: RoleSet, devices: usize, c
 }
 
 fn describe(problem: &Problem, groups: &[Placed]) -> String {
-    groups.iter().map(|group| group.describe(problem)).collect::<Vec<_>>().join("; ")
+    let of = |placed: &Placed| {
+        describe_choice(problem.workload, placed.group.roles, placed.slice.devices, &placed.config)
+    };
+    groups.iter().map(of).collect::<Vec<_>>().join("; ")
 }
 
 fn step_seconds(question: &Question, groups: &[Placed]) -> StepSeconds {
@@ -384,16 +382,4 @@ fn plainer(answer: &Answer, placed: &Placed) -> Option<String> {
             differs.then(|| format!("the {main} at ZeRO {} takes {} longer", stage - 1, super::render::seconds(more)))
         }
     }
-}
-
-/// Sorted numbers as ranges.
-fn ranges(devices: &[usize]) -> Vec<DeviceRange> {
-    let mut ranges: Vec<DeviceRange> = Vec::new();
-    for &device in devices {
-        match ranges.last_mut() {
-            Some(range) if range.last + 1 == device => range.last = device,
-            _ => ranges.push(DeviceRange { first: device, last: device }),
-        }
-    }
-    ranges
 }

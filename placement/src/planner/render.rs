@@ -175,11 +175,7 @@ impl GroupPlan {
 
 /// Such as "devices 0-7, 16".
 fn devices(ranges: &[DeviceRange]) -> String {
-    let shown = |range: &DeviceRange| match range.last - range.first {
-        0 => range.first.to_string(),
-        _ => format!("{}-{}", range.first, range.last),
-    };
     let single = matches!(ranges, [range] if range.first == range.last);
-    let list = ranges.iter().map(shown).collect::<Vec<_>>().join(", ");
+    let list = ranges.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     format!("{} {list}", if single { "device" } else { "devices" })
 }

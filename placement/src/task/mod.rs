@@ -28,27 +28,16 @@
 //! [`function`] (what may leave the process), [`remote`](self::remote) and [`server`] (both ends of that), [`rows`].
 
 pub mod demand;
-
 mod books;
-
 mod schedule;
-
 pub mod handle;
-
 mod tasks;
-
 mod pool;
-
 pub mod function;
-
 mod remote;
-
 mod wire;
-
 pub mod server;
-
 pub mod rows;
-
 mod error;
 
 pub use books::Devices;

@@ -130,12 +130,6 @@ impl SyncPlan {
         (0..self.num_buckets()).map(|bucket| self.bucket_weight_bytes(bucket, trainer, tp_rank)).sum()
     }
 
-    /// Bytes that `trainer` sends in one sync to the replicas' ranks `tp_rank`: weights, and with each bucket its version
-    /// and sums.
-    pub fn message_bytes(&self, trainer: usize, tp_rank: usize) -> usize {
-        (0..self.num_buckets()).map(|bucket| self.bucket_bytes(bucket, trainer, tp_rank)).sum()
-    }
-
     /// Every parameter of a generator's rank `tp_rank`, with the shape of its slice.
     pub fn slice_shapes(&self, tp_rank: usize) -> HashMap<String, Vec<i64>> {
         let units = self.shape.units.iter().zip(&self.slices[tp_rank]);
@@ -165,11 +159,6 @@ impl SyncPlan {
             self.each_run(segment, trainer, tp_rank, &mut |run| elements += run.length);
         }
         elements as usize * self.element_bytes()
-    }
-
-    /// Bytes of a bucket: its weights and its trailer.
-    pub(super) fn bucket_bytes(&self, bucket: usize, trainer: usize, tp_rank: usize) -> usize {
-        self.bucket_weight_bytes(bucket, trainer, tp_rank) + self.trailer_bytes(bucket)
     }
 
     /// Bytes of the policy version and a sum per segment, at the end of a bucket.

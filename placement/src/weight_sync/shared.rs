@@ -6,7 +6,7 @@
 //!
 //! Trainers overwrite the version before: publish when no generator samples. One that tries is refused (WS-5).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -194,8 +194,7 @@ impl SharedSender {
     /// Spoils a byte of the weights as an error of the memory would.
     #[cfg(test)]
     pub(super) fn spoil(&mut self) {
-        let last = self.writer.len() - 1;
-        self.writer.bytes()[last] ^= 1;
+        *self.writer.bytes().last_mut().expect("a segment has bytes") ^= 1;
     }
 }
 
@@ -227,8 +226,8 @@ pub struct SharedReceiver {
     plan: SyncPlan,
     tp_rank: usize,
     trainers: Vec<(SegmentLayout, Arc<LiveMap>)>,
-    /// By unit and parameter, whether a slice is computed on in place.
-    in_place: HashMap<(usize, usize), bool>,
+    /// Unit and parameter of the slices that are computed on in place.
+    in_place: HashSet<(usize, usize)>,
     tensors: HashMap<String, Tensor>,
     destination: Destination,
     held: Held,
@@ -243,7 +242,7 @@ impl SharedReceiver {
     /// Segments of another plan.
     pub fn new(plan: SyncPlan, tp_rank: usize, segments: Vec<LiveMap>, patience: Duration) -> Result<SharedReceiver> {
         let trainers = checked(&plan, segments)?;
-        let (mut tensors, mut in_place) = (HashMap::new(), HashMap::new());
+        let (mut tensors, mut in_place) = (HashMap::new(), HashSet::new());
         let shapes = plan.slice_shapes(tp_rank);
         for (unit, shape) in plan.shape().units.iter().enumerate() {
             for (index, param) in shape.params.iter().enumerate() {
@@ -257,7 +256,7 @@ impl SharedReceiver {
                     Some((block, map)) => tensor_over(map, block.offset, shape, kind)?,
                     None => Tensor::f_zeros(shape, (kind, Device::Cpu))?,
                 };
-                in_place.insert((unit, index), whole.is_some());
+                in_place.extend(whole.map(|_| (unit, index)));
                 tensors.insert(param.name.clone(), tensor);
             }
         }
@@ -280,7 +279,7 @@ impl SharedReceiver {
         let trainers = checked(&plan, segments)?;
         let destination = Destination::by_param(&plan, tp_rank, tensors)?;
         let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        let (in_place, held) = (HashMap::new(), Held::Nothing);
+        let (in_place, held) = (HashSet::new(), Held::Nothing);
         Ok(SharedReceiver { plan, tp_rank, trainers, in_place, tensors, destination, held, patience })
     }
 
@@ -295,15 +294,11 @@ impl SharedReceiver {
         for (trainer, (layout, _)) in self.trainers.iter().enumerate() {
             for segment in &layout.segments {
                 self.plan.each_run(segment, trainer, self.tp_rank, &mut |run| {
-                    elements += if self.is_in_place(segment.unit, run.param) { 0 } else { run.length };
+                    elements += if self.in_place.contains(&(segment.unit, run.param)) { 0 } else { run.length };
                 });
             }
         }
         elements as usize * self.plan.element_bytes()
-    }
-
-    fn is_in_place(&self, unit: usize, param: usize) -> bool {
-        self.in_place.get(&(unit, param)).copied().unwrap_or(false)
     }
 
     /// Takes up the weights of `version` as the trainers write them.
@@ -403,7 +398,7 @@ impl SharedReceiver {
             // again only in the next sync.
             let from = unsafe { std::slice::from_raw_parts(map.as_ptr().add(place), length) };
             bytes += length;
-            if in_place.get(&(segment.unit, run.param)).copied().unwrap_or(false) {
+            if in_place.contains(&(segment.unit, run.param)) {
                 return sum.read(from);
             }
             let begin = run.to as usize * size;
@@ -432,7 +427,7 @@ fn checked(plan: &SyncPlan, segments: Vec<LiveMap>) -> Result<Vec<(SegmentLayout
     }
     let with_layout = |(trainer, map): (usize, LiveMap)| {
         let layout = SegmentLayout::new(plan, trainer);
-        if map.len() != layout.bytes || map.word(FINGERPRINT) != fingerprint(plan) {
+        if map.num_bytes() != layout.bytes || map.word(FINGERPRINT) != fingerprint(plan) {
             return Err(Error::Refused(format!(
                 "weight sync: the segment of trainer {trainer} is of another plan: use one shape, world size, slices, \
                  dtype and bucket size on both sides"

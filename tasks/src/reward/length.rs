@@ -23,14 +23,6 @@ impl LengthRule {
         Ok(Self { min_tokens, max_tokens })
     }
 
-    /// One length, in tokens.
-    ///
-    /// # Errors
-    /// A target of 0.
-    pub fn target(num_tokens: usize) -> Result<Self, RewardError> {
-        Self::between(num_tokens, Some(num_tokens))
-    }
-
     fn score_length(&self, num_tokens: usize) -> f64 {
         if num_tokens < self.min_tokens {
             num_tokens as f64 / self.min_tokens as f64
@@ -62,7 +54,7 @@ mod tests {
 
     #[test]
     fn falls_on_both_sides_of_the_range() {
-        let target = LengthRule::target(10).unwrap();
+        let target = LengthRule::between(10, Some(10)).unwrap();
         assert_eq!([0, 5, 10, 15, 20, 40].map(|length| target.score_length(length)), [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]);
         let range = LengthRule::between(4, Some(8)).unwrap();
         assert_eq!([2, 4, 8, 12].map(|length| range.score_length(length)), [0.5, 1.0, 1.0, 0.5]);
@@ -75,6 +67,6 @@ mod tests {
     fn impossible_ranges_are_refused() {
         let message = LengthRule::between(9, Some(8)).unwrap_err().to_string();
         assert_eq!(message, "rule \"length\": max = 8 must be above 0 and not below min = 9");
-        assert!(LengthRule::target(0).is_err());
+        assert!(LengthRule::between(0, Some(0)).is_err());
     }
 }

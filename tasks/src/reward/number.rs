@@ -117,17 +117,9 @@ impl Scanner<'_> {
             let before = self.bytes[self.at - 1];
             before.is_ascii_alphanumeric() || matches!(before, b')' | b']' | b'}')
         };
-        match self.bytes.get(self.at) {
-            Some(b'-') => {
-                self.at += 1;
-                !binary
-            }
-            Some(b'+') => {
-                self.at += 1;
-                false
-            }
-            _ => false,
-        }
+        let sign = self.bytes.get(self.at).filter(|sign| matches!(sign, b'-' | b'+'));
+        self.at += usize::from(sign.is_some());
+        sign == Some(&b'-') && !binary
     }
 
     /// Passes over a currency sign and the spaces after it; whether there was one.
@@ -137,9 +129,7 @@ impl Scanner<'_> {
             return false;
         };
         self.at += sign.len();
-        while self.bytes.get(self.at) == Some(&b' ') {
-            self.at += 1;
-        }
+        self.at += self.bytes[self.at..].iter().take_while(|byte| **byte == b' ').count();
         true
     }
 
@@ -162,9 +152,7 @@ impl Scanner<'_> {
 
     /// One argument of `\frac`: a number in braces or a single digit.
     fn fraction_argument(&mut self) -> Option<Number> {
-        while self.bytes.get(self.at) == Some(&b' ') {
-            self.at += 1;
-        }
+        self.at += self.bytes[self.at..].iter().take_while(|byte| **byte == b' ').count();
         if self.bytes.get(self.at) != Some(&b'{') {
             let digit = self.bytes.get(self.at).filter(|byte| byte.is_ascii_digit())?;
             self.at += 1;
