@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use echelon_algorithms::reward_model::{PairwiseRanking, RewardModel};
+use echelon_algorithms::reward_model::PairwiseRanking;
 use echelon_algorithms::schedule::LrSchedule;
-use echelon_algorithms::sft::{NegativeLogLikelihood, Sft};
+use echelon_algorithms::sft::NegativeLogLikelihood;
 use echelon_algorithms::{Algorithm, OnPolicy};
 use echelon_core::loss::Loss;
 use echelon_core::role::Role;

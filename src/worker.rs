@@ -14,7 +14,7 @@ use echelon_core::shared_message::{SHARED_FROM, SharedMessages};
 use echelon_core::store::{Store, StoreAddress};
 use echelon_core::verb::{self, Verb};
 use echelon_models::tokenizer::Tokenizer;
-use echelon_placement::control::{Beside, Call, ControlError, Credentials, Hello, Limits, Session, join_with};
+use echelon_placement::control::{Beside, Call, ControlError, Credentials, Hello, Limits, Session, join};
 use echelon_placement::launch::spawn::{available_threads, threads_per_worker};
 use echelon_placement::launch::{Place, place};
 use echelon_placement::remote::{InHeartbeats, serve};
@@ -188,7 +188,7 @@ async fn enter(
     loop {
         let left = joining.patience.saturating_sub(begun.elapsed());
         let (limits, beside) = (Limits::default(), beside.clone() as Arc<dyn Beside>);
-        let session = join_with(&joining.driver, &credentials, hello.clone(), limits, left, Some(beside)).await;
+        let session = join(&joining.driver, &credentials, hello.clone(), limits, left, Some(beside)).await;
         match (session, &joining.credentials) {
             (Err(ControlError::OtherRun { .. }), Some(file)) => {
                 credentials = tokio::task::block_in_place(|| wait_for(file, left, Some(&credentials)))?;

@@ -5,13 +5,13 @@
 //! [`sampler`] (logits to tokens), [`weight_layout`] (how weights lie while decoding). The engine knows tokens and log-probs, never rewards.
 
 mod config;
-pub mod keys;
 pub mod engine;
-pub mod sequence;
-pub mod scheduler;
+pub mod keys;
 pub mod kv_cache;
 pub mod model_runner;
 pub mod sampler;
+pub mod scheduler;
+pub mod sequence;
 pub mod weight_layout;
 
 pub use config::EngineConfig;

@@ -15,8 +15,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use prost::Message;
 
 use super::event::{
-    DATA_CLASS_TENSOR, DT_STRING, Event, HistogramProto, PluginData, SESSION_START, SessionLog, Summary, SummaryMetadata,
-    SummaryValue, TensorDim, TensorProto, TensorShapeProto, Value, What,
+    DATA_CLASS_TENSOR, DT_STRING, Event, HistogramProto, PluginData, SESSION_START, SessionLog, Summary,
+    SummaryMetadata, SummaryValue, TensorDim, TensorProto, TensorShapeProto, Value, What,
 };
 use super::{Metrics, MonitorError};
 

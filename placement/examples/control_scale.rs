@@ -14,7 +14,7 @@ use bytes::Bytes;
 use echelon_placement::control::server::ControlConfig;
 use echelon_placement::control::{
     Call, ControlServer, Credentials, Hello, Limits, RemoteWorker, Rendezvous, RunAuthority, Session,
-    build_of_this_program, join_with, rendezvous,
+    build_of_this_program, join, rendezvous,
 };
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use serde_json::{Value, json};
@@ -135,7 +135,7 @@ async fn simulate(driver: String, count: u32) -> Outcome<()> {
             let (driver, credentials) = (driver.clone(), credentials.clone());
             tokio::spawn(async move {
                 let hello = Hello::of_this_process(rank, count, 0, "simulated");
-                serve(join_with(&driver, &credentials, hello, Limits::default(), MINUTE, None).await?).await
+                serve(join(&driver, &credentials, hello, Limits::default(), MINUTE, None).await?).await
             })
         })
         .collect();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use echelon_placement::control::server::ControlConfig;
 use echelon_placement::control::{
-    ControlServer, Credentials, Hello, Limits, Rendezvous, RunAuthority, build_of_this_program, join_with, rendezvous,
+    ControlServer, Credentials, Hello, Limits, Rendezvous, RunAuthority, build_of_this_program, join, rendezvous,
 };
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use echelon_placement::task::{
@@ -163,7 +163,7 @@ async fn worker(driver: &str) -> Outcome<()> {
     let credentials = Credentials::receive(std::io::stdin())?;
     let hello = Hello::of_this_process(0, 1, 0, "cpu");
     let server = Arc::new(TaskServer::start(functions())?);
-    let mut session = join_with(driver, &credentials, hello, Limits::default(), MINUTE, Some(server)).await?;
+    let mut session = join(driver, &credentials, hello, Limits::default(), MINUTE, Some(server)).await?;
     while session.next().await?.is_some() {}
     Ok(())
 }

@@ -10,8 +10,9 @@
 //! | 2 | + gradients | 2Ψ + (2 + K) Ψ/N |
 //! | 3 | + parameters | (2 + 2 + K) Ψ/N |
 //!
-//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic. What a rank holds here differs in one entry ([`ModelStates::new`]): gradients are always
-//! accumulated in f32, so that a mini-batch may have any number of micro-batches, and take 4 bytes instead of 2 in bf16.
+//! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic. What a rank holds
+//! here differs in one entry ([`ModelStates::new`]): gradients are always accumulated in f32, so that a mini-batch may have
+//! any number of micro-batches, and take 4 bytes instead of 2 in bf16.
 //!
 //! Everything else is activations and buffers of a pass. Those entries are *transient*: roles on one device take turns,
 //! so a phase needs all resident entries and the transient ones of one role, the largest. A pass has several *instants*

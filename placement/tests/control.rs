@@ -9,7 +9,7 @@ use bytes::Bytes;
 use echelon_placement::control::server::ControlConfig;
 use echelon_placement::control::{
     Call, ControlError, ControlServer, Credentials, Hello, Limits, LocalOutput, RefusalKind, RemoteWorker, Rendezvous,
-    RunAuthority, Session, build_of_this_program, join_with, rendezvous,
+    RunAuthority, Session, build_of_this_program, join, rendezvous,
 };
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -35,9 +35,9 @@ impl Run {
         self.server.address().to_string()
     }
 
-    async fn join_with(&self, hello: Hello) -> Result<Session, ControlError> {
+    async fn join(&self, hello: Hello) -> Result<Session, ControlError> {
         let credentials = self.authority.worker(None).unwrap();
-        join_with(&self.address(), &credentials, hello, self.limits.clone(), SOON, None).await
+        join(&self.address(), &credentials, hello, self.limits.clone(), SOON, None).await
     }
 
     /// A worker in this process that serves the test verbs.
@@ -189,13 +189,13 @@ async fn who_has_no_certificate_of_the_run_gets_nothing() {
     let run = Run::start(1, brisk(), None).await;
     let other = RunAuthority::new().unwrap().worker(None).unwrap();
     let hello = Hello::of_this_process(0, 1, 0, "cpu");
-    let error = join_with(&run.address(), &other, hello.clone(), brisk(), SOON, None).await.err().unwrap();
+    let error = join(&run.address(), &other, hello.clone(), brisk(), SOON, None).await.err().unwrap();
     assert!(matches!(error, ControlError::OtherRun { .. }), "{error}");
     assert!(error.to_string().contains("is not of the run"), "{error}");
     assert_eq!(bytes_without_certificate(run.server.address()).await, 0);
     assert!(run.server.roster().borrow().workers.is_empty());
     let certified = run.authority.worker(Some(1)).unwrap();
-    let error = join_with(&run.address(), &certified, hello, brisk(), SOON, None).await.err().unwrap().to_string();
+    let error = join(&run.address(), &certified, hello, brisk(), SOON, None).await.err().unwrap().to_string();
     assert!(error.contains("its certificate is for another rank"), "{error}");
 }
 
@@ -346,7 +346,7 @@ async fn a_driver_that_is_not_there_is_reported_in_time() {
     let hello = Hello::of_this_process(0, 1, 0, "cpu");
     let patience = Duration::from_millis(500);
     let begun = Instant::now();
-    let error = join_with(&address, &credentials, hello, brisk(), patience).await.err().unwrap();
+    let error = join(&address, &credentials, hello, brisk(), patience, None).await.err().unwrap();
     assert!(matches!(error, ControlError::Unreachable { .. }) && error.to_string().contains(&address), "{error}");
     assert!(begun.elapsed() < Duration::from_secs(5));
 }
@@ -403,7 +403,7 @@ fn worker_process() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let hello = Hello::of_this_process(rank, 0, 0, "cpu");
-        let session = join_with(&driver, &credentials, hello, brisk(), SOON, None).await.unwrap();
+        let session = join(&driver, &credentials, hello, brisk(), SOON, None).await.unwrap();
         eprintln!("rank {rank} has joined");
         let _ = serve(session).await;
     });
@@ -602,7 +602,7 @@ async fn strangers_cost_little_and_are_gone_soon() {
     let credentials = Credentials::read(&driver.folder.join("join.pem")).unwrap();
     let enter = |rank| {
         let hello = Hello::of_this_process(rank, 3, 0, "cpu");
-        join_with(&driver.address, &credentials, hello, Limits::default(), SOON, None)
+        join(&driver.address, &credentials, hello, Limits::default(), SOON, None)
     };
     let _first = enter(0).await.unwrap();
     let (before_kib, files_before) = (driver.memory_kib().0, driver.open_files());

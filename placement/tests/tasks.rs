@@ -9,8 +9,8 @@ use bytes::Bytes;
 use echelon_core::Error;
 use echelon_placement::control::server::ControlConfig;
 use echelon_placement::control::{
-    ControlServer, Credentials, Hello, Limits, RemoteWorker, Rendezvous, RunAuthority, build_of_this_program,
-    join_with, rendezvous,
+    ControlServer, Credentials, Hello, Limits, RemoteWorker, Rendezvous, RunAuthority, build_of_this_program, join,
+    rendezvous,
 };
 use echelon_placement::launch::{LocalWorkers, SpawnConfig};
 use echelon_placement::start_worker;
@@ -376,7 +376,7 @@ fn worker_process() {
     runtime.block_on(async {
         let hello = Hello::of_this_process(rank, 0, 0, "cpu");
         let server = Arc::new(TaskServer::start(functions()).unwrap());
-        let mut session = join_with(&driver, &credentials, hello, brisk(), SOON, Some(server)).await.unwrap();
+        let mut session = join(&driver, &credentials, hello, brisk(), SOON, Some(server)).await.unwrap();
         while let Ok(Some(call)) = session.next().await {
             tokio::time::sleep(Duration::from_millis(call.body.len() as u64)).await;
             call.reply.send(Ok(Bytes::new()));

@@ -241,9 +241,7 @@ fn rope_scaling(keys: &Keys) -> Result<Json, ImportError> {
         Some("linear") => {
             Ok(json!({"rope_type": "linear", "factor": keys.positive_float("rope.scaling.factor", None)?}))
         }
-        Some(other) => {
-            Err(ImportError::unsupported(&keys.header.file, "rope scaling", other, "none, linear, llama3"))
-        }
+        Some(other) => Err(ImportError::unsupported(&keys.header.file, "rope scaling", other, "none, linear, llama3")),
     }
 }
 

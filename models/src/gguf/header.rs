@@ -120,15 +120,27 @@ impl Header {
     }
 
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>, ImportError> {
-        self.get(key, "an array of strings", |value| if let Value::Texts(list) = value { Some(&list[..]) } else { None })
+        self.get(
+            key,
+            "an array of strings",
+            |value| if let Value::Texts(list) = value { Some(&list[..]) } else { None },
+        )
     }
 
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>, ImportError> {
-        self.get(key, "an array of integers", |value| if let Value::Integers(list) = value { Some(&list[..]) } else { None })
+        self.get(
+            key,
+            "an array of integers",
+            |value| if let Value::Integers(list) = value { Some(&list[..]) } else { None },
+        )
     }
 
     pub fn floats(&self, key: &str) -> Result<Option<&[f32]>, ImportError> {
-        self.get(key, "an array of floats", |value| if let Value::Floats(list) = value { Some(&list[..]) } else { None })
+        self.get(
+            key,
+            "an array of floats",
+            |value| if let Value::Floats(list) = value { Some(&list[..]) } else { None },
+        )
     }
 
     fn get<'a, T>(
@@ -154,7 +166,6 @@ impl Header {
     pub fn tensor_error(&self, tensor: &str, expected: String, found: String) -> ImportError {
         ImportError::Tensor { file: self.file.clone(), tensor: tensor.to_owned(), expected, found }
     }
-
 }
 
 impl Value {
@@ -206,7 +217,9 @@ impl HeaderReader {
         }
         match self.u32()? {
             2 | 3 => Ok(()),
-            found => Err(ImportError::unsupported(&self.file, "GGUF version", &found.to_string(), "2, 3 (little-endian)")),
+            found => {
+                Err(ImportError::unsupported(&self.file, "GGUF version", &found.to_string(), "2, 3 (little-endian)"))
+            }
         }
     }
 

@@ -122,9 +122,14 @@ impl Planner<'_> {
 
     fn add(&mut self, source: &str, target: &str, shape: &[u64]) -> Result<(), ImportError> {
         let entry = self.header.tensor(source);
-        let entry = entry.ok_or_else(|| self.header.tensor_error(source, format!("shape {shape:?}"), "no such tensor".to_owned()))?;
+        let entry = entry
+            .ok_or_else(|| self.header.tensor_error(source, format!("shape {shape:?}"), "no such tensor".to_owned()))?;
         if entry.shape != shape {
-            return Err(self.header.tensor_error(source, format!("shape {shape:?}"), format!("shape {:?}", entry.shape)));
+            return Err(self.header.tensor_error(
+                source,
+                format!("shape {shape:?}"),
+                format!("shape {:?}", entry.shape),
+            ));
         }
         self.plan.push(PlannedTensor {
             source: source.to_owned(),
@@ -141,7 +146,11 @@ impl Planner<'_> {
         let unknown = |name: &&str| !planned.contains(name) && *name != ROPE_DIVISORS;
         match self.header.tensor_names().filter(unknown).min() {
             None => Ok(()),
-            Some(name) => Err(self.header.tensor_error(name, "only tensors of the architecture".to_owned(), "this one".to_owned())),
+            Some(name) => Err(self.header.tensor_error(
+                name,
+                "only tensors of the architecture".to_owned(),
+                "this one".to_owned(),
+            )),
         }
     }
 }

@@ -74,7 +74,7 @@ pub struct Reply {
 /// # Errors
 /// [`ControlError::Unreachable`] when no driver answered in time; [`ControlError::Refused`] in the driver's words;
 /// [`ControlError::OtherRun`] when the credentials are not of its run.
-pub async fn join_with(
+pub async fn join(
     driver: &str,
     credentials: &Credentials,
     hello: Hello,

@@ -16,22 +16,22 @@
 //! in), [`server`] and [`supervisor`] and [`proxy`] (the driver's end), [`client`] (the worker's end), [`rendezvous`]
 //! (waiting for all), [`heartbeat`] (who is behind), `awake` (why a call is quick).
 
-pub mod protocol;
-pub mod framing;
-pub mod identity;
+pub(crate) mod awake;
+pub mod client;
 pub mod door;
+mod error;
+pub mod framing;
+pub mod heartbeat;
+pub mod identity;
+pub mod protocol;
+pub mod proxy;
+pub mod rendezvous;
 pub mod server;
 pub mod supervisor;
-pub mod proxy;
-pub mod client;
-pub mod rendezvous;
-pub mod heartbeat;
-pub(crate) mod awake;
-mod error;
 
 use std::time::Duration;
 
-pub use client::{Beside, Call, Session, join_with};
+pub use client::{Beside, Call, Session, join};
 pub(crate) use error::seconds;
 pub use error::{ControlError, Peer, RefusalKind};
 pub use heartbeat::{Heartbeat, Progress};

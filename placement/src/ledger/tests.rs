@@ -139,17 +139,23 @@ fn entry<'a>(entries: &'a [Entry], name: &str) -> &'a Entry {
     entries.iter().find(|entry| entry.name == name).unwrap_or_else(|| panic!("no entry {name}: {entries:?}"))
 }
 
+/// Of `params` parameters over `ranks` ranks at a ZeRO stage, by the ZeRO paper: gradients in the compute dtype.
+fn of_the_paper(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
+    let gradients = dtype.bytes() * if stage >= 2 { params.div_ceil(ranks as u64) } else { params };
+    ModelStates { gradients, ..ModelStates::new(params, ranks, stage, dtype) }
+}
+
 /// The table of the ZeRO paper: 7.5e9 parameters, 64 ranks, bf16 with f32 Adam.
 #[test]
 fn the_zero_table() {
     let exact = [120_000_000_000u64, 31_406_250_000, 16_640_625_000, 1_875_000_000];
     let shown = ["120.0", "31.4", "16.6", "1.9"];
     for stage in 0..4u8 {
-        let states = ModelStates::of_the_paper(7_500_000_000, 64, stage, ComputeDtype::Bfloat16);
+        let states = of_the_paper(7_500_000_000, 64, stage, ComputeDtype::Bfloat16);
         assert_eq!(states.total(), exact[stage as usize], "stage {stage}");
         assert_eq!(format!("{:.1}", states.total() as f64 / 1e9), shown[stage as usize]);
     }
-    let whole = ModelStates::of_the_paper(7_500_000_000, 64, 0, ComputeDtype::Bfloat16);
+    let whole = of_the_paper(7_500_000_000, 64, 0, ComputeDtype::Bfloat16);
     let psi = 7_500_000_000;
     assert_eq!((whole.weights, whole.gradients, whole.master + whole.moments), (2 * psi, 2 * psi, 12 * psi));
 }
@@ -178,7 +184,7 @@ fn the_zero_table_through_the_ledger() {
 fn in_f32_the_parameter_is_the_master() {
     let states = ModelStates::new(1000, 4, 1, ComputeDtype::Float32);
     assert_eq!(states, ModelStates { weights: 4000, gradients: 4000, master: 0, moments: 2000 });
-    assert_eq!(states, ModelStates::of_the_paper(1000, 4, 1, ComputeDtype::Float32));
+    assert_eq!(states, of_the_paper(1000, 4, 1, ComputeDtype::Float32));
     let states = ModelStates::new(1000, 4, 3, ComputeDtype::Float64);
     assert_eq!(states, ModelStates { weights: 2000, gradients: 2000, master: 0, moments: 4000 });
 }

@@ -72,9 +72,7 @@ fn page_locked(cluster: &Cluster, phases: &[Phase], groups: &[GroupPlan]) -> Opt
     };
     let on_node = |node: usize, phase: Phase| -> u64 {
         let here = |device: &usize| cluster.locate(*device).is_some_and(|(its, _)| its == node);
-        let devices = |group: &GroupPlan| {
-            group.device_numbers().filter(here).count() as u64
-        };
+        let devices = |group: &GroupPlan| group.device_numbers().filter(here).count() as u64;
         groups.iter().map(|group| devices(group) * of_device(group, phase)).sum()
     };
     let all = phases.iter().flat_map(|&phase| (0..cluster.nodes.len()).map(move |node| (on_node(node, phase), phase)));
@@ -290,9 +288,8 @@ pub(super) fn describe_choice(work: &Workload, roles: RoleSet, devices: usize, c
 }
 
 fn describe(problem: &Problem, groups: &[Placed]) -> String {
-    let of = |placed: &Placed| {
-        describe_choice(problem.workload, placed.group.roles, placed.slice.devices, &placed.config)
-    };
+    let of =
+        |placed: &Placed| describe_choice(problem.workload, placed.group.roles, placed.slice.devices, &placed.config);
     groups.iter().map(of).collect::<Vec<_>>().join("; ")
 }
 

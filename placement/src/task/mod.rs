@@ -27,18 +27,18 @@
 //! (who runs where and when, as plain data), [`handle`] (the future), [`tasks`](self::tasks) (threads and callers),
 //! [`function`] (what may leave the process), [`remote`](self::remote) and [`server`] (both ends of that), [`rows`].
 
-pub mod demand;
 mod books;
-mod schedule;
-pub mod handle;
-mod tasks;
-mod pool;
-pub mod function;
-mod remote;
-mod wire;
-pub mod server;
-pub mod rows;
+pub mod demand;
 mod error;
+pub mod function;
+pub mod handle;
+mod pool;
+mod remote;
+pub mod rows;
+mod schedule;
+pub mod server;
+mod tasks;
+mod wire;
 
 pub use books::Devices;
 pub use demand::{Demand, NodeConfig};

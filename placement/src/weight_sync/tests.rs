@@ -291,7 +291,9 @@ fn broadcast_slices_are_the_exported_state() {
             let sizes = |bytes: fn(&SyncPlan, usize, usize) -> usize| {
                 (0..case.tensor_parallel).map(|tp_rank| bytes(&plan, rank, tp_rank)).sum::<usize>()
             };
-            assert_eq!(*bytes as usize, 2 * sizes(SyncPlan::message_bytes), "{case:?}");
+            let trailers = (0..plan.num_buckets()).map(|bucket| plan.trailer_bytes(bucket)).sum::<usize>();
+            let messages = sizes(SyncPlan::weight_bytes) + case.tensor_parallel * trailers;
+            assert_eq!(*bytes as usize, 2 * messages, "{case:?}");
             assert!(reports.iter().all(|report| report.bytes == sizes(SyncPlan::weight_bytes)), "{case:?}");
         }
         for (tp_rank, versions) in &received {
