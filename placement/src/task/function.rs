@@ -15,62 +15,21 @@ use serde::de::DeserializeOwned;
 pub struct Function<A, R> {
     pub(super) name: &'static str,
     run: fn(A) -> Result<R>,
-    arguments: Format<A>,
-    value: Format<R>,
-}
-
-/// How a type is written and read.
-struct Format<T> {
-    write: fn(&T) -> Result<Bytes, String>,
-    read: fn(&Bytes) -> Result<T, String>,
-}
-
-impl<A, R> Clone for Function<A, R> {
-    fn clone(&self) -> Function<A, R> {
-        *self
-    }
-}
-
-impl<A, R> Copy for Function<A, R> {}
-
-impl<T> Clone for Format<T> {
-    fn clone(&self) -> Format<T> {
-        *self
-    }
-}
-
-impl<T> Copy for Format<T> {}
-
-impl<A: Serialize + DeserializeOwned, R: Serialize + DeserializeOwned> Function<A, R> {
-    /// Arguments and value travel as JSON: numbers must be finite.
-    pub const fn new(name: &'static str, run: fn(A) -> Result<R>) -> Function<A, R> {
-        Function { name, run, arguments: json(), value: json() }
-    }
-}
-
-impl Function<Bytes, Bytes> {
-    /// Arguments and value travel as they are.
-    pub const fn of_bytes(name: &'static str, run: fn(Bytes) -> Result<Bytes>) -> Function<Bytes, Bytes> {
-        const PLAIN: Format<Bytes> = Format { write: |bytes| Ok(bytes.clone()), read: |bytes| Ok(bytes.clone()) };
-        Function { name, run, arguments: PLAIN, value: PLAIN }
-    }
-}
-
-const fn json<T: Serialize + DeserializeOwned>() -> Format<T> {
-    Format {
-        write: |value| serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string()),
-        read: |bytes| serde_json::from_slice(bytes).map_err(|error| error.to_string()),
-    }
 }
 
 impl<A, R> Function<A, R> {
-    pub(super) fn write(&self, arguments: &A) -> Result<Bytes, String> {
-        (self.arguments.write)(arguments)
+    /// Arguments and value travel as JSON: numbers must be finite.
+    pub const fn new(name: &'static str, run: fn(A) -> Result<R>) -> Function<A, R> {
+        Function { name, run }
     }
+}
 
-    pub(super) fn reader(&self) -> fn(&Bytes) -> Result<R, String> {
-        self.value.read
-    }
+pub(super) fn write(value: &impl Serialize) -> Result<Bytes, String> {
+    serde_json::to_vec(value).map(Bytes::from).map_err(|error| error.to_string())
+}
+
+pub(super) fn read<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, String> {
+    serde_json::from_slice(bytes).map_err(|error| error.to_string())
 }
 
 /// The functions that a process knows. All processes of a run register the same.
@@ -85,12 +44,15 @@ impl Functions {
     /// # Panics
     /// Another has its name.
     #[must_use]
-    pub fn with<A: 'static, R: 'static>(mut self, function: &Function<A, R>) -> Functions {
-        let Function { name, run, arguments, value } = *function;
-        let problem = move |what: &str, cause: String| Error::Refused(format!("{what}: {cause}"));
+    pub fn with<A: DeserializeOwned + 'static, R: Serialize + 'static>(
+        mut self,
+        function: &Function<A, R>,
+    ) -> Functions {
+        let Function { name, run } = *function;
+        let problem = |what: &str, cause: String| Error::Refused(format!("{what}: {cause}"));
         let runnable = move |bytes: &Bytes| {
-            let arguments = (arguments.read)(bytes).map_err(|cause| problem("reading its arguments", cause))?;
-            (value.write)(&run(arguments)?).map_err(|cause| problem("writing its value", cause))
+            let arguments = read(bytes).map_err(|cause| problem("reading its arguments", cause))?;
+            write(&run(arguments)?).map_err(|cause| problem("writing its value", cause))
         };
         let former = self.0.insert(name, Arc::new(runnable));
         assert!(former.is_none(), "two functions are called {name}");

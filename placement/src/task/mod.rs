@@ -10,7 +10,7 @@
 //!   fitting node with the shortest expected wait. When a node is idle, what waits longest elsewhere moves to it.
 //! * **TK-3** A demand that no node can ever meet is refused at once, with the demand and every node's total.
 //! * **TK-4** No queue grows without bound: over [`TasksConfig::waiting`] tasks or
-//!   [`TasksConfig::waiting_bytes`] of arguments, one more is refused or its caller waits.
+//!   [`TasksConfig::waiting_bytes`] of arguments, one more is refused.
 //! * **TK-5** Nothing starves: at most [`OVERTAKES`] younger tasks of its node begin before a waiting one; then the node
 //!   keeps its room free for it.
 //! * **TK-6** A task whose handle is dropped before it begins never runs. One that has begun runs to its end, and holds what

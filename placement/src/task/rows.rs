@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use echelon_core::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::demand::Demand;
 use super::error::TaskError;
@@ -51,7 +53,7 @@ impl Tasks {
     ///
     /// # Errors
     /// As [`Tasks::try_call`].
-    pub fn call_over_rows<A, R: Send + 'static>(
+    pub fn call_over_rows<A: Serialize, R: DeserializeOwned>(
         &self,
         function: &Function<A, Vec<R>>,
         num_rows: usize,

@@ -5,12 +5,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use bytes::Bytes;
 use echelon_core::Result;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::books::Devices;
 use super::demand::{Demand, NodeConfig, Units};
 use super::error::TaskError;
-use super::function::{Function, Functions};
+use super::function::{Function, Functions, read, write};
 pub use super::handle::gpus_of_this_task;
 use super::handle::{Answer, Stage, TaskHandle, enter_task};
 use super::remote::Peers;
@@ -29,7 +31,7 @@ pub struct TasksConfig {
     /// The node of this process.
     pub node: NodeConfig,
     pub functions: Functions,
-    /// Tasks that wait or run, over all nodes; one more is refused or its caller waits.
+    /// Tasks that wait or run, over all nodes; one more is refused.
     pub waiting: usize,
     /// Bytes of their arguments, and of the arguments of one.
     pub waiting_bytes: usize,
@@ -188,22 +190,7 @@ impl Tasks {
         demand: Demand,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<TaskHandle<T>, TaskError> {
-        let room = self.core().try_room(task, 0)?;
-        self.core().run(task, demand, room, work)
-    }
-
-    /// As [`Tasks::try_run`], and waits where that refuses because too much waits.
-    ///
-    /// # Errors
-    /// The others of [`Tasks::try_run`].
-    pub async fn run<T: Send + 'static>(
-        &self,
-        task: &'static str,
-        demand: Demand,
-        work: impl FnOnce() -> Result<T> + Send + 'static,
-    ) -> Result<TaskHandle<T>, TaskError> {
-        let room = self.core().room(task, 0).await?;
-        self.core().run(task, demand, room, work)
+        self.core().run(task, demand, work)
     }
 
     /// Submits a call, which runs on this node or on another (TK-2).
@@ -211,30 +198,13 @@ impl Tasks {
     /// # Errors
     /// [`TaskError::Impossible`] when no node ever has what it demands, [`TaskError::Busy`] when too much waits, and arguments
     /// that are too large or cannot be written.
-    pub fn try_call<A, R>(
+    pub fn try_call<A: Serialize, R: DeserializeOwned>(
         &self,
         function: &Function<A, R>,
         demand: Demand,
         arguments: &A,
     ) -> Result<TaskHandle<R>, TaskError> {
-        let arguments = self.core().write(function, arguments)?;
-        let room = self.core().try_room(function.name, arguments.len())?;
-        self.core().call(function, demand, room, arguments)
-    }
-
-    /// As [`Tasks::try_call`], and waits where that refuses because too much waits.
-    ///
-    /// # Errors
-    /// The others of [`Tasks::try_call`].
-    pub async fn call<A, R>(
-        &self,
-        function: &Function<A, R>,
-        demand: Demand,
-        arguments: &A,
-    ) -> Result<TaskHandle<R>, TaskError> {
-        let arguments = self.core().write(function, arguments)?;
-        let room = self.core().room(function.name, arguments.len()).await?;
-        self.core().call(function, demand, room, arguments)
+        self.core().call(function, demand, arguments)
     }
 
     /// Takes what a role demands, on the node of that name or on the first with room, until the reservation is dropped.
@@ -332,7 +302,7 @@ impl Core {
         }
     }
 
-    fn try_room(&self, task: &'static str, bytes: usize) -> Result<Room, TaskError> {
+    fn room(&self, task: &'static str, bytes: usize) -> Result<Room, TaskError> {
         let _bytes = match self.bytes_of(task, bytes)? {
             0 => None,
             units => {
@@ -344,15 +314,6 @@ impl Core {
         let permit = self.room.clone().try_acquire_owned();
         let refused = || format!("{} tasks wait or run already", self.limits.0);
         Ok(Room { _task: permit.map_err(|_| TaskError::Busy { task, waiting: refused() })?, _bytes })
-    }
-
-    async fn room(&self, task: &'static str, bytes: usize) -> Result<Room, TaskError> {
-        let closed = |_| TaskError::Stopped { task };
-        let _bytes = match self.bytes_of(task, bytes)? {
-            0 => None,
-            units => Some(self.bytes.clone().acquire_many_owned(units).await.map_err(closed)?),
-        };
-        Ok(Room { _task: self.room.clone().acquire_owned().await.map_err(closed)?, _bytes })
     }
 
     /// In [`ROOM_UNIT`]s; a small one is counted by its task alone.
@@ -369,9 +330,9 @@ impl Core {
         self: &Arc<Core>,
         task: &'static str,
         demand: Demand,
-        room: Room,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<TaskHandle<T>, TaskError> {
+        let room = self.room(task, 0)?;
         let (reply, answer) = oneshot::channel();
         let job = Job::Here(Box::new(Closure { work: Some(work), value: None, reply }));
         let stage = Arc::new(Stage::default());
@@ -379,27 +340,24 @@ impl Core {
         Ok(TaskHandle { task, stage, answer: Answer::Value(answer), core: Arc::downgrade(self) })
     }
 
-    fn write<A, R>(&self, function: &Function<A, R>, arguments: &A) -> Result<Bytes, TaskError> {
+    fn call<A: Serialize, R: DeserializeOwned>(
+        self: &Arc<Core>,
+        function: &Function<A, R>,
+        demand: Demand,
+        arguments: &A,
+    ) -> Result<TaskHandle<R>, TaskError> {
         let task = function.name;
         if self.functions.find(task).is_none() {
             return Err(TaskError::Unknown { task, known: self.functions.names() });
         }
-        function.write(arguments).map_err(|cause| TaskError::Format { task, what: "writing its arguments", cause })
-    }
-
-    fn call<A, R>(
-        self: &Arc<Core>,
-        function: &Function<A, R>,
-        demand: Demand,
-        room: Room,
-        arguments: Bytes,
-    ) -> Result<TaskHandle<R>, TaskError> {
+        let unwritten = |cause| TaskError::Format { task, what: "writing its arguments", cause };
+        let arguments = write(arguments).map_err(unwritten)?;
+        let room = self.room(task, arguments.len())?;
         let (reply, answer) = oneshot::channel();
         let stage = Arc::new(Stage::default());
         let job = Job::Call(Call { arguments, value: None, reply });
-        self.submit(function.name, demand, Queued { stage: stage.clone(), job, attempts: 0, alone: false, room })?;
-        let answer = Answer::Bytes(answer, function.reader());
-        Ok(TaskHandle { task: function.name, stage, answer, core: Arc::downgrade(self) })
+        self.submit(task, demand, Queued { stage: stage.clone(), job, attempts: 0, alone: false, room })?;
+        Ok(TaskHandle { task, stage, answer: Answer::Bytes(answer, read), core: Arc::downgrade(self) })
     }
 
     fn submit(self: &Arc<Core>, task: &'static str, demand: Demand, queued: Queued) -> Result<(), TaskError> {
