@@ -12,6 +12,7 @@ use std::path::Path;
 
 use echelon_core::shim;
 use echelon_core::zero::{Sharding, ZeroStage};
+use echelon_placement::ledger::compare::relative;
 use ledger::{Setting, compare, meter_frozen, meter_learners, random_models};
 use serde_json::json;
 use tch::Kind;
@@ -54,7 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     mib(found.measured_resident),
                     mib(found.ledger_transient),
                     mib(found.measured_transient),
-                    100.0 * found.transient_error(),
+                    100.0 * relative(found.ledger_transient, found.measured_transient),
                     100.0 * found.error(),
                 );
             } else {

@@ -14,7 +14,7 @@ use echelon_core::shim;
 use echelon_core::zero::{Sharding, ZeroStage};
 use echelon_generation::weight_layout::{Matrices, usable};
 use echelon_models::config::DecoderConfig;
-use echelon_placement::ledger::compare::Comparison;
+use echelon_placement::ledger::compare::{Comparison, relative};
 use ledger::{Setting, compare, meter_frozen, meter_learners, random_models};
 use serde_json::{Value, json};
 use tch::Kind;
@@ -63,9 +63,10 @@ fn off(found: &Comparison) -> Option<String> {
 /// [`off`], where the pass alone may also be off by `in_flight` bytes.
 fn off_by_more(found: &Comparison, in_flight: u64) -> Option<String> {
     let is_off = |error: f64| error.abs() > TOLERANCE;
-    let pass_is_off =
-        is_off(found.transient_error()) && found.ledger_transient.abs_diff(found.measured_transient) > in_flight;
-    (is_off(found.error()) || is_off(found.resident_error()) || pass_is_off).then(|| {
+    let pass_error = relative(found.ledger_transient, found.measured_transient);
+    let pass_is_off = is_off(pass_error) && found.ledger_transient.abs_diff(found.measured_transient) > in_flight;
+    let resident_is_off = is_off(relative(found.ledger_resident, found.measured_resident));
+    (is_off(found.error()) || resident_is_off || pass_is_off).then(|| {
         format!(
             "{} in {}: resident {} for {}, pass {} for {} ({:+.1} %, together {:+.1} %); {:?}",
             found.role,
@@ -74,7 +75,7 @@ fn off_by_more(found: &Comparison, in_flight: u64) -> Option<String> {
             found.measured_resident,
             found.ledger_transient,
             found.measured_transient,
-            100.0 * found.transient_error(),
+            100.0 * pass_error,
             100.0 * found.error(),
             found.entries.iter().filter(|e| e.transient).map(|e| (&e.name, e.bytes)).collect::<Vec<_>>(),
         )

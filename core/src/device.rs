@@ -41,21 +41,20 @@ impl NoCuda {
 /// # Errors
 /// With [`DeviceChoice::Cuda`] where the driver or libtorch's CUDA libraries do not load: the loader's own message.
 pub fn choose(choice: DeviceChoice) -> Result<ChosenDevice, NoCuda> {
-    let cpu = |warning| Ok(ChosenDevice { device: Device::Cpu, warning });
+    let on = |device, warning| Ok(ChosenDevice { device, warning });
     match choice {
-        DeviceChoice::Cpu => cpu(None),
-        DeviceChoice::Cuda => match open_driver().and_then(|()| open_cuda()) {
-            Ok(()) => Ok(ChosenDevice { device: Device::Cuda(0), warning: None }),
-            Err(message) => Err(NoCuda(message)),
-        },
-        DeviceChoice::Auto => match open_driver() {
-            Err(_) => cpu(None),
-            Ok(()) => match open_cuda() {
-                Ok(()) => Ok(ChosenDevice { device: Device::Cuda(0), warning: None }),
-                Err(message) => cpu(Some(format!(
-                    "a CUDA driver is here, but libtorch's CUDA libraries do not load, so this runs on the CPU: {message}"
-                ))),
-            },
+        DeviceChoice::Cpu => on(Device::Cpu, None),
+        DeviceChoice::Cuda => {
+            open_driver().and_then(|()| open_cuda()).map_err(NoCuda)?;
+            on(Device::Cuda(0), None)
+        }
+        DeviceChoice::Auto if open_driver().is_err() => on(Device::Cpu, None),
+        DeviceChoice::Auto => match open_cuda() {
+            Ok(()) => on(Device::Cuda(0), None),
+            Err(message) => {
+                let why = "a CUDA driver is here, but libtorch's CUDA libraries do not load, so this runs on the CPU";
+                on(Device::Cpu, Some(format!("{why}: {message}")))
+            }
         },
     }
 }
@@ -96,14 +95,10 @@ pub fn num_visible() -> usize {
 
 /// Why there is no device, though driver and libraries load.
 fn why_no_device() -> String {
-    if let Ok(list) = std::env::var("CUDA_VISIBLE_DEVICES")
-        && !starts_with_a_device(&list)
-    {
-        return format!(
-            "CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)"
-        );
-    }
     match std::env::var("CUDA_VISIBLE_DEVICES") {
+        Ok(list) if !starts_with_a_device(&list) => {
+            format!("CUDA_VISIBLE_DEVICES is `{list}`, which hides every GPU: unset it, or name those to use (0,1)")
+        }
         Ok(list) => {
             format!("CUDA_VISIBLE_DEVICES is `{list}`, and the driver has none of these: nvidia-smi -L lists its GPUs")
         }

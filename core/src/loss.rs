@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Gives {
+    /// Of tokens, by way of logits.
     Logprobs,
+    /// One number per row or per token.
     Scalars,
 }
 

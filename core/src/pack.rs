@@ -64,11 +64,6 @@ impl PackedRows {
         blank.index_copy(0, &self.columns, values).view(self.size)
     }
 
-    /// The `[R]` wanted entries of `[b, T]` rows.
-    pub fn from_rows(&self, rows: &Tensor) -> Tensor {
-        rows.flatten(0, -1).index_select(0, &self.columns)
-    }
-
     pub fn num_tokens(&self) -> i64 {
         self.token_ids.size()[0]
     }
@@ -96,6 +91,5 @@ mod tests {
         assert_eq!(to_vec_i64(&packed.last_tokens), [2, 6]);
         let rows = packed.to_rows(&Tensor::from_slice(&[1f32, 2.0, 3.0]));
         assert_eq!(rows, Tensor::from_slice(&[0f32, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0]).view([2, 4]));
-        assert_eq!(packed.from_rows(&rows), Tensor::from_slice(&[1f32, 2.0, 3.0]));
     }
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::message::{Body, Message, decode, encode, kind_of_message, of_parts};
+use crate::plain_messages;
 use crate::store::{ObjectId, Store, StoreError};
 
 /// From this size on the store is faster than an encrypted stream (docs/performance.md).
@@ -28,14 +29,8 @@ struct Place {
     id: ObjectId,
 }
 
-impl Message for Place {
-    const KIND: &'static str = "place";
-    fn to_body(&self) -> Body {
-        Body::of(self)
-    }
-    fn from_body(body: &mut Body) -> Result<Place> {
-        body.fields()
-    }
+plain_messages! {
+    Place = "place";
 }
 
 impl SharedMessages {

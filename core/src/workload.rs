@@ -13,19 +13,10 @@
 use serde::Serialize;
 
 use crate::compute::ComputeDtype;
+pub use crate::loss::Gives;
 use crate::memory::{Phase, Work};
 use crate::role::Role;
 use crate::shape::ModelShape;
-
-/// What a model's head gives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Gives {
-    /// Of tokens, by way of logits.
-    Logprobs,
-    /// One number per row or per token.
-    Scalars,
-}
 
 /// How a model learns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]

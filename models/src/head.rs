@@ -295,7 +295,8 @@ mod tests {
                 let param = ParamWithGrad { weight: weight.copy(), grad: Some(grad.shallow_clone()) };
                 let head = LogprobHead { chunk_logits, ..LogprobHead::trained(param, temperature) };
                 let output = head.forward(&hidden, &batch, true).unwrap();
-                let found = [&output.logprobs, output.entropy.as_ref().unwrap()].map(|rows| batch.from_rows(rows));
+                let found = [&output.logprobs, output.entropy.as_ref().unwrap()]
+                    .map(|rows| rows.flatten(0, -1).index_select(0, &batch.columns));
                 assert!(
                     largest_difference(&found[0], &logprobs) < 1e-12 && largest_difference(&found[1], &entropy) < 1e-12
                 );

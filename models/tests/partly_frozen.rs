@@ -178,7 +178,7 @@ fn learn(policy: &mut Policy, step: usize) -> f64 {
         let loss_of = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Double) / num_tokens(step));
         policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
     }
-    policy.optimizer_step(LR).unwrap().grad_norm
+    policy.optimizer_step(LR).unwrap()
 }
 
 /// Runs `each` on the threads of `size` ranks of one group.

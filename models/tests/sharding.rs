@@ -108,7 +108,7 @@ fn run_rank(folder: &Path, kind: Kind, case: Case, group: ProcessGroup, nudge: O
             let loss_of = |output: &LogprobOutput| Ok(-output.logprobs.sum(Kind::Double) / num_tokens);
             loss += policy.forward_backward(&mine.select(&batch), loss_of).unwrap();
         }
-        norms.push(policy.optimizer_step(1e-2).unwrap().grad_norm);
+        norms.push(policy.optimizer_step(1e-2).unwrap());
         bytes_sent = group.bytes_sent() - before;
         losses.push(group.sum("loss", loss).unwrap());
         if step == 0 {

@@ -11,7 +11,7 @@
 //! | 3 | + parameters | (2 + 2 + K) Ψ/N |
 //!
 //! In f32 the master is the parameter: 4 + 4 + 8 bytes, no master entry. That is the paper's arithmetic. What a rank holds
-//! here differs in one entry ([`ModelStates::new`]): gradients are always accumulated in f32, so that a mini-batch may have
+//! here differs in one entry ([`model_states`]): gradients are always accumulated in f32, so that a mini-batch may have
 //! any number of micro-batches, and take 4 bytes instead of 2 in bf16.
 //!
 //! Everything else is activations and buffers of a pass. Those entries are *transient*: roles on one device take turns,
@@ -31,7 +31,7 @@ mod sizes;
 use std::borrow::Cow;
 
 use echelon_core::compute::ComputeDtype;
-use echelon_core::memory::{DecodeLoad, PassLoad, Phase, Work};
+use echelon_core::memory::{DecodeLoad, PassLoad, Phase, StateBytes, Work};
 use echelon_core::role::Role;
 use echelon_core::weight_layout::STEPS_THAT_PAY;
 use echelon_core::workload::{Sampling, Training, Workload};
@@ -40,7 +40,7 @@ use serde::{Deserialize, Serialize};
 pub use runtime::{RUNTIME, runtime_bytes};
 pub use sizes::ModelSizes;
 
-use crate::tier::{ROLES, role_name};
+use crate::tier::ROLES;
 
 /// Bytes of one of the two buffers through which weights go to a generator elsewhere.
 const SYNC_BUCKET_BYTES: u64 = crate::weight_sync::BUCKET_BYTES as u64;
@@ -57,7 +57,6 @@ pub enum Place {
 /// One line of the ledger: bytes that a role holds on each of its devices.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    #[serde(with = "role_name")]
     pub role: Role,
     pub name: Cow<'static, str>,
     pub bytes: u64,
@@ -121,31 +120,15 @@ pub struct Loads {
     pub decode: DecodeLoad,
 }
 
-/// Bytes of a model's training state on one rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ModelStates {
-    pub weights: u64,
-    pub gradients: u64,
-    /// 0 where the parameter is the master.
-    pub master: u64,
-    pub moments: u64,
-}
-
-impl ModelStates {
-    /// What a rank of `ranks` holds of `params` parameters at a ZeRO stage: gradients in the accumulators' dtype, f32 at least.
-    pub fn new(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
-        let part = |from_stage: u8| if stage >= from_stage { params.div_ceil(ranks as u64) } else { params };
-        let master_bytes = if dtype == ComputeDtype::Bfloat16 { 4 } else { 0 };
-        ModelStates {
-            weights: dtype.bytes() * part(3),
-            gradients: dtype.wide_bytes() * part(2),
-            master: master_bytes * part(1),
-            moments: 2 * dtype.wide_bytes() * part(1),
-        }
-    }
-
-    pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.master + self.moments
+/// What a rank of `ranks` holds of `params` parameters at a ZeRO stage: gradients in the accumulators' dtype, f32 at least.
+pub fn model_states(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> StateBytes {
+    let part = |from_stage: u8| if stage >= from_stage { params.div_ceil(ranks as u64) } else { params };
+    let master_bytes = if dtype == ComputeDtype::Bfloat16 { 4 } else { 0 };
+    StateBytes {
+        weights: dtype.bytes() * part(3),
+        gradients: dtype.wide_bytes() * part(2),
+        master: master_bytes * part(1),
+        moments: 2 * dtype.wide_bytes() * part(1),
     }
 }
 
@@ -260,8 +243,8 @@ impl RoleJob<'_> {
     }
 
     /// Model states of a trained role.
-    pub fn states(&self) -> ModelStates {
-        ModelStates::new(self.model.params, self.ranks, self.zero_stage, self.workload.dtype)
+    pub fn states(&self) -> StateBytes {
+        model_states(self.model.params, self.ranks, self.zero_stage, self.workload.dtype)
     }
 
     fn training_state(&self, each: &mut impl FnMut(Item)) {

@@ -29,7 +29,7 @@ pub use refusal::{Change, Refusal, Shortfall};
 use crate::cluster::Cluster;
 use crate::ledger::{Entry, ModelSizes, Place};
 use crate::rates::Rates;
-use crate::tier::{ROLES, Tier, role_name};
+use crate::tier::{ROLES, Tier};
 use estimate::Problem;
 use inventory::{EVERY_SLICE, Inventory};
 use partition::Hand;
@@ -162,7 +162,6 @@ pub struct DeviceRange {
 /// How a role is held on its group's devices.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RolePlan {
-    #[serde(with = "role_name")]
     pub role: Role,
     /// Frozen roles are sharded at 3 and whole below.
     pub zero_stage: u8,

@@ -127,24 +127,6 @@ impl fmt::Display for RoleSet {
     }
 }
 
-/// A role as its name, for serde.
-pub(crate) mod role_name {
-    use echelon_core::role::Role;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    use super::ROLES;
-
-    pub fn serialize<S: Serializer>(role: &Role, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(role)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Role, D::Error> {
-        let name = String::deserialize(deserializer)?;
-        let found = ROLES.into_iter().find(|role| role.to_string() == name);
-        found.ok_or_else(|| serde::de::Error::custom(format!("`{name}` is no role")))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -43,7 +43,7 @@ impl<B: Backbone, H: Head<Output: Told>> Trainable<B, H> {
                 Ok(totals.mean(loss.terms(output.told(), &batch, numbers, &mut report)?))
             })?;
         }
-        let grad_norm = self.optimizer_step(lr)?.grad_norm;
+        let grad_norm = self.optimizer_step(lr)?;
         report.stats.mean(format!("{}grad_norm", loss.prefix()), grad_norm, 1.0);
         report.stats.last(format!("{}lr", loss.prefix()), lr);
         Ok(report.here())

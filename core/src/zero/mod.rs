@@ -26,7 +26,7 @@ pub use flat::{FlatUnit, ParamWithGrad};
 pub use flat_weights::{FlatLayout, FlatWeights};
 pub use frozen::{FrozenState, FrozenWhole};
 pub use learn::Told;
-pub use optimizer::{OptimizerConfig, StatePart, StepReport, TrainingState};
+pub use optimizer::{OptimizerConfig, StatePart, TrainingState};
 pub use pass::{Backbone, Head, Units, WholeModel, forward, forward_backward, forward_units};
 pub use sharding::{Sharding, ZeroStage};
 pub use state_file::{StateFileError, TensorFile, TensorWriter, write_tensors};

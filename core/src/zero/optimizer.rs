@@ -25,13 +25,6 @@ pub struct OptimizerConfig {
     pub max_grad_norm: f64,
 }
 
-/// What an optimizer step saw.
-#[derive(Clone, Copy, Debug)]
-pub struct StepReport {
-    /// Before clipping.
-    pub grad_norm: f64,
-}
-
 /// Weights, gradients and AdamW state of one role on one rank: all of it, or this rank's part.
 pub struct TrainingState {
     role: Role,
@@ -176,12 +169,12 @@ impl TrainingState {
         self.units.iter_mut().try_for_each(FlatUnit::zero_grads)
     }
 
-    /// Sums the gradients over ranks, clips them by their global norm, takes one AdamW step at `lr`, and clears them.
-    /// Every rank calls this.
+    /// Sums the gradients over ranks, clips them by their global norm, takes one AdamW step at `lr`, and clears them; gives
+    /// the norm before clipping. Every rank calls this.
     ///
     /// # Errors
     /// [`Error::NonFinite`] when the norm is not finite; nothing has moved then, and the gradients are cleared.
-    pub fn step(&mut self, lr: f64) -> Result<StepReport> {
+    pub fn step(&mut self, lr: f64) -> Result<f64> {
         let _guard = tch::no_grad_guard();
         self.finish_reduce()?;
         let grads: Vec<Tensor> = self.units.iter_mut().map(FlatUnit::summed_grads).collect::<Result<_>>()?;
@@ -203,7 +196,7 @@ impl TrainingState {
             unit.weights.spread()?;
             unit.zero_grads()?;
         }
-        Ok(StepReport { grad_norm })
+        Ok(grad_norm)
     }
 
     /// Refuses an optimizer step: what was accumulated is cleared.

@@ -2,7 +2,7 @@
 
 use tch::{Device, Tensor};
 
-use super::optimizer::{StepReport, TrainingState};
+use super::optimizer::TrainingState;
 use super::pass::{Backbone, Head, Units, WholeModel, forward_backward, forward_units, idle_pass};
 use crate::data::{Rows, micro_batches};
 use crate::error::{Error, Result};
@@ -68,11 +68,11 @@ impl<B: Backbone, H: Head> Trainable<B, H> {
         Ok(loss)
     }
 
-    /// Sum over ranks, clip, AdamW at `lr`, clear.
+    /// Sum over ranks, clip, AdamW at `lr`, clear; gives the gradients' global norm before clipping.
     ///
     /// # Errors
     /// [`Error::NonFinite`] on every rank when a loss of any rank or the gradient norm is not finite: nothing has moved.
-    pub fn optimizer_step(&mut self, lr: f64) -> Result<StepReport> {
+    pub fn optimizer_step(&mut self, lr: f64) -> Result<f64> {
         for _ in 0..std::mem::take(&mut self.idle) {
             self.begin_pass();
             idle_pass(&mut self.state, self.model.num_layers(), true)?;

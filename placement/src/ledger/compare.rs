@@ -5,12 +5,10 @@ use echelon_core::role::Role;
 use serde::{Deserialize, Serialize};
 
 use super::{Entry, Item, Loads, Place, RoleJob};
-use crate::tier::role_name;
 
 /// What the ledger says and what was measured, of one role in one phase.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
-    #[serde(with = "role_name")]
     pub role: Role,
     pub phase: Phase,
     /// Bytes that stay between verbs.
@@ -62,19 +60,9 @@ impl Comparison {
         self.measured_resident + self.measured_transient
     }
 
-    /// By how much the ledger is off, in parts of what was measured; above 0 where it says too much.
+    /// By how much the ledger is off.
     pub fn error(&self) -> f64 {
         relative(self.ledger(), self.measured())
-    }
-
-    /// The same of the pass alone.
-    pub fn transient_error(&self) -> f64 {
-        relative(self.ledger_transient, self.measured_transient)
-    }
-
-    /// The same of what stays.
-    pub fn resident_error(&self) -> f64 {
-        relative(self.ledger_resident, self.measured_resident)
     }
 
     /// Bytes between the two.
@@ -91,7 +79,8 @@ impl Comparison {
     }
 }
 
-fn relative(ledger: u64, measured: u64) -> f64 {
+/// By how much the ledger is off, in parts of what was measured; above 0 where it says too much.
+pub fn relative(ledger: u64, measured: u64) -> f64 {
     match (ledger, measured) {
         (0, 0) => 0.0,
         (_, 0) => f64::INFINITY,

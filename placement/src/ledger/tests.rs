@@ -140,9 +140,9 @@ fn entry<'a>(entries: &'a [Entry], name: &str) -> &'a Entry {
 }
 
 /// Of `params` parameters over `ranks` ranks at a ZeRO stage, by the ZeRO paper: gradients in the compute dtype.
-fn of_the_paper(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> ModelStates {
+fn of_the_paper(params: u64, ranks: usize, stage: u8, dtype: ComputeDtype) -> StateBytes {
     let gradients = dtype.bytes() * if stage >= 2 { params.div_ceil(ranks as u64) } else { params };
-    ModelStates { gradients, ..ModelStates::new(params, ranks, stage, dtype) }
+    StateBytes { gradients, ..model_states(params, ranks, stage, dtype) }
 }
 
 /// The table of the ZeRO paper: 7.5e9 parameters, 64 ranks, bf16 with f32 Adam.
@@ -182,11 +182,11 @@ fn the_zero_table_through_the_ledger() {
 
 #[test]
 fn in_f32_the_parameter_is_the_master() {
-    let states = ModelStates::new(1000, 4, 1, ComputeDtype::Float32);
-    assert_eq!(states, ModelStates { weights: 4000, gradients: 4000, master: 0, moments: 2000 });
+    let states = model_states(1000, 4, 1, ComputeDtype::Float32);
+    assert_eq!(states, StateBytes { weights: 4000, gradients: 4000, master: 0, moments: 2000 });
     assert_eq!(states, of_the_paper(1000, 4, 1, ComputeDtype::Float32));
-    let states = ModelStates::new(1000, 4, 3, ComputeDtype::Float64);
-    assert_eq!(states, ModelStates { weights: 2000, gradients: 2000, master: 0, moments: 4000 });
+    let states = model_states(1000, 4, 3, ComputeDtype::Float64);
+    assert_eq!(states, StateBytes { weights: 2000, gradients: 2000, master: 0, moments: 4000 });
 }
 
 /// Sizes of a known model, and the ledger's parts by hand.
