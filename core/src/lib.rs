@@ -43,6 +43,7 @@ pub mod leads;
 pub mod optimizer;
 
 pub mod collective;
+mod dtype;
 mod error;
 pub mod shim;
 pub mod weight_layout;

@@ -11,8 +11,9 @@ use safetensors::{SafeTensors, serialize};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
+use crate::dtype::{dtype_of, kind_of};
 use crate::error::{Error, OutOfMemory, Result};
 
 /// What can go to another process and come back the same.
@@ -174,6 +175,7 @@ impl Bytes {
     fn of(tensor: &Tensor) -> Bytes {
         let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
         let dtype = dtype_of(tensor.kind());
+        let dtype = dtype.unwrap_or_else(|| panic!("tensors of {:?} are part of no message", tensor.kind()));
         let shape = tensor.size().iter().map(|&size| size as usize).collect();
         Bytes { tensor, dtype, shape }
     }
@@ -197,30 +199,6 @@ impl View for Bytes {
     fn data_len(&self) -> usize {
         self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
     }
-}
-
-fn dtype_of(kind: Kind) -> Dtype {
-    match kind {
-        Kind::Float => Dtype::F32,
-        Kind::Double => Dtype::F64,
-        Kind::BFloat16 => Dtype::BF16,
-        Kind::Half => Dtype::F16,
-        Kind::Int64 => Dtype::I64,
-        Kind::Bool => Dtype::BOOL,
-        other => panic!("tensors of {other:?} are part of no message"),
-    }
-}
-
-fn kind_of(dtype: Dtype) -> Option<Kind> {
-    Some(match dtype {
-        Dtype::F32 => Kind::Float,
-        Dtype::F64 => Kind::Double,
-        Dtype::BF16 => Kind::BFloat16,
-        Dtype::F16 => Kind::Half,
-        Dtype::I64 => Kind::Int64,
-        Dtype::BOOL => Kind::Bool,
-        _ => return None,
-    })
 }
 
 /// An error on its way to another process: what the driver acts on stays a kind, the rest are words.
@@ -289,6 +267,8 @@ impl Message for Tensor {
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
 
     #[test]

@@ -87,8 +87,8 @@ fn a_live_segment_shows_later_writes_in_another_process() {
             assert!(Instant::now() < soon());
             std::thread::yield_now();
         }
-        // SAFETY: version 7 says that the writer is done.
-        let bytes = unsafe { map.bytes() };
+        // SAFETY: the map has this many bytes; version 7 says that the writer is done.
+        let bytes = unsafe { std::slice::from_raw_parts(map.as_ptr(), map.num_bytes()) };
         assert!(bytes[8..] == pattern(LEN)[8..]);
         println!("seen");
         return;

@@ -194,10 +194,6 @@ impl ProcessGroup {
         self.inner.size
     }
 
-    pub fn name(&self) -> &str {
-        &self.inner.name
-    }
-
     /// Bytes that this rank has sent to others in collectives.
     pub fn bytes_sent(&self) -> u64 {
         self.inner.journal.bytes_sent.load(Ordering::Relaxed)

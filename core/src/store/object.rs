@@ -12,6 +12,7 @@ use super::client::Reference;
 use super::error::StoreError;
 use super::id::ObjectId;
 use super::segment::SegmentMap;
+use crate::dtype::kind_of;
 use crate::shim;
 
 /// The longest header that is read: a hundred thousand tensors have less.
@@ -145,27 +146,6 @@ impl Header {
         Ok(Header { names: parsed.offset_keys(), tensors, metadata: parsed.metadata().clone().unwrap_or_default() })
     }
 }
-
-fn kind_of(dtype: Dtype) -> Option<Kind> {
-    DTYPES.iter().find(|(found, _)| *found == dtype).map(|(_, kind)| *kind)
-}
-
-pub(super) fn dtype_of(kind: Kind) -> Option<Dtype> {
-    DTYPES.iter().find(|(_, found)| *found == kind).map(|(dtype, _)| *dtype)
-}
-
-const DTYPES: [(Dtype, Kind); 10] = [
-    (Dtype::BOOL, Kind::Bool),
-    (Dtype::U8, Kind::Uint8),
-    (Dtype::I8, Kind::Int8),
-    (Dtype::I16, Kind::Int16),
-    (Dtype::F16, Kind::Half),
-    (Dtype::BF16, Kind::BFloat16),
-    (Dtype::I32, Kind::Int),
-    (Dtype::F32, Kind::Float),
-    (Dtype::F64, Kind::Double),
-    (Dtype::I64, Kind::Int64),
-];
 
 #[cfg(test)]
 mod tests {

@@ -233,15 +233,6 @@ impl LiveMap {
     pub fn word(&self, offset: usize) -> u64 {
         word(self.0.as_ptr(), self.0.len(), offset).load(Ordering::Acquire)
     }
-
-    /// The bytes as they are now.
-    ///
-    /// # Safety
-    /// The writer must not change them while the slice lives: what tells the reader so is the caller's to arrange.
-    pub unsafe fn bytes(&self) -> &[u8] {
-        // SAFETY: the map has this many bytes; the caller answers for the writer.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
-    }
 }
 
 fn word<'a>(base: *const u8, len: usize, offset: usize) -> &'a AtomicU64 {

@@ -9,8 +9,9 @@ use tch::{Kind, Tensor};
 use super::client::{Claim, Store};
 use super::error::StoreError;
 use super::id::ObjectId;
-use super::object::{Object, dtype_of};
+use super::object::Object;
 use super::segment::SegmentWriter;
+use crate::dtype::dtype_of;
 use crate::shim;
 
 /// Where an object's first tensor begins, as a multiple.

@@ -8,6 +8,8 @@ use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
+use crate::dtype::{dtype_of, kind_of};
+
 #[derive(Debug, thiserror::Error)]
 pub enum StateFileError {
     #[error("{}: {source}", path.display())]
@@ -57,7 +59,8 @@ impl TensorWriter {
         let mut end = 0;
         for (name, shape, kind) in entries {
             let bytes = shape.iter().product::<i64>() as usize * kind.elt_size_in_bytes();
-            let entry = json!({"dtype": dtype_name(kind), "shape": shape, "data_offsets": [end, end + bytes]});
+            let dtype = dtype_of(kind).unwrap_or_else(|| panic!("tensors of {kind:?} are not part of any state"));
+            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [end, end + bytes]});
             header.insert(name.into(), entry);
             end += bytes;
         }
@@ -146,33 +149,12 @@ impl TensorFile {
         let parsed = self.parsed()?;
         let view =
             parsed.tensor(name).map_err(|_| StateFileError::Missing { path: self.path.clone(), name: name.into() })?;
-        let kind = match view.dtype() {
-            safetensors::Dtype::F32 => Kind::Float,
-            safetensors::Dtype::F64 => Kind::Double,
-            safetensors::Dtype::BF16 => Kind::BFloat16,
-            safetensors::Dtype::F16 => Kind::Half,
-            safetensors::Dtype::I64 => Kind::Int64,
-            other => {
-                return Err(StateFileError::Dtype {
-                    path: self.path.clone(),
-                    name: name.into(),
-                    dtype: format!("{other:?}"),
-                });
-            }
-        };
+        let kind = kind_of(view.dtype()).ok_or_else(|| StateFileError::Dtype {
+            path: self.path.clone(),
+            name: name.into(),
+            dtype: format!("{:?}", view.dtype()),
+        })?;
         let shape: Vec<i64> = view.shape().iter().map(|&d| d as i64).collect();
         Ok(Tensor::from_data_size(view.data(), &shape, kind))
-    }
-}
-
-fn dtype_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Float => "F32",
-        Kind::Double => "F64",
-        Kind::BFloat16 => "BF16",
-        Kind::Half => "F16",
-        Kind::Int64 => "I64",
-        Kind::Bool => "BOOL",
-        other => panic!("tensors of {other:?} are not part of any state"),
     }
 }
