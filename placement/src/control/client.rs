@@ -18,7 +18,7 @@ use tonic::{Request, Status, Streaming};
 
 use super::Limits;
 use super::awake::stay_awake;
-use super::error::{ControlError, stream_broke};
+use super::error::{ControlError, stream_broke, with_causes};
 use super::framing::{AnswerTo, Assembly, Outbox, Outgoing, Sending, word};
 use super::heartbeat::Progress;
 use super::identity::{Credentials, driver_name};
@@ -164,19 +164,10 @@ fn status_fault(status: &Status) -> Attempt {
 
 /// A certificate that one end does not accept will not be accepted later either.
 fn fault(error: &(dyn StdError + 'static)) -> Attempt {
-    let mut text = error.to_string();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(tls) = tls_refusal(error) {
-            return Attempt::OtherRun(tls);
-        }
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        next = error.source();
+    match std::iter::successors(Some(error), |error| error.source()).find_map(tls_refusal) {
+        Some(tls) => Attempt::OtherRun(tls),
+        None => Attempt::Failed(with_causes(error.to_string(), error)),
     }
-    Attempt::Failed(text)
 }
 
 fn tls_refusal(error: &(dyn StdError + 'static)) -> Option<String> {

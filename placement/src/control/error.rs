@@ -1,5 +1,6 @@
 //! What goes wrong between driver and workers, in words a person can act on.
 
+use std::error::Error as StdError;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -129,16 +130,16 @@ pub(crate) const STREAM_BROKE: &str = "its stream broke";
 
 /// Why a stream broke, down to the operating system's word.
 pub(crate) fn stream_broke(status: &tonic::Status) -> String {
-    let mut text = format!("{STREAM_BROKE}: {}", status.message());
-    let mut source = std::error::Error::source(status);
-    while let Some(error) = source {
-        let cause = error.to_string();
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
-        }
-        source = error.source();
-    }
+    let text = with_causes(format!("{STREAM_BROKE}: {}", status.message()), status);
     text.split(": https://").next().unwrap_or_default().into() // rustls refers to its manual
+}
+
+/// What is said of an error, and what it came from, as far as that is not said yet.
+pub(super) fn with_causes(said: String, error: &(dyn StdError + 'static)) -> String {
+    std::iter::successors(error.source(), |error| error.source()).fold(said, |said, error| {
+        let cause = error.to_string();
+        if said.contains(&cause) { said } else { format!("{said}: {cause}") }
+    })
 }
 
 /// Whole seconds as `30`, others as `0.25`.
