@@ -74,9 +74,7 @@ impl Engine {
             generation.finished.into_iter().map(|done| done.expect("every sequence had its turn")).collect();
         Ok((sequences, generation.report))
     }
-}
 
-impl Engine {
     /// What [`Engine::generate`] did at once to make `sequences`.
     pub fn load(&self, model: &Decoder, prompts: &Prompts, sampling: &SamplingConfig, made: &[Sequence]) -> DecodeLoad {
         let groups = Group::of(prompts);

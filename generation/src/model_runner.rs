@@ -4,6 +4,7 @@ use echelon_core::Result;
 use echelon_core::weight_layout::{STEPS_THAT_PAY, WeightLayout};
 use echelon_core::zero::Backbone;
 use echelon_models::decoder::Decoder;
+use echelon_models::head::tempered;
 use echelon_models::layers::{Linear, packed_attention};
 use echelon_models::tokenizer::Tokenizer;
 use tch::{Device, Kind, Tensor};
@@ -129,7 +130,8 @@ impl<'a> ModelRunner<'a> {
             })?;
         }
         let last: Vec<i64> = spans.iter().map(|span| span.start + span.length - 1).collect();
-        let logits = self.logits(&hidden.index_select(0, &self.tensor(&last)));
+        let last = self.model.norm(&hidden.index_select(0, &self.tensor(&last)));
+        let logits = tempered(self.head.forward(&last), self.temperature);
         if !kept_layers.is_empty() {
             let logits = logits.narrow(0, spans.len() as i64 - 1, 1).copy();
             self.kept = Some(KeptPrompt { layers: kept_layers, logits });
@@ -166,7 +168,7 @@ impl<'a> ModelRunner<'a> {
                 step_attention(q, &keys, &values, masks.of(window))
             })?;
         }
-        Ok(divided(&head.forward(&model.norm(&hidden)), self.temperature).narrow(0, 0, live))
+        Ok(tempered(head.forward(&model.norm(&hidden)), self.temperature).narrow(0, 0, live))
     }
 
     /// Packs the weights for the `live` slots, where the steps left pay for it: at first, and again when most slots that
@@ -188,10 +190,6 @@ impl<'a> ModelRunner<'a> {
         self.cache.move_slot(from, to, length);
     }
 
-    fn logits(&self, hidden: &Tensor) -> Tensor {
-        divided(&self.head.forward(&self.model.norm(hidden)), self.temperature)
-    }
-
     fn tensor(&self, values: &[i64]) -> Tensor {
         Tensor::from_slice(values).to_device(self.device())
     }
@@ -199,15 +197,6 @@ impl<'a> ModelRunner<'a> {
     fn device(&self) -> Device {
         self.model.embedding().device()
     }
-}
-
-/// Logits / temperature, in f32 (f64 stays f64).
-fn divided(logits: &Tensor, temperature: f64) -> Tensor {
-    let mut wide = if logits.kind() == Kind::Double { logits.shallow_clone() } else { logits.to_kind(Kind::Float) };
-    if temperature != 1.0 {
-        let _ = wide.divide_scalar_(temperature);
-    }
-    wide
 }
 
 /// Writes each prompt's part of `[N, kv_heads, D]` keys and values into its slots; a copy of the part of the one prompt

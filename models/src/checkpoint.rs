@@ -16,7 +16,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{DecoderConfig, HeadKind};
+use crate::config::{DecoderConfig, HeadKind, read_json};
 use crate::error::{ModelError, Result};
 
 /// Files above this size are split into shards, as transformers does.
@@ -59,9 +59,7 @@ impl Checkpoint {
         if !index.exists() {
             return Err(ModelError::NoWeights { folder: folder.into() });
         }
-        let text = std::fs::read_to_string(&index).map_err(|source| ModelError::Io { path: index.clone(), source })?;
-        let json: Value =
-            serde_json::from_str(&text).map_err(|source| ModelError::Json { path: index.clone(), source })?;
+        let json = read_json(&index)?;
         let wrong = |found: &str| ModelError::Config {
             path: index.clone(),
             key: "weight_map".into(),
@@ -119,10 +117,6 @@ impl Checkpoint {
         self.index.contains_key(name)
     }
 
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// The named tensor, wrapped around the file's map without a copy (copied where its place is not aligned).
     /// Read-only: writing to it faults.
     ///
@@ -130,11 +124,7 @@ impl Checkpoint {
     /// Missing tensor, another shape than `shape`, a dtype other than F32, F16, BF16.
     pub fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor> {
         let (bytes, kind, map) = self.find(name, shape)?;
-        if !(bytes.as_ptr() as usize).is_multiple_of(kind.elt_size_in_bytes()) {
-            return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
-        }
-        // SAFETY: `whole` checked that the file holds these bytes; the map lives in the tensor and is never written.
-        Ok(unsafe { shim::from_mapping(bytes.as_ptr() as usize, shape, kind, Box::new(map.clone())) }?)
+        wrapped(bytes, shape, kind, map)
     }
 
     /// A slice of the named tensor, which is `shape` in the file. A slice of rows is wrapped around its part of the file's
@@ -151,12 +141,7 @@ impl Checkpoint {
         if dim == 0 {
             shape[0] = length;
             let own = &bytes[start as usize * row_bytes..][..length as usize * row_bytes];
-            if (own.as_ptr() as usize).is_multiple_of(element) {
-                // SAFETY: as in `tensor`, of which these bytes are a part.
-                let own = unsafe { shim::from_mapping(own.as_ptr() as usize, &shape, kind, Box::new(map.clone())) };
-                return Ok(own?);
-            }
-            return Ok(Tensor::f_from_data_size(own, &shape, kind)?);
+            return wrapped(own, &shape, kind, map);
         }
         shape[dim] = length;
         let part = start as usize * element..(start + length) as usize * element;
@@ -276,15 +261,16 @@ impl Checkpoint {
             Ok(tensor.f_to_device(device)?.f_to_kind(kind)?)
         })
     }
+}
 
-    /// Whether a tensor's memory lies inside one of this checkpoint's maps.
-    pub fn holds(&self, tensor: &Tensor) -> bool {
-        let at = tensor.data_ptr() as usize;
-        self.shards.iter().any(|shard| {
-            let begin = shard.map.as_ptr() as usize;
-            (begin..begin + shard.map.len()).contains(&at)
-        })
+/// A tensor around `bytes` of `map`; a copy where they are not aligned.
+fn wrapped(bytes: &[u8], shape: &[i64], kind: Kind, map: &Arc<Mmap>) -> Result<Tensor> {
+    let at = bytes.as_ptr() as usize;
+    if !at.is_multiple_of(kind.elt_size_in_bytes()) {
+        return Ok(Tensor::f_from_data_size(bytes, shape, kind)?);
     }
+    // SAFETY: `whole` checked that the file holds these bytes; the map lives in the tensor and is never written.
+    Ok(unsafe { shim::from_mapping(at, shape, kind, Box::new(map.clone())) }?)
 }
 
 fn map_file(path: &Path) -> Result<Mmap> {
@@ -357,9 +343,7 @@ pub fn save_pretrained(
 }
 
 fn saved_config(like: &Path, head: HeadKind, kind: Kind, extra: &[(&str, Value)]) -> Result<Value> {
-    let text = std::fs::read_to_string(like).map_err(|source| ModelError::Io { path: like.into(), source })?;
-    let mut config: Value =
-        serde_json::from_str(&text).map_err(|source| ModelError::Json { path: like.into(), source })?;
+    let mut config = read_json(like)?;
     let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("llama").to_string();
     let stem = match model_type.as_str() {
         "mistral" => "Mistral",

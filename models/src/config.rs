@@ -137,9 +137,7 @@ pub struct ConfigFile {
 
 impl ConfigFile {
     pub fn read(path: &Path) -> Result<ConfigFile> {
-        let text = std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.into(), source })?;
-        let value = serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.into(), source })?;
-        Ok(ConfigFile { path: path.into(), value })
+        Ok(ConfigFile { path: path.into(), value: read_json(path)? })
     }
 
     /// The value at `key`; null counts as absent.
@@ -299,6 +297,11 @@ impl ConfigFile {
             })
             .collect()
     }
+}
+
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).map_err(|source| ModelError::Io { path: path.into(), source })?;
+    serde_json::from_str(&text).map_err(|source| ModelError::Json { path: path.into(), source })
 }
 
 fn positive(value: &Value) -> Option<i64> {

@@ -74,12 +74,7 @@ impl LogprobHead {
 
     /// `[r, V]` logits / temperature (the columns of this rank), in f32 (f64 stays f64), of `[r, H]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        let logits = hidden.linear(&self.weight.detach(), None::<&Tensor>);
-        let mut wide = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
-        if self.temperature != 1.0 {
-            let _ = wide.divide_scalar_(self.temperature);
-        }
-        wide
+        tempered(hidden.linear(&self.weight.detach(), None::<&Tensor>), self.temperature)
     }
 
     fn chunk_rows(&self) -> i64 {
@@ -110,6 +105,15 @@ impl LogprobHead {
         let (log_sum_exp, chosen) = self.vocabulary.joined("log-probs", log_sum_exp, chosen)?;
         Ok([chosen - &log_sum_exp, entropy, log_sum_exp])
     }
+}
+
+/// Logits / temperature, in f32 (f64 stays f64).
+pub fn tempered(logits: Tensor, temperature: f64) -> Tensor {
+    let mut wide = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
+    if temperature != 1.0 {
+        let _ = wide.divide_scalar_(temperature);
+    }
+    wide
 }
 
 impl Head for LogprobHead {

@@ -204,13 +204,9 @@ impl<'a> RemoteModel<'a> {
         if let Some(token) = &settings.token {
             builder = builder.with_token(Some(token.clone()));
         }
-        let api = builder.build().map_err(|cause| HubError::Download {
-            id: id.to_owned(),
-            file: CONFIG.to_owned(),
-            endpoint: settings.endpoint.clone(),
-            source: Box::new(cause),
-        })?;
-        Ok(Self { id, revision, endpoint: &settings.endpoint, repo: api.repo(repo) })
+        let endpoint = &settings.endpoint;
+        let api = builder.build().map_err(|cause| failed(id, CONFIG, endpoint, cause))?;
+        Ok(Self { id, revision, endpoint, repo: api.repo(repo) })
     }
 
     /// Fetches configuration, tokenizer and weights, in this order; returns the snapshot's folder.
@@ -271,19 +267,15 @@ impl<'a> RemoteModel<'a> {
             }
             match waits.next() {
                 Some(wait) if is_transient(&cause) => std::thread::sleep(*wait),
-                _ => return Err(self.failed(file, cause)),
+                _ => return Err(failed(self.id, file, self.endpoint, cause)),
             }
         }
     }
+}
 
-    fn failed(&self, file: &str, cause: ApiError) -> HubError {
-        HubError::Download {
-            id: self.id.to_owned(),
-            file: file.to_owned(),
-            endpoint: self.endpoint.to_owned(),
-            source: Box::new(cause),
-        }
-    }
+fn failed(id: &str, file: &str, endpoint: &str, cause: ApiError) -> HubError {
+    let [id, file, endpoint] = [id, file, endpoint].map(str::to_owned);
+    HubError::Download { id, file, endpoint, source: Box::new(cause) }
 }
 
 fn status(error: &ApiError) -> Option<u16> {

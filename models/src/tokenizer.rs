@@ -66,9 +66,7 @@ type Result<T> = std::result::Result<T, TokenizerError>;
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     folder: PathBuf,
-    bos_id: Option<i64>,
     eos_ids: Vec<i64>,
-    pad_id: Option<i64>,
     chat_template: Option<ChatTemplate>,
     /// Name and bytes of every tokenizer file of the folder.
     files: Vec<(&'static str, Vec<u8>)>,
@@ -106,15 +104,10 @@ impl Tokenizer {
         // Cutting and padding are the caller's affair.
         inner.with_padding(None);
         folder.add_missing_tokens(&mut inner, &special_tokens)?;
-        let id_of = |name: &str| {
-            let token = special_tokens.named.get(name)?;
-            inner.token_to_id(&token.content).map(i64::from)
-        };
+        let eos = special_tokens.named.get("eos_token").and_then(|token| inner.token_to_id(&token.content));
         let texts = special_tokens.named.iter().map(|(name, token)| (name.clone(), token.content.clone()));
         Ok(Self {
-            bos_id: id_of("bos_token").or(folder.model_ids("bos_token_id")?.first().copied()),
-            eos_ids: union(id_of("eos_token"), folder.model_ids("eos_token_id")?),
-            pad_id: id_of("pad_token").or(folder.model_ids("pad_token_id")?.first().copied()),
+            eos_ids: union(eos.map(i64::from), folder.eos_ids()?),
             chat_template: match folder.chat_template()? {
                 Some(source) => Some(ChatTemplate::new(&source, texts.collect())?),
                 None => None,
@@ -166,24 +159,9 @@ impl Tokenizer {
         &self.eos_ids
     }
 
-    /// The id that begins a sequence, if the model has one.
-    pub fn bos_id(&self) -> Option<i64> {
-        self.bos_id
-    }
-
-    /// The padding id, if the model has one of its own; often it has none, or the eos id.
-    pub fn pad_id(&self) -> Option<i64> {
-        self.pad_id
-    }
-
     /// Number of tokens including added ones. The model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
-    }
-
-    /// The id of a token written exactly as in the vocabulary.
-    pub fn token_to_id(&self, token: &str) -> Option<i64> {
-        self.inner.token_to_id(token).map(i64::from)
     }
 
     /// A SHA-256 over what maps text to ids and back (model, normalizer, pre-tokenizer, decoder, added tokens): ids may be passed
@@ -464,10 +442,7 @@ impl Folder {
             Some(Value::Object(object)) => added_token(object).map(|token| token.special(true)),
             Some(_) => None,
         };
-        match token {
-            Some(token) => Ok(Some(token)),
-            None => Err(self.wrong(file, key, "a string or an object with `content`", value)),
-        }
+        token.map(Some).ok_or_else(|| self.wrong(file, key, "a string or an object with `content`", value))
     }
 
     /// Adds the tokens that only the configuration names, in transformers' order, so that they get the same ids.
@@ -499,19 +474,20 @@ impl Folder {
         Ok(())
     }
 
-    /// Ids that `generation_config.json` and then `config.json` give for `key`: an integer, a list, or nothing.
-    fn model_ids(&self, key: &str) -> Result<Vec<i64>> {
+    /// The end-of-sequence ids of `generation_config.json` and then `config.json`: an integer, a list, or nothing.
+    fn eos_ids(&self) -> Result<Vec<i64>> {
+        const KEY: &str = "eos_token_id";
         let mut ids = Vec::new();
         for (file, values) in [("generation_config.json", &self.generation_config), ("config.json", &self.model_config)]
         {
-            let value = values.get(key);
+            let value = values.get(KEY);
             let list = match value {
                 None | Some(Value::Null) => continue,
                 Some(Value::Array(list)) => list.as_slice(),
                 Some(single) => std::slice::from_ref(single),
             };
             for id in list {
-                let wrong = || self.wrong(file, key, "a token id or a list of token ids", value);
+                let wrong = || self.wrong(file, KEY, "a token id or a list of token ids", value);
                 ids.push(id.as_i64().filter(|id| u32::try_from(*id).is_ok()).ok_or_else(wrong)?);
             }
         }

@@ -120,10 +120,21 @@ fn frozen_weights_lie_in_the_file() {
         let checkpoint = Checkpoint::open(&folder).unwrap();
         for param in config.shape().units.iter().flat_map(|unit| &unit.params) {
             let tensor = checkpoint.tensor(&param.name, &param.shape).unwrap();
-            assert!(checkpoint.holds(&tensor), "{}: {}", folder.display(), param.name);
+            assert!(lies_in(&folder, &tensor), "{}: {}", folder.display(), param.name);
         }
-        assert!(!checkpoint.holds(&Tensor::from(1.0)));
+        assert!(!lies_in(&folder, &Tensor::from(1.0)));
     }
+}
+
+/// Whether a tensor's memory is a map of a file in `folder`.
+fn lies_in(folder: &Path, tensor: &Tensor) -> bool {
+    let (at, folder) = (tensor.data_ptr() as usize, folder.canonicalize().unwrap());
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(folder.to_str().unwrap())).any(|line| {
+        let (begin, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
+        let [begin, end] = [begin, end].map(|address| usize::from_str_radix(address, 16).unwrap());
+        (begin..end).contains(&at)
+    })
 }
 
 #[test]

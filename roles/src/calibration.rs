@@ -28,7 +28,7 @@ use echelon_placement::planner::{Constraints, plan};
 use echelon_placement::rates::Rates;
 use tch::{Kind, Tensor};
 
-use crate::models::{Held, Policy, probe_policy};
+use crate::models::{Held, Policy, made_policy};
 
 /// Floating-point operations of one forward and backward pass of the probe, about.
 const PASS_FLOPS: f64 = 1.6e11;
@@ -167,7 +167,7 @@ impl Probe {
     fn run(&self, num_layers: usize) -> Result<Seconds> {
         let optimizer = OptimizerConfig { betas: (0.9, 0.95), eps: 1e-8, weight_decay: 0.0, max_grad_norm: 1.0 };
         let config = of_depth(&self.config, num_layers);
-        let policy = |_| probe_policy(&config, self.held, (optimizer, &Sharding::whole()));
+        let policy = |_| made_policy(&config, self.held, (optimizer, &Sharding::whole()), &mut probe_parameter);
         let Here { generate, score, train, .. } = self.here;
         let mut ranks = (0..generate.max(score).max(train)).map(policy).collect::<Result<Vec<_>>>()?;
         let [passes, optimizer] = self.at_once(&mut ranks[..train], |policy| {
@@ -317,6 +317,14 @@ fn depths(config: &DecoderConfig) -> [usize; 2] {
 fn of_depth(config: &DecoderConfig, num_layers: usize) -> DecoderConfig {
     let windows = config.windows.iter().copied().take(num_layers).collect();
     DecoderConfig { num_layers, windows, ..config.clone() }
+}
+
+/// A parameter of a probe, which means nothing: numbers of a usual size, made quickly.
+fn probe_parameter(name: &str, shape: &[i64]) -> Result<Tensor> {
+    if name.ends_with("norm.weight") {
+        return Ok(Tensor::ones(shape, tch::kind::FLOAT_CPU));
+    }
+    Ok(Tensor::linspace(-0.03, 0.03, shape.iter().product::<i64>(), tch::kind::FLOAT_CPU).view(shape))
 }
 
 /// Means of a few tries after a first, which takes memory for the first time: a machine that others use is slower than it

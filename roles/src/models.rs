@@ -82,15 +82,6 @@ pub fn trainable_policy(
     policy_of(&config, state, held, temperature)
 }
 
-/// A policy of `config` whose weights mean nothing: to measure how fast it is.
-pub fn probe_policy(
-    config: &DecoderConfig,
-    held: Held,
-    (optimizer, sharding): (OptimizerConfig, &Sharding),
-) -> Result<Policy> {
-    made_policy(config, held, (optimizer, sharding), &mut |name, shape| Ok(probe_parameter(name, shape)))
-}
-
 /// A policy of `config` whose weights are made: `load` gives each by name and shape, the same one at every call.
 pub fn made_policy(
     config: &DecoderConfig,
@@ -143,16 +134,6 @@ pub fn trainable_scorer(
     let model = decoder_of(&config, &params)?;
     let head = ScalarHead::trained(params["score.weight"].shallow_clone(), reads);
     Ok(Trainable::new(state, model, head, held.pass))
-}
-
-/// A parameter of the probe: numbers of a usual size, made quickly.
-fn probe_parameter(name: &str, shape: &[i64]) -> Tensor {
-    let count: i64 = shape.iter().product();
-    let options = (Kind::Float, tch::Device::Cpu);
-    if name.ends_with("norm.weight") {
-        return Tensor::ones(shape, options);
-    }
-    Tensor::linspace(-0.03, 0.03, count, options).view(shape)
 }
 
 type Params = std::collections::HashMap<String, ParamWithGrad>;
