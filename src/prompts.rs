@@ -13,7 +13,7 @@ use echelon_models::tokenizer::{Tokenizer, TokenizerError};
 use echelon_placement::task::Demand;
 use echelon_tasks::data::{
     FilterError, LoadReport, Mix, MixSource, PromptKeys, PromptRow, PromptStream, PromptText, StreamPosition, Verdict,
-    load_prompts_in_blocks,
+    load_prompts,
 };
 
 use crate::node;
@@ -57,7 +57,7 @@ impl PromptFormat {
         max_samples: Option<usize>,
     ) -> Result<Loaded, Failure> {
         let judge = &mut |rows: &Arc<Vec<PromptRow>>| self.verdicts(rows);
-        let loaded = load_prompts_in_blocks(path, keys, source, max_samples, (BLOCK, judge)).map_err(Failure::input)?;
+        let loaded = load_prompts(path, keys, source, max_samples, (BLOCK, judge)).map_err(Failure::input)?;
         Ok((loaded.rows, loaded.report))
     }
 

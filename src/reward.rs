@@ -2,7 +2,6 @@
 //! node. Their scores are summed by weight.
 
 use std::ops::Range;
-use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -155,7 +154,7 @@ pub type NamedTask = (String, Task);
 pub fn task_source(keys: &SourceKeys) -> Result<Option<NamedTask>, Failure> {
     let timeout = Duration::from_secs_f64(keys.timeout_s);
     let (task, demand): (Arc<dyn RewardSource>, Demand) = if let Some(rule) = keys.rule() {
-        let source = rule.build(Path::new("")).map_err(Failure::input)?;
+        let source = rule.build().map_err(Failure::input)?;
         if !matches!(rule, RuleConfig::Sentiment { .. }) {
             return Ok(Some((source.name(), Task::Anywhere(rule))));
         }

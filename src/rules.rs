@@ -32,8 +32,7 @@ pub fn built(rule: &RuleConfig) -> Result<Arc<dyn RewardSource>> {
     if let Some((_, source)) = known.iter().find(|(known, _)| known == rule) {
         return Ok(source.clone());
     }
-    let source = rule.build(std::path::Path::new(""));
-    let source: Arc<dyn RewardSource> = source.map_err(|error| Error::other("reward", error))?.into();
+    let source: Arc<dyn RewardSource> = rule.build().map_err(|error| Error::other("reward", error))?.into();
     known.push((rule.clone(), source.clone()));
     Ok(source)
 }

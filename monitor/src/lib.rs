@@ -20,9 +20,7 @@ pub use chart::escape;
 pub use clock::{RunClock, process_age};
 use metrics::JsonLines;
 pub use metrics::Metrics;
-pub use perf::{
-    ModelSize, PhaseWork, forward_flops_per_token, mfu, record_perf, tokens_per_second, training_flops_per_token,
-};
+pub use perf::{ModelSize, PhaseWork, forward_flops_per_token, record_perf, training_flops_per_token};
 pub use report::{EvalResponse, Evaluation, STYLE, write_report};
 pub use samples::{Sample, samples_markdown};
 use tensorboard::EventWriter;

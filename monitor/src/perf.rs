@@ -32,12 +32,12 @@ pub fn training_flops_per_token(size: ModelSize, context: f64) -> f64 {
 }
 
 /// Tokens per second; NaN when no time was measured.
-pub fn tokens_per_second(tokens: u64, seconds: f64) -> f64 {
+fn tokens_per_second(tokens: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { tokens as f64 / seconds } else { f64::NAN }
 }
 
 /// Share of `peak_flops_per_second` that `flops` in `seconds` reach, 0 to 1; NaN when either is not positive.
-pub fn mfu(flops: f64, seconds: f64, peak_flops_per_second: f64) -> f64 {
+fn mfu(flops: f64, seconds: f64, peak_flops_per_second: f64) -> f64 {
     if seconds > 0.0 && peak_flops_per_second > 0.0 { flops / seconds / peak_flops_per_second } else { f64::NAN }
 }
 

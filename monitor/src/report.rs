@@ -3,6 +3,7 @@
 //! Self-contained: style, script, charts and every number of `metrics.jsonl` (verbatim, as JSON) are inside, and nothing
 //! is loaded from anywhere. Charts are drawn here, not by the script, so that the page works without scripts and prints.
 
+use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write as _;
 use std::io::ErrorKind;
@@ -446,16 +447,12 @@ const HELD_OUT: [(&str, &str); 3] = [
 /// The metrics in `eval_before.json`, as `sft` and `reward` write them; none where it holds an [`Evaluation`].
 fn metrics_before(path: &Path) -> Result<Map<String, Value>, MonitorError> {
     let text = read_if_present(path)?.unwrap_or_default();
-    Ok(serde_json::from_str(&text)
-        .ok()
-        .filter(is_metrics)
-        .and_then(|value| value.as_object().cloned())
-        .unwrap_or_default())
+    Ok(serde_json::from_str(&text).ok().filter(is_metrics).unwrap_or_default())
 }
 
-/// Whether JSON is metrics, whose names are paths.
-fn is_metrics(value: &Value) -> bool {
-    value.as_object().is_some_and(|all| all.keys().any(|key| key.contains('/')))
+/// Whether a JSON object is metrics, whose names are paths.
+fn is_metrics(object: &Map<String, Value>) -> bool {
+    object.keys().any(|key| key.contains('/'))
 }
 
 fn is_phase_time(name: &str) -> bool {
@@ -503,12 +500,10 @@ impl Pair<'_> {
             (Some(before), Some(after)) => after.reward - before.reward,
             _ => 0.0,
         };
-        let class = if change > 0.0 {
-            "up"
-        } else if change < 0.0 {
-            "down"
-        } else {
-            ""
+        let class = match change.partial_cmp(&0.0) {
+            Some(Ordering::Greater) => "up",
+            Some(Ordering::Less) => "down",
+            _ => "",
         };
         let side = |title: &str, class: &str, said: Option<&EvalResponse>| match said {
             Some(EvalResponse { response, reward, .. }) => format!(

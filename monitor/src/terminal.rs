@@ -171,18 +171,6 @@ pub struct StepLine {
 }
 
 impl StepLine {
-    /// A line without fields.
-    pub fn new(step: u64, seconds: f64) -> Self {
-        Self { step, seconds, ..Self::default() }
-    }
-
-    /// Adds one labelled value. Earlier fields are kept longer when the terminal is narrow.
-    #[must_use]
-    pub fn field(mut self, label: &str, value: impl Into<String>) -> Self {
-        self.fields.push((label.into(), value.into()));
-        self
-    }
-
     /// The line of a step from its metrics, which `leads` lead; what was not measured is left out.
     pub fn of(step: u64, metrics: &Metrics, leads: &[Lead]) -> Self {
         let get = |name: &str| metrics.get(name).filter(|value| value.is_finite());
@@ -291,7 +279,6 @@ pub struct Phase {
     total_units: u64,
     bar: ProgressBar,
     units: AtomicU64,
-    tokens: Arc<AtomicU64>,
     start: Duration,
     next_line_s: AtomicU64,
 }
@@ -300,10 +287,8 @@ impl Phase {
     const PLAIN_LINE_EVERY_S: u64 = 30;
 
     fn start(screen: Arc<Screen>, name: &str, total_units: u64) -> Self {
-        let tokens = Arc::new(AtomicU64::new(0));
         let bar = if (screen.width)().is_some() {
-            let bar =
-                ProgressBar::new(total_units).with_style(bar_style(total_units, screen.color, Arc::clone(&tokens)));
+            let bar = ProgressBar::new(total_units).with_style(bar_style(total_units, screen.color));
             let bar = screen.bars.add(bar.with_prefix(name.to_owned()));
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
@@ -312,7 +297,7 @@ impl Phase {
         };
         let start = (screen.clock)();
         let next_line_s = AtomicU64::new(Self::PLAIN_LINE_EVERY_S);
-        Self { screen, name: name.into(), total_units, bar, units: AtomicU64::new(0), tokens, start, next_line_s }
+        Self { screen, name: name.into(), total_units, bar, units: AtomicU64::new(0), start, next_line_s }
     }
 
     /// `units` more are done. A few atomic operations: call it as often as it happens.
@@ -324,11 +309,6 @@ impl Phase {
         }
     }
 
-    /// `tokens` more went through, for the rate that the bar shows.
-    pub fn add_tokens(&self, tokens: u64) {
-        self.tokens.fetch_add(tokens, Ordering::Relaxed);
-    }
-
     fn write_plain_line(&self, done: u64) {
         let elapsed_s = (self.screen.clock)().saturating_sub(self.start).as_secs();
         let due_s = self.next_line_s.load(Ordering::Relaxed);
@@ -338,12 +318,7 @@ impl Phase {
             return;
         }
         let total = if self.total_units > 0 { format!("/{}", self.total_units) } else { String::new() };
-        let mut line = format!("  {}: {done}{total}, {}", self.name, duration_text(elapsed_s as f64));
-        let tokens = self.tokens.load(Ordering::Relaxed);
-        if tokens > 0 {
-            let _ = write!(line, ", {:.0} tok/s", tokens as f64 / elapsed_s as f64); // writing to a String cannot fail
-        }
-        self.screen.print(&line);
+        self.screen.print(&format!("  {}: {done}{total}, {}", self.name, duration_text(elapsed_s as f64)));
     }
 }
 
@@ -354,25 +329,17 @@ impl Drop for Phase {
     }
 }
 
-fn bar_style(total_units: u64, color: bool, tokens: Arc<AtomicU64>) -> ProgressStyle {
+fn bar_style(total_units: u64, color: bool) -> ProgressStyle {
     let template = match (total_units, color) {
-        (0, _) => "  {prefix:10} {pos}  {elapsed} {rate}",
-        (_, true) => "  {prefix:10} {wide_bar:.cyan/dim} {pos:>4}/{len:4} {elapsed:>5} {rate:>11}",
-        (_, false) => "  {prefix:10} {wide_bar} {pos:>4}/{len:4} {elapsed:>5} {rate:>11}",
-    };
-    let rate = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
-        let tokens = tokens.load(Ordering::Relaxed);
-        let seconds = state.elapsed().as_secs_f64();
-        if tokens > 0 && seconds > 0.0 {
-            let _ = write!(out, "{} tok/s", fixed(tokens as f64 / seconds, 0)); // the bar's own buffer
-        }
+        (0, _) => "  {prefix:10} {pos}  {elapsed}",
+        (_, true) => "  {prefix:10} {wide_bar:.cyan/dim} {pos:>4}/{len:4} {elapsed:>5}",
+        (_, false) => "  {prefix:10} {wide_bar} {pos:>4}/{len:4} {elapsed:>5}",
     };
     let elapsed = |state: &ProgressState, out: &mut dyn std::fmt::Write| {
         let _ = out.write_str(&duration_text(state.elapsed().as_secs_f64()));
     };
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .with_key("rate", rate)
         .with_key("elapsed", elapsed)
         .progress_chars("━━─")
 }
@@ -541,9 +508,10 @@ mod tests {
     fn the_eta_counts_the_time_between_steps() {
         let probe = Probe::default();
         let terminal = probe.terminal(4, None, false);
-        terminal.step(&StepLine::new(1, 10.0)); // 3 x 10 s
+        let first = StepLine { step: 1, seconds: 10.0, ..StepLine::default() };
+        terminal.step(&first); // 3 x 10 s
         probe.wait(30); // the step and an evaluation
-        terminal.step(&StepLine::new(2, 10.0).field("loss", "0.5")); // 2 x mean(10, 30)
+        terminal.step(&StepLine { step: 2, fields: vec![("loss".into(), "0.5".into())], ..first }); // 2 x mean(10, 30)
         let text = probe.text();
         assert_eq!(text, "step 1/4  10s  eta 30s\nstep 2/4  loss 0.5  10s  eta 40s\n");
     }
@@ -565,11 +533,10 @@ mod tests {
         let phase = terminal.phase("generate", 64);
         for _ in 0..8 {
             probe.wait(10);
-            phase.add_tokens(100);
             phase.advance(4);
         }
         drop(phase);
-        assert_eq!(probe.text(), "  generate: 12/64, 30s, 10 tok/s\n  generate: 24/64, 1m00s, 10 tok/s\n");
+        assert_eq!(probe.text(), "  generate: 12/64, 30s\n  generate: 24/64, 1m00s\n");
     }
 
     #[test]

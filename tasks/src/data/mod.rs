@@ -19,10 +19,7 @@ pub use error::{DataError, Place};
 pub use file::{Row, Visit, visit_rows};
 pub use prompt::{Message, PromptKeys, PromptRow, PromptText};
 pub use shuffle::{hold_out, permutation};
-pub use source::{
-    Dropped, FilterError, Judge, LoadReport, Loaded, Verdict, load_pairs, load_prompts, load_prompts_in_blocks,
-    load_rows, load_training,
-};
+pub use source::{Dropped, FilterError, Judge, LoadReport, Loaded, Verdict, load_pairs, load_prompts, load_training};
 pub use stream::{Draw, Mix, MixSource, PromptStream, RowId, RowStream, StreamPosition};
 pub use training::{Pair, PairKeys, TrainingExample, TrainingKeys};
 pub use transcript::parse_transcript;

@@ -68,25 +68,26 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// The prompts of `path`, of source number `source`.
+/// The prompts of `path`, of source number `source`, judged `block` at a time: `judge` gives one verdict for each, or ends
+/// with an error.
 ///
-/// `filter` sees every prompt before it is held; what it drops is counted, never shortened. Reading stops once
-/// `max_samples` prompts are kept.
+/// It sees every prompt before it is kept; what it drops is counted, never shortened. Reading stops once `max_samples`
+/// prompts are kept.
 ///
 /// # Errors
-/// A file that cannot be read, a row without its keys, a filter that failed, or no row left: then the error says how
+/// A file that cannot be read, a row without its keys, a judge that failed, or no row left: then the error says how
 /// many were dropped and why.
 pub fn load_prompts(
     path: &Path,
     keys: &PromptKeys,
     source: usize,
     max_samples: Option<usize>,
-    filter: &mut dyn FnMut(&PromptRow) -> Result<Verdict, FilterError>,
+    (block, judge): (usize, &mut Judge<'_, PromptRow>),
 ) -> Result<Loaded<PromptRow>, DataError> {
-    load_rows(path, max_samples, &mut |row, index| PromptRow::read(row, keys, source, index), filter)
+    load_blocks(path, max_samples, &mut |row, index| PromptRow::read(row, keys, source, index), (block, judge))
 }
 
-/// The examples of `path` for supervised fine-tuning, as [`load_prompts`] loads prompts.
+/// The examples of `path` for supervised fine-tuning, as [`load_prompts`] loads prompts, but one by one through `filter`.
 ///
 /// # Errors
 /// As [`load_prompts`].
@@ -96,10 +97,10 @@ pub fn load_training(
     max_samples: Option<usize>,
     filter: &mut dyn FnMut(&TrainingExample) -> Result<Verdict, FilterError>,
 ) -> Result<Loaded<TrainingExample>, DataError> {
-    load_rows(path, max_samples, &mut |row, _| TrainingExample::read(row, keys), filter)
+    load_rows(path, max_samples, &mut |row| TrainingExample::read(row, keys), filter)
 }
 
-/// The preference pairs of `path`, as [`load_prompts`] loads prompts. Pairs whose sides are equal say nothing
+/// The preference pairs of `path`, as [`load_training`] loads examples. Pairs whose sides are equal say nothing
 /// and are dropped and counted.
 ///
 /// # Errors
@@ -110,7 +111,7 @@ pub fn load_pairs(
     max_samples: Option<usize>,
     filter: &mut dyn FnMut(&Pair) -> Result<Verdict, FilterError>,
 ) -> Result<Loaded<Pair>, DataError> {
-    load_rows(path, max_samples, &mut |row, _| Pair::read(row, keys), &mut |pair| {
+    load_rows(path, max_samples, &mut |row| Pair::read(row, keys), &mut |pair| {
         if pair.chosen == pair.rejected {
             return Ok(Verdict::Drop("with equal chosen and rejected sides".to_owned()));
         }
@@ -118,33 +119,13 @@ pub fn load_pairs(
     })
 }
 
-/// The rows of `path` as `read` makes them from a row and its index (from 0, dropped rows included), as
-/// [`load_prompts`] loads prompts.
-///
-/// # Errors
-/// As [`load_prompts`].
-pub fn load_rows<T: Clone>(
+fn load_rows<T: Clone>(
     path: &Path,
     max_samples: Option<usize>,
-    read: &mut dyn FnMut(&Row, usize) -> Result<T, DataError>,
+    read: &mut dyn FnMut(&Row) -> Result<T, DataError>,
     filter: &mut dyn FnMut(&T) -> Result<Verdict, FilterError>,
 ) -> Result<Loaded<T>, DataError> {
-    load_blocks(path, max_samples, read, (1, &mut |rows| rows.iter().map(&mut *filter).collect()))
-}
-
-/// The prompts of `path`, as [`load_prompts`] loads them, judged `block` at a time: `judge` gives one verdict for each, or
-/// ends with an error.
-///
-/// # Errors
-/// As [`load_prompts`].
-pub fn load_prompts_in_blocks(
-    path: &Path,
-    keys: &PromptKeys,
-    source: usize,
-    max_samples: Option<usize>,
-    (block, judge): (usize, &mut Judge<'_, PromptRow>),
-) -> Result<Loaded<PromptRow>, DataError> {
-    load_blocks(path, max_samples, &mut |row, index| PromptRow::read(row, keys, source, index), (block, judge))
+    load_blocks(path, max_samples, &mut |row, _| read(row), (1, &mut |rows| rows.iter().map(&mut *filter).collect()))
 }
 
 /// Judges rows that stand together.
@@ -183,6 +164,7 @@ impl<T: Clone> Reading<T> {
     }
 }
 
+/// `read` makes a value from a row and its index (from 0, dropped rows included).
 fn load_blocks<T: Clone>(
     path: &Path,
     max_samples: Option<usize>,

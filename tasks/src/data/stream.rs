@@ -7,7 +7,6 @@
 //! * ST-3: the position is the number of draws from each source and nothing else, so a restored stream goes on
 //!   exactly as the first one would have.
 
-use std::hash::Hasher;
 use std::io;
 
 use serde::{Deserialize, Serialize};
@@ -207,32 +206,28 @@ impl<T: Serialize> RowStream<T> {
 fn fingerprint<T: Serialize>(mix: &Mix<T>) -> String {
     let mut hash = Fnv1a(0xcbf2_9ce4_8422_2325);
     for source in &mix.sources {
-        hash.write(&source.weight.to_le_bytes());
-        hash.write(&(source.rows.len() as u64).to_le_bytes());
+        hash.add(&source.weight.to_le_bytes());
+        hash.add(&(source.rows.len() as u64).to_le_bytes());
         for row in &source.rows {
             serde_json::to_writer(&mut hash, row).expect("rows are plain strings, numbers and lists, which JSON holds");
         }
     }
-    format!("{:016x}", hash.finish())
+    format!("{:016x}", hash.0)
 }
 
 struct Fnv1a(u64);
 
-impl Hasher for Fnv1a {
-    fn write(&mut self, bytes: &[u8]) {
+impl Fnv1a {
+    fn add(&mut self, bytes: &[u8]) {
         for &byte in bytes {
             self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
         }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
     }
 }
 
 impl io::Write for Fnv1a {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Hasher::write(self, bytes);
+        self.add(bytes);
         Ok(bytes.len())
     }
 

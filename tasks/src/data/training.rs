@@ -44,14 +44,6 @@ pub struct TrainingKeys {
     pub text: String,
 }
 
-impl Default for TrainingKeys {
-    /// `messages`, `prompt`, `completion`, `text`.
-    fn default() -> Self {
-        let [messages, prompt, completion, text] = ["messages", "prompt", "completion", "text"].map(str::to_owned);
-        Self { messages, prompt, completion, text }
-    }
-}
-
 /// The columns a [`Pair`] is read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PairKeys {
@@ -59,14 +51,6 @@ pub struct PairKeys {
     pub prompt: String,
     pub chosen: String,
     pub rejected: String,
-}
-
-impl Default for PairKeys {
-    /// `prompt`, `chosen`, `rejected`.
-    fn default() -> Self {
-        let [prompt, chosen, rejected] = ["prompt", "chosen", "rejected"].map(str::to_owned);
-        Self { prompt, chosen, rejected }
-    }
 }
 
 impl TrainingExample {

@@ -74,7 +74,31 @@ impl SourceKeys {
 
     /// Rules between its keys, which stand in the table `table`; `labels` says whether prompts have them.
     pub fn check(&self, table: &str, labels: bool, rules: &mut Rules) {
-        check(table, self, labels, rules);
+        let key = |name: &str| format!("{table}.{name}");
+        match self.given()[..] {
+            [] => {
+                let help = "give one of `model`, `rule`, `url` and `command`, or several [[reward.mix]] tables";
+                return rules.broken(&[table], format!("[{table}] has no source"), help);
+            }
+            [_] => {}
+            [first, second, ..] => {
+                let message = format!("[{table}] has two sources, `{first}` and `{second}`");
+                let replace = format!("--set '{table}={{{second}=\"…\"}}' replaces the whole table");
+                let both = "keep one, or give each its own [[reward.mix]] table with a weight".to_owned();
+                let by_set = [first, second].iter().any(|name| rules.is_set(&key(name)));
+                return rules.broken(&[&key(second)], message, if by_set { replace } else { both });
+            }
+        }
+        check_rule_keys(table, self, rules);
+        if self.rule == Some(RuleName::Math) && !labels {
+            let message =
+                format!("`{}` = \"math\" compares with a label, and `data.label_key` is not set", key("rule"));
+            rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]");
+        }
+        if let Some(url) = self.url.as_ref().filter(|url| !url.starts_with("http://") && !url.starts_with("https://")) {
+            let message = format!("`{}` = \"{url}\" is no address", key("url"));
+            rules.broken(&[&key("url")], message, "it starts with http:// or https://");
+        }
     }
 
     /// Decides what the recipe left open. A command runs in `folder`, the recipe's.
@@ -122,33 +146,6 @@ impl SourceKeys {
 
 /// What `rule = "format"` asks for unless the recipe says otherwise.
 const FORMAT_STRUCTURE: &str = "<think>…</think><answer>…</answer>";
-
-fn check(table: &str, source: &SourceKeys, labels: bool, rules: &mut Rules) {
-    let key = |name: &str| format!("{table}.{name}");
-    match source.given()[..] {
-        [] => {
-            let help = "give one of `model`, `rule`, `url` and `command`, or several [[reward.mix]] tables";
-            return rules.broken(&[table], format!("[{table}] has no source"), help);
-        }
-        [_] => {}
-        [first, second, ..] => {
-            let message = format!("[{table}] has two sources, `{first}` and `{second}`");
-            let replace = format!("--set '{table}={{{second}=\"…\"}}' replaces the whole table");
-            let both = "keep one, or give each its own [[reward.mix]] table with a weight".to_owned();
-            let by_set = [first, second].iter().any(|name| rules.is_set(&key(name)));
-            return rules.broken(&[&key(second)], message, if by_set { replace } else { both });
-        }
-    }
-    check_rule_keys(table, source, rules);
-    if source.rule == Some(RuleName::Math) && !labels {
-        let message = format!("`{}` = \"math\" compares with a label, and `data.label_key` is not set", key("rule"));
-        rules.broken(&[&key("rule")], message, "name the key of the expected answer: `label_key` in [data]");
-    }
-    if let Some(url) = source.url.as_ref().filter(|url| !url.starts_with("http://") && !url.starts_with("https://")) {
-        let message = format!("`{}` = \"{url}\" is no address", key("url"));
-        rules.broken(&[&key("url")], message, "it starts with http:// or https://");
-    }
-}
 
 /// Keys that belong to one kind of source, and what each kind cannot do without.
 fn check_rule_keys(table: &str, source: &SourceKeys, rules: &mut Rules) {

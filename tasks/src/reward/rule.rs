@@ -1,6 +1,6 @@
 //! A rule as a value, to be built where responses are scored.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -22,17 +22,17 @@ pub enum RuleConfig {
 }
 
 impl RuleConfig {
-    /// Builds the rule; files are looked up in `directory`, the recipe's.
+    /// Builds the rule.
     ///
     /// # Errors
     /// A setting that means nothing, or a lexicon that cannot be read.
-    pub fn build(&self, directory: &Path) -> Result<Box<dyn RewardSource>, RewardError> {
+    pub fn build(&self) -> Result<Box<dyn RewardSource>, RewardError> {
         Ok(match self {
             Self::Math { tolerance } => Box::new(MathRule { tolerance: *tolerance }),
             Self::Regex { pattern } => Box::new(RegexRule::new(pattern)?),
             Self::Format { structure } => Box::new(FormatRule::new(structure)?),
             Self::Length { min, max } => Box::new(LengthRule::between(*min, *max)?),
-            Self::Sentiment { lexicon } => Box::new(SentimentRule::new(Lexicon::read(&directory.join(lexicon))?)),
+            Self::Sentiment { lexicon } => Box::new(SentimentRule::new(Lexicon::read(lexicon)?)),
         })
     }
 }
@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn a_pattern_that_is_none_is_refused() {
-        let broken = RuleConfig::Regex { pattern: "(".into() }.build(Path::new(".")).err().unwrap().to_string();
+        let broken = RuleConfig::Regex { pattern: "(".into() }.build().err().unwrap().to_string();
         assert!(broken.starts_with("rule \"regex\": pattern \"(\": regex parse error"), "{broken}");
     }
 }

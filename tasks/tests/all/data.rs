@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use echelon_tasks::data::{
     DataError, FilterError, LoadReport, Loaded, Message, Pair, PairKeys, PromptKeys, PromptRow, PromptText,
-    TrainingExample, TrainingKeys, Verdict, load_pairs, load_prompts, load_training,
+    TrainingExample, TrainingKeys, Verdict, load_pairs, load_training,
 };
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
 use parquet::file::writer::SerializedFileWriter;
@@ -16,6 +16,23 @@ use crate::{Folder, golden};
 
 fn keys(prompt: &str, label: Option<&str>) -> PromptKeys {
     PromptKeys { prompt: prompt.to_owned(), label: label.map(str::to_owned) }
+}
+
+fn pair_keys() -> PairKeys {
+    let [prompt, chosen, rejected] = ["prompt", "chosen", "rejected"].map(str::to_owned);
+    PairKeys { prompt, chosen, rejected }
+}
+
+/// Prompts judged one by one.
+fn load_prompts(
+    path: &Path,
+    keys: &PromptKeys,
+    source: usize,
+    max_samples: Option<usize>,
+    filter: &mut dyn FnMut(&PromptRow) -> Result<Verdict, FilterError>,
+) -> Result<Loaded<PromptRow>, DataError> {
+    let judge = &mut |rows: &Arc<Vec<PromptRow>>| rows.iter().map(&mut *filter).collect::<Vec<_>>();
+    echelon_tasks::data::load_prompts(path, keys, source, max_samples, (1, judge))
 }
 
 fn load(path: &Path, keys: &PromptKeys) -> Result<Loaded<PromptRow>, DataError> {
@@ -233,8 +250,7 @@ fn parquet_as_pyarrow_writes_it() {
         missing.ends_with("prompts.parquet: row 1: no key \"prompt\"; the row has \"question\", \"chat\", \"answer\", \"share\", \"easy\""),
         "{missing}"
     );
-    let pairs =
-        load_pairs(&golden("pairs.parquet"), &PairKeys::default(), None, &mut |_| Ok(Verdict::Keep)).unwrap().rows;
+    let pairs = load_pairs(&golden("pairs.parquet"), &pair_keys(), None, &mut |_| Ok(Verdict::Keep)).unwrap().rows;
     let chat = |role: &str, content: &str| PromptText::Chat(vec![message(role, content)]);
     let (chosen, rejected) = (chat("assistant", "hi, how are you?"), chat("assistant", "go away"));
     assert_eq!(pairs, [Pair { prompt: Some(chat("user", "hello")), chosen, rejected }]);
@@ -293,7 +309,9 @@ fn damaged_parquet_is_an_error() {
 fn training(content: &str) -> Result<Vec<TrainingExample>, String> {
     let folder = Folder::new();
     let path = folder.write("x.jsonl", content);
-    let loaded = load_training(&path, &TrainingKeys::default(), None, &mut |_| Ok(Verdict::Keep));
+    let [messages, prompt, completion, text] = ["messages", "prompt", "completion", "text"].map(str::to_owned);
+    let keys = TrainingKeys { messages, prompt, completion, text };
+    let loaded = load_training(&path, &keys, None, &mut |_| Ok(Verdict::Keep));
     loaded.map(|loaded| loaded.rows).map_err(|error| error.to_string().replace(path.to_str().unwrap(), "FILE"))
 }
 
@@ -341,7 +359,7 @@ fn training_rows_of_no_form_are_errors() {
 
 fn pairs(content: &str) -> Result<Loaded<Pair>, DataError> {
     let folder = Folder::new();
-    load_pairs(&folder.write("x.jsonl", content), &PairKeys::default(), None, &mut |_| Ok(Verdict::Keep))
+    load_pairs(&folder.write("x.jsonl", content), &pair_keys(), None, &mut |_| Ok(Verdict::Keep))
 }
 
 #[test]

@@ -18,8 +18,7 @@ fn compound_scores_equal_the_python_packages() {
 
 #[test]
 fn the_rule_scores_the_response_alone() {
-    let rule = RuleConfig::Sentiment { lexicon: "sentiment_lexicon.txt".into() };
-    let rule = rule.build(&golden("")).unwrap();
+    let rule = RuleConfig::Sentiment { lexicon: golden("sentiment_lexicon.txt") }.build().unwrap();
     let mut requests = requests(2);
     requests[0].prompt = "awful".to_owned();
     requests[1].response = "great".to_owned();
