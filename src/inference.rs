@@ -15,7 +15,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::json_lines::{self, LineWriter, kind_of};
@@ -65,15 +65,10 @@ pub const SCORE: Usage = Usage {
 /// # Errors
 /// [`Failure::Input`] for arguments, a model or a line that cannot be used; nothing is written then.
 pub fn generate(options: &Options) -> Result<(), Failure> {
-    let sampling = SamplingConfig {
-        temperature: options.number("temperature", 1.0, "a number from 0")?,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        max_new_tokens: options.number("max-new-tokens", 128, "a whole number from 1")?,
-        stop: Vec::new(),
-        ignore_eos: options.flag("ignore-eos"),
-    };
+    let temperature = options.number("temperature", 1.0, "a number from 0")?;
+    let max_new_tokens = options.number("max-new-tokens", 128, "a whole number from 1")?;
+    let ignore_eos = options.flag("ignore-eos");
+    let sampling = SamplingConfig { ignore_eos, ..SamplingConfig::uncut(temperature, max_new_tokens) };
     let seed = options.number("seed", 1, "a whole number from 0")?;
     let defaults = EngineConfig::default();
     let max_sequences = options.number("max-sequences", defaults.max_sequences, "a whole number from 1")?;
@@ -82,8 +77,8 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
     let reader = Reader::open(options)?;
     let held = held(options)?;
     check_folder(&reader.folder, Some(HeadKind::Logits)).map_err(Failure::input)?;
-    let files = files(options, "prompts")?;
-    let rows = json_lines::read(files.input, |line| {
+    let (prompts, output) = files(options, "prompts")?;
+    let rows = json_lines::read(prompts, |line| {
         let (token_ids, text) = reader.tokens(line, "prompt_token_ids", "prompt")?;
         reader.check_context(token_ids.len(), sampling.max_new_tokens)?;
         Ok((token_ids, text.unwrap_or_default()))
@@ -91,7 +86,7 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
     let rows = rows.into_iter().enumerate();
     let rows = rows.map(|(id, (token_ids, text))| Prompt { id: id as u64, token_ids, text, label: None }).collect();
     let prompts = Prompts { rows, samples_per_prompt: 1, seed, evaluation: false };
-    let mut output = LineWriter::create(files.output)?;
+    let mut output = LineWriter::create(output)?;
 
     let policy = frozen_policy(&reader.folder, held, 1.0, (&Sharding::whole(), None)).map_err(Failure::input)?;
     let policy = Policy { model: &policy.model, head: policy.head.weight(), tokenizer: reader.tokenizer.as_ref() };
@@ -113,8 +108,8 @@ pub fn generate(options: &Options) -> Result<(), Failure> {
 /// [`Failure::Input`] for arguments, a model or a line that cannot be used; nothing is written then.
 pub fn score(options: &Options) -> Result<(), Failure> {
     let reader = Reader::open(options)?;
-    let files = files(options, "input")?;
-    let rows = json_lines::read(files.input, |line| {
+    let (input, output) = files(options, "input")?;
+    let rows = json_lines::read(input, |line| {
         let (token_ids, _) = reader.tokens(line, "token_ids", "text")?;
         let wanted = vec![true; token_ids.len()];
         Ok((token_ids, wanted))
@@ -122,7 +117,7 @@ pub fn score(options: &Options) -> Result<(), Failure> {
     let rows = Rows::of_tokens(&rows);
     let held = held(options)?;
     check_folder(&reader.folder, None).map_err(Failure::input)?;
-    let mut output = LineWriter::create(files.output)?;
+    let mut output = LineWriter::create(output)?;
     interruptible(|interrupt| match reader.config.head {
         HeadKind::Logits => write_logprobs(&reader.folder, held, &rows, interrupt, &mut output),
         HeadKind::Score => write_scores(&reader.folder, held, &rows, interrupt, &mut output),
@@ -145,8 +140,8 @@ fn write_logprobs(
     for (row, numbers) in outputs {
         let given = &numbers[1..rows.lengths[row as usize] as usize];
         check_finite(row, given)?;
-        let logprobs = std::iter::once(None).chain(given.iter().map(|&logprob| Some(logprob))).collect();
-        output.write(&TokenLogprobs { logprobs })?;
+        let logprobs: Vec<Option<f64>> = std::iter::once(None).chain(given.iter().copied().map(Some)).collect();
+        output.write(&json!({"logprobs": logprobs}))?;
     }
     Ok(())
 }
@@ -165,19 +160,9 @@ fn write_scores(
     })?;
     for (row, &score) in scores.iter().enumerate() {
         check_finite(row as i64, &[score])?;
-        output.write(&Score { score })?;
+        output.write(&json!({"score": score}))?;
     }
     Ok(())
-}
-
-#[derive(Serialize)]
-struct TokenLogprobs {
-    logprobs: Vec<Option<f64>>,
-}
-
-#[derive(Serialize)]
-struct Score {
-    score: f64,
 }
 
 #[derive(Serialize)]
@@ -201,24 +186,18 @@ impl<'a> Generated<'a> {
     }
 }
 
-/// What a program reads and what it writes.
-struct Files<'a> {
-    input: &'a Path,
-    output: &'a Path,
-}
-
 /// The file of `--INPUT` and that of `--output`, which must not be the same one.
-fn files<'a>(options: &'a Options, input: &str) -> Result<Files<'a>, Failure> {
-    let files = Files { input: Path::new(options.required(input)?), output: Path::new(options.required("output")?) };
+fn files<'a>(options: &'a Options, input: &str) -> Result<(&'a Path, &'a Path), Failure> {
+    let (read, written) = (Path::new(options.required(input)?), Path::new(options.required("output")?));
     let file =
         |path: &Path| std::fs::metadata(path).ok().filter(Metadata::is_file).map(|file| (file.dev(), file.ino()));
-    if file(files.output).is_some() && file(files.input) == file(files.output) {
+    if file(written).is_some() && file(read) == file(written) {
         return Err(Failure::Input(format!(
             "--output {} is the file of --{input}, which would be lost: give it another name",
-            files.output.display()
+            written.display()
         )));
     }
-    Ok(files)
+    Ok((read, written))
 }
 
 /// A model's folder, and how lines become its token ids.
@@ -359,7 +338,7 @@ fn numbers(tensor: &Tensor) -> Vec<f64> {
 }
 
 fn timing(report: &GenerationReport) -> Value {
-    serde_json::json!({
+    json!({
         "prefill_tokens": report.prefill_tokens,
         "generated_tokens": report.generated_tokens,
         "seconds": report.seconds,

@@ -8,7 +8,7 @@ use echelon_core::whole_file::WholeFile;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::program::Failure;
+use crate::program::{Failure, failed};
 
 /// Reads every line that is not blank, each a JSON object, through `parse`.
 ///
@@ -85,12 +85,12 @@ impl LineWriter {
     /// # Errors
     /// The disk is full, the pipe closed.
     pub fn write(&mut self, row: &impl Serialize) -> Result<(), Failure> {
-        let line = serde_json::to_string(row).map_err(|error| self.failed(error))? + "\n";
+        let line = serde_json::to_string(row).map_err(|error| failed(&self.path, error))? + "\n";
         let file: &mut dyn Write = match &mut self.file {
             Lines::Beside(file) => file,
             Lines::Direct(file) => file,
         };
-        file.write_all(line.as_bytes()).map_err(|error| self.failed(error))
+        file.write_all(line.as_bytes()).map_err(|error| failed(&self.path, error))
     }
 
     /// Makes the lines appear under the file's name.
@@ -103,11 +103,7 @@ impl LineWriter {
             Lines::Beside(file) => file.finish(),
             Lines::Direct(mut file) => file.flush(),
         };
-        finished.map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
-    }
-
-    fn failed(&self, error: impl std::fmt::Display) -> Failure {
-        Failure::Other(format!("{}: {error}", self.path.display()))
+        finished.map_err(|error| failed(&path, error))
     }
 }
 

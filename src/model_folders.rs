@@ -9,7 +9,7 @@ use echelon_models::config::{DecoderConfig, HeadKind};
 use echelon_models::hub::resolve_model;
 use echelon_models::tokenizer::Tokenizer;
 
-use crate::plan::Shapes;
+use crate::plan::{Shapes, shape_with};
 use crate::program::{Failure, absolute};
 use crate::recipe::{ModelSource, ResolvedRecipe};
 use echelon_roles::models::check_folder;
@@ -96,10 +96,7 @@ pub fn shape(folder: &Path) -> Result<DecoderConfig, Failure> {
 
 /// The shapes of a run's models.
 pub fn shapes(folders: &ModelFolders) -> Result<Shapes, Failure> {
-    let shape = |folder: &std::path::PathBuf, head: HeadKind| {
-        let config = DecoderConfig::read(folder).map_err(Failure::input)?;
-        Ok::<_, Failure>(DecoderConfig { head, ..config }.shape())
-    };
+    let shape = |folder: &PathBuf, head| shape_with(folder, Some(head));
     Ok(Shapes {
         actor: shape(&folders.actor, HeadKind::Logits)?,
         critic: folders.critic.as_ref().map(|folder| shape(folder, HeadKind::Score)).transpose()?,

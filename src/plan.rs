@@ -19,7 +19,7 @@ use echelon_placement::planner::{ByHand, Constraints, Plan, PlanError, plan};
 use echelon_placement::rates::Rates;
 
 use crate::node;
-use crate::program::{Failure, PlanFormat, write_whole};
+use crate::program::{Failure, PlanFormat, failed, write_whole};
 use crate::recipe::{Auto, Model, ModelSource, ResolvedRecipe, SupervisedTrain};
 use echelon_monitor::PLAN_FILE;
 use serde::Serialize;
@@ -28,25 +28,17 @@ use serde::Serialize;
 const USUAL_GPU: &str = "H100-80GB";
 const USUAL_GPUS_PER_NODE: usize = 8;
 
-/// The plan of a recipe; None where a model's shape is not at hand (a hub id without `shape`).
+/// The plan of a run whose models are at hand, wherever they came from.
 ///
 /// # Errors
 /// [`Failure::Input`]: hardware or models that cannot be planned, and a plan that does not fit, with the nearest change
 /// that would.
-pub fn of<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Result<Option<Plan>, Failure> {
-    ask(recipe)?.transpose().map_err(Failure::input)
-}
-
-/// The plan of a run whose models are at hand, wherever they came from.
-///
-/// # Errors
-/// As [`of`].
 pub fn of_run<K: OnPolicy>(recipe: &ResolvedRecipe<K>, shapes: Shapes) -> Result<Plan, Failure> {
     let (cluster, workload) = (cluster(&recipe.placement.devices)?, workload_of(recipe, shapes));
     plan(&cluster, &workload, &constraints(recipe), &Rates::of(&cluster)).map_err(Failure::input)
 }
 
-/// The same, with a refusal as the planner gives it.
+/// The same, with a refusal as the planner gives it; None where a model's shape is not at hand (a hub id without `shape`).
 ///
 /// # Errors
 /// [`Failure::Input`]: hardware or models that cannot be planned.
@@ -164,9 +156,7 @@ pub fn keep(folder: &Path, plan: Option<&str>) -> Result<(), Failure> {
     let file = folder.join(PLAN_FILE);
     match plan {
         Some(text) => write_whole(&file, text),
-        None if file.exists() => {
-            std::fs::remove_file(&file).map_err(|error| Failure::Other(format!("{}: {error}", file.display())))
-        }
+        None if file.exists() => std::fs::remove_file(&file).map_err(|error| failed(&file, error)),
         None => Ok(()),
     }
 }
@@ -298,16 +288,17 @@ fn shape(
     (model, shape): (&ModelSource, &Option<PathBuf>),
     head: Option<HeadKind>,
 ) -> Result<Option<ModelShape>, Failure> {
-    let of = |folder: &Path| {
-        let config = DecoderConfig::read(folder).map_err(Failure::input)?;
-        let head = head.unwrap_or(config.head);
-        Ok(Some(DecoderConfig { head, ..config }.shape()))
-    };
     match (shape, model) {
-        (_, ModelSource::Folder(folder)) if folder.join("config.json").exists() => of(folder),
-        (Some(folder), _) => of(folder),
+        (_, ModelSource::Folder(folder)) if folder.join("config.json").exists() => shape_with(folder, head).map(Some),
+        (Some(folder), _) => shape_with(folder, head).map(Some),
         _ => Ok(None),
     }
+}
+
+/// The shape of a folder's model with this head, or its own.
+pub(crate) fn shape_with(folder: &Path, head: Option<HeadKind>) -> Result<ModelShape, Failure> {
+    let config = DecoderConfig::read(folder).map_err(Failure::input)?;
+    Ok(DecoderConfig { head: head.unwrap_or(config.head), ..config }.shape())
 }
 
 pub(crate) fn constraints<K: OnPolicy>(recipe: &ResolvedRecipe<K>) -> Constraints {
@@ -355,7 +346,7 @@ mod tests {
             "placement.reward.colocate_with=critic",
         ];
         let recipe = PpoRecipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets.map(String::from));
-        let plan = of(&recipe.unwrap().resolve()).unwrap().expect("its shape is with the recipe");
+        let plan = ask(&recipe.unwrap().resolve()).unwrap().expect("its shape is with the recipe").unwrap();
         assert_eq!((plan.idle_devices, plan.idle_reason.as_str()), (4, "roles are placed by hand"));
         let layout = Layout::of(&plan);
         assert_eq!((layout.devices.as_slice(), layout.num_workers), (&[0, 1, 4, 5][..], 4));
@@ -370,7 +361,7 @@ mod tests {
         let planned = |sets: &[&str]| {
             let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
             let recipe = PpoRecipe::load_for_plan(Path::new("recipes/ppo-llama-7b-1n8g.toml"), &sets).unwrap();
-            of(&recipe.resolve()).unwrap().unwrap().host_memory
+            ask(&recipe.resolve()).unwrap().unwrap().unwrap().host_memory
         };
         assert!(planned(&[]).contains("as assumed"));
         assert_eq!(planned(&["placement.host_memory_gib=512"]), "512 GiB");

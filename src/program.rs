@@ -63,13 +63,11 @@ impl From<RecipeError> for Failure {
     }
 }
 
-impl From<echelon_core::Error> for Failure {
-    fn from(error: echelon_core::Error) -> Failure {
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
         match error.root() {
-            echelon_core::Error::Interrupted => {
-                Failure::Interrupted("--resume goes on from the newest checkpoint".into())
-            }
-            echelon_core::Error::WorkerGone(_) => Failure::Worker(error.to_string()),
+            Error::Interrupted => Failure::Interrupted("--resume goes on from the newest checkpoint".into()),
+            Error::WorkerGone(_) => Failure::Worker(error.to_string()),
             _ => Failure::Other(error.to_string()),
         }
     }
@@ -97,38 +95,11 @@ pub const BEFORE_THE_FIRST_STEP: &str = "no step was finished, so nothing was sa
 /// # Errors
 /// The operating system's.
 pub fn write_whole(path: &Path, text: &str) -> Result<(), Failure> {
-    whole_file::write_whole(path, text).map_err(|error| at(path, &error))
+    whole_file::write_whole(path, text).map_err(|error| failed(path, error))
 }
 
-/// [`whole_file::WholeFolder`], with errors that name the folder.
-pub struct WholeFolder {
-    folder: PathBuf,
-    whole: whole_file::WholeFolder,
-}
-
-impl WholeFolder {
-    /// # Errors
-    /// What an earlier attempt left cannot be removed.
-    pub fn begin(folder: &Path) -> Result<WholeFolder, Failure> {
-        let whole = whole_file::WholeFolder::begin(folder, folder.with_extension("unfinished"));
-        Ok(WholeFolder { folder: folder.to_owned(), whole: whole.map_err(|error| at(folder, &error))? })
-    }
-
-    /// Where it is made; not there yet.
-    pub fn path(&self) -> &Path {
-        self.whole.unfinished()
-    }
-
-    /// Takes the place of what had its name.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn finish(self) -> Result<(), Failure> {
-        self.whole.finish().map_err(|error| at(&self.folder, &error))
-    }
-}
-
-fn at(path: &Path, error: &std::io::Error) -> Failure {
+/// An error that names the file or folder.
+pub fn failed(path: &Path, error: impl std::fmt::Display) -> Failure {
     Failure::Other(format!("{}: {error}", path.display()))
 }
 
@@ -374,7 +345,7 @@ pub fn run_folder(name: &str, arguments: &Arguments) -> Result<PathBuf, Failure>
 /// # Errors
 /// It cannot be made, or another run is at work in it.
 pub fn make_run_folder(folder: &Path) -> Result<(), Failure> {
-    std::fs::create_dir_all(folder).map_err(|error| Failure::Other(format!("{}: {error}", folder.display())))?;
+    std::fs::create_dir_all(folder).map_err(|error| failed(folder, error))?;
     hold(folder)
 }
 

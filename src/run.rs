@@ -8,6 +8,7 @@ use echelon_algorithms::{Algorithm, Outcome};
 use echelon_core::Error;
 use echelon_core::data::{Report, Rows};
 use echelon_core::progress::Interrupt;
+use echelon_core::whole_file::WholeFolder;
 use echelon_models::tokenizer::Tokenizer;
 
 use crate::checkpoint::{Checkpoints, Measured, Resumed};
@@ -15,7 +16,7 @@ use crate::devices;
 use crate::forecast::Forecast;
 use crate::plan;
 use crate::program::{
-    Arguments, BEFORE_THE_FIRST_STEP, Failure, WholeFolder, absolute, make_run_folder, run_folder, watch_signals,
+    Arguments, BEFORE_THE_FIRST_STEP, Failure, absolute, failed, make_run_folder, run_folder, watch_signals,
     write_whole,
 };
 use crate::recipe::RESOLVED_FILE;
@@ -340,9 +341,10 @@ impl<A: Algorithm> Run<A> {
         let model = self.folder.join(name);
         let statistics = self.learning.score_statistics(&self.interrupt).await?;
         self.watch.clear();
-        let whole = WholeFolder::begin(&model)?;
-        self.learning.roles.group(role).export(absolute(whole.path()), statistics).await?;
-        whole.finish()?;
+        let unwritten = |error| failed(&model, error);
+        let whole = WholeFolder::begin(&model, model.with_extension("unfinished")).map_err(unwritten)?;
+        self.learning.roles.group(role).export(absolute(whole.unfinished()), statistics).await?;
+        whole.finish().map_err(unwritten)?;
         let report = write_report(&self.folder, A::REPORT)?;
         self.terminal.summary(&Summary {
             steps: self.step,

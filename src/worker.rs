@@ -92,19 +92,20 @@ fn wait_for(file: &Path, patience: Duration, stale: Option<&Credentials>) -> Res
     while missing() && begun.elapsed() < patience {
         std::thread::sleep(LOOK);
     }
+    let (name, waited) = (file.display(), patience.as_secs_f64());
     if is_stale() {
-        let waited = patience.as_secs_f64();
-        let message = format!("is of another run than the driver's, and was not written anew within {waited} s");
-        return Err(Failure::Input(format!("{}: {message}: was its driver killed? remove it", file.display())));
+        return Err(Failure::Input(format!(
+            "{name}: is of another run than the driver's, and was not written anew within {waited} s: was its driver \
+             killed? remove it"
+        )));
     }
     if !file.exists() {
-        let waited = patience.as_secs_f64();
-        let message = format!("is not there after {waited} s: does the driver run, and see this folder?");
-        return Err(Failure::Input(format!("{}: {message}", file.display())));
+        let message = "does the driver run, and see this folder?";
+        return Err(Failure::Input(format!("{name}: is not there after {waited} s: {message}")));
     }
     if file.is_dir() {
         let message = "is a folder: give the file that the driver wrote (placement.credentials)";
-        return Err(Failure::Input(format!("{}: {message}", file.display())));
+        return Err(Failure::Input(format!("{name}: {message}")));
     }
     Credentials::read(file).map_err(Failure::input)
 }

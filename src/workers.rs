@@ -89,7 +89,7 @@ pub struct Processes {
     /// Where batches lie on their way to and from workers of this host.
     store: Option<StoreServer>,
     /// For workers that others start.
-    secret: Option<Arc<SecretFile>>,
+    _secret: Option<Arc<SecretFile>>,
     /// What local workers write on their way out is nothing new.
     muted: Arc<AtomicBool>,
     /// What the roles hold of their nodes.
@@ -214,7 +214,7 @@ impl Workers {
             runtime,
             meeting,
             store,
-            secret,
+            _secret: secret,
             muted,
             held: Vec::new(),
         };
@@ -348,25 +348,12 @@ impl Processes {
 
     async fn finish(self, end: End) {
         let patience = if end == End::Done { FAREWELL } else { ABANDONED };
-        let Processes {
-            ranks,
-            server,
-            local,
-            relaying,
-            interrupting,
-            listening,
-            runtime,
-            meeting,
-            store,
-            secret,
-            muted,
-            held,
-        } = self;
-        muted.store(end != End::Done, Ordering::Relaxed);
+        let Processes { ranks, server, local, runtime, .. } = self;
+        self.muted.store(end != End::Done, Ordering::Relaxed);
         drop(ranks);
-        relaying.abort();
-        interrupting.abort();
-        listening.abort();
+        self.relaying.abort();
+        self.interrupting.abort();
+        self.listening.abort();
         let farewell = async move {
             match end {
                 End::Failed => server.fail("the run failed, and the driver's last lines say why", patience).await,
@@ -378,7 +365,6 @@ impl Processes {
         if let Some(local) = local {
             let _ = tokio::task::spawn_blocking(move || local.wait(patience)).await; // those that stay are killed
         }
-        drop((runtime, meeting, store, secret, held));
     }
 }
 

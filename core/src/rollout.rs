@@ -22,6 +22,14 @@ pub struct SamplingConfig {
     pub ignore_eos: bool,
 }
 
+impl SamplingConfig {
+    /// From all tokens, until an end-of-sequence token.
+    pub fn uncut(temperature: f64, max_new_tokens: usize) -> SamplingConfig {
+        let (top_k, top_p, min_p, stop) = (0, 1.0, 0.0, Vec::new());
+        SamplingConfig { temperature, top_k, top_p, min_p, max_new_tokens, stop, ignore_eos: false }
+    }
+}
+
 /// One tokenised prompt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Prompt {

@@ -233,15 +233,7 @@ impl Probe {
         let work = &self.workload;
         let Some(limits) = &work.sampling else { return Ok(0.0) };
         let max_new_tokens = work.max_response_tokens.min(PROBE_TOKENS);
-        let sampling = SamplingConfig {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            max_new_tokens,
-            stop: Vec::new(),
-            ignore_eos: true,
-        };
+        let sampling = SamplingConfig { ignore_eos: true, ..SamplingConfig::uncut(1.0, max_new_tokens) };
         let ids = |id: usize| (0..work.max_prompt_tokens).map(move |t| ((id + t) as i64 * 31) % self.config.vocab_size);
         let prompt =
             |id: usize| Prompt { id: id as u64, token_ids: ids(id).collect(), text: String::new(), label: None };

@@ -7,9 +7,10 @@ use serde_json::{Map, Value};
 use tch::Kind;
 
 use super::models::{HALF_BILLION, TINY, random};
-use super::place::{self, Place, failed, recipes};
+use super::place::{self, Place, recipes};
+use super::speed::write_config;
 use super::verdict::Findings;
-use crate::program::Failure;
+use crate::program::{Failure, failed};
 use echelon_monitor::Evaluation;
 
 /// By how much the ledger may be off: what `tests/ledger.rs` holds it to on CPUs.
@@ -196,8 +197,7 @@ fn recipe_of((rows, new): (usize, usize), dtype: &str, prompts: &Path) -> String
 /// A Hugging Face folder with random weights in bfloat16, and the quickstart's tokenizer.
 fn write_model(folder: &Path, shape: super::models::Shape, device: tch::Device) -> Result<(), Failure> {
     std::fs::create_dir_all(folder).map_err(|error| failed(folder, error))?;
-    let config = folder.join("config.json");
-    std::fs::write(&config, shape.config_json().to_string()).map_err(|error| failed(&config, error))?;
+    write_config(shape, folder)?;
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         let from = recipes("quickstart/language-model")?.join(name);
         std::fs::copy(&from, folder.join(name)).map_err(|error| failed(&from, error))?;

@@ -25,6 +25,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use self::child::End;
+use self::models::{HALF_BILLION, ONE_AND_A_HALF_BILLION};
 use self::place::{Place, SCRATCH};
 use self::verdict::{Findings, Outcome, Report, Verdict};
 use crate::options::{Options, Usage};
@@ -134,28 +135,28 @@ pub const STEPS: [Step; 17] = [
         title: "Decoding, 0.5 billion parameters",
         meaning: "Decoding must read all weights and the cache once a step: that many bytes a second, as a part of the copy bandwidth.",
         deadline_s: 25.0,
-        run: speed::decode_small,
+        run: |place| speed::decode(place, HALF_BILLION),
     },
     Step {
         name: "decode-1.5b",
         title: "Decoding, 1.5 billion parameters",
         meaning: "The same with a larger model.",
         deadline_s: 30.0,
-        run: speed::decode_large,
+        run: |place| speed::decode(place, ONE_AND_A_HALF_BILLION),
     },
     Step {
         name: "passes-0.5b",
         title: "Prefill and training, 0.5 billion parameters",
         meaning: "Useful operations a second as a part of the bfloat16 matmul rate; recomputation does not count.",
         deadline_s: 25.0,
-        run: speed::passes_small,
+        run: |place| speed::passes(place, HALF_BILLION),
     },
     Step {
         name: "passes-1.5b",
         title: "Prefill and training, 1.5 billion parameters",
         meaning: "The same with a larger model.",
         deadline_s: 30.0,
-        run: speed::passes_large,
+        run: |place| speed::passes(place, ONE_AND_A_HALF_BILLION),
     },
     Step {
         name: "ppo-step",

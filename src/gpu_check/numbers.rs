@@ -124,15 +124,7 @@ fn gradients(folder: &std::path::Path, rows: &Rows, device: Device, findings: &m
 
 /// What the engine says of the tokens that it sampled, beside what scoring says of them.
 fn engine((model, head): &Model, vocabulary: i64, device: Device, findings: &mut Findings) -> Result<(), Failure> {
-    let sampling = SamplingConfig {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        max_new_tokens: 16,
-        stop: Vec::new(),
-        ignore_eos: true,
-    };
+    let sampling = SamplingConfig { ignore_eos: true, ..SamplingConfig::uncut(1.0, 16) };
     let prompt = |id: usize| Prompt {
         id: id as u64,
         token_ids: (0..8 + id).map(|at| ((at * 31 + id * 7 + 2) as i64) % vocabulary).collect(),

@@ -5,14 +5,14 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use tch::{Device, Kind};
+use tch::Kind;
 
 use super::child::dies_with_us;
 use super::models::{HALF_BILLION, Shape, TINY, frozen, learning};
-use super::place::{Place, failed};
-use super::speed::{forward_backward, generate, held, prefill_work, rows_of, training_work, write_config};
+use super::place::Place;
+use super::speed::{forward_backward, generate, held, prefill_work, rows_of, training_work, wait_for, write_config};
 use super::verdict::Findings;
-use crate::program::Failure;
+use crate::program::{Failure, failed};
 
 const SCRIPT: &str = include_str!("peer.py");
 
@@ -54,9 +54,7 @@ pub fn peer(place: &Place) -> Result<Findings, Failure> {
     let what = format!("forward and backward, {rows} rows of {length} tokens");
     in_turns(&what, &mut peer, &job, &mut findings, || {
         forward_backward(&mut policy, &tokens)?;
-        if let Device::Cuda(index) = device {
-            tch::Cuda::synchronize(index as i64);
-        }
+        wait_for(device);
         Ok(())
     })?;
     Ok(findings)

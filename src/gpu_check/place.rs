@@ -11,7 +11,7 @@ use tch::Device;
 
 use super::child::{cause, dies_with_us};
 use super::verdict::Findings;
-use crate::program::Failure;
+use crate::program::{Failure, failed};
 
 /// What a step is told.
 #[derive(Clone, Debug)]
@@ -129,8 +129,4 @@ pub fn metrics(run: &Path) -> Result<Vec<Map<String, Value>>, Failure> {
     let steps: Result<Vec<_>, _> = text.lines().map(serde_json::from_str).collect();
     let steps = steps.map_err(|error| failed(&path, error))?;
     if steps.is_empty() { Err(failed(&path, "no step")) } else { Ok(steps) }
-}
-
-pub fn failed(path: &Path, error: impl std::fmt::Display) -> Failure {
-    Failure::Other(format!("{}: {error}", path.display()))
 }

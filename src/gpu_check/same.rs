@@ -60,16 +60,18 @@ pub fn node_reuse(place: &Place) -> Result<Findings, Failure> {
 fn compare(place: &Place, what: &str, usual: Layout, other: Layout) -> Result<Findings, Failure> {
     let (_, mut findings) = place.open()?;
     let (expected, found) = (learn(place, usual)?, learn(place, other)?);
-    let off = |((_, found), (_, expected)): (&(String, f64), &(String, f64))| {
-        (found - expected).abs() / expected.abs().max(1.0)
-    };
-    let differences = found.iter().zip(&expected).map(|pair| (off(pair), &pair.1.0));
-    // A number that is none on both sides agrees, on one side alone it does not.
-    let differences = differences.zip(found.iter().zip(&expected)).map(|((off, name), ((_, a), (_, b)))| {
-        if a.is_nan() && b.is_nan() { (0.0, name) } else { (if off.is_nan() { f64::INFINITY } else { off }, name) }
-    });
-    let (worst, name) =
-        differences.fold((0.0, None), |worst, (off, name)| if off > worst.0 { (off, Some(name)) } else { worst });
+    let (mut worst, mut name) = (0.0, None);
+    for ((_, found), (of, expected)) in found.iter().zip(&expected) {
+        // A number that is none on both sides agrees, on one side alone it does not.
+        let off = match found.is_nan() && expected.is_nan() {
+            true => 0.0,
+            false => (found - expected).abs() / expected.abs().max(1.0),
+        };
+        let off = if off.is_nan() { f64::INFINITY } else { off };
+        if off > worst {
+            (worst, name) = (off, Some(of));
+        }
+    }
     findings.holds("as many numbers", found.len(), &expected.len().to_string(), found.len() == expected.len());
     let learned = expected.iter().any(|(name, value)| name.starts_with(GRAD_NORM) && *value > 0.0);
     findings.holds("the actor's gradients", if learned { "above 0" } else { "all 0" }, "above 0", learned);

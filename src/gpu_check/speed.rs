@@ -17,10 +17,10 @@ use echelon_models::head::{LogprobHead, LogprobOutput};
 use tch::{Device, Kind, Tensor};
 
 use super::child::dies_with_us;
-use super::models::{HALF_BILLION, ONE_AND_A_HALF_BILLION, Shape, TINY, frozen, learning};
-use super::place::{Place, failed, this_program};
+use super::models::{HALF_BILLION, Shape, TINY, frozen, learning};
+use super::place::{Place, this_program};
 use super::verdict::Findings;
-use crate::program::Failure;
+use crate::program::{Failure, failed};
 use echelon_monitor::{ModelSize, forward_flops_per_token, training_flops_per_token};
 use echelon_roles::models::{Held, Policy};
 
@@ -105,23 +105,16 @@ fn fastest(device: Device, mut work: impl FnMut() -> Result<(), Failure>) -> Res
     Ok(best)
 }
 
-fn wait_for(device: Device) {
+pub fn wait_for(device: Device) {
     if let Device::Cuda(index) = device {
         tch::Cuda::synchronize(index as i64);
     }
 }
 
 /// Steps `decode-0.5b` and `decode-1.5b`.
-pub fn decode_small(place: &Place) -> Result<Findings, Failure> {
-    decode(place, place.size(HALF_BILLION, TINY))
-}
-
-pub fn decode_large(place: &Place) -> Result<Findings, Failure> {
-    decode(place, place.size(ONE_AND_A_HALF_BILLION, TINY))
-}
-
-fn decode(place: &Place, shape: Shape) -> Result<Findings, Failure> {
+pub fn decode(place: &Place, usual: Shape) -> Result<Findings, Failure> {
     let (device, mut findings) = place.open()?;
+    let shape = place.size(usual, TINY);
     let bandwidth = copy_rate(place, device)?;
     findings.speed("copy on the device", bandwidth / 1e9, "GB/s");
     let model = frozen(&shape.config(), (Kind::BFloat16, device), device)?;
@@ -161,15 +154,7 @@ pub fn generate(
     shape: Shape,
     (batch, prompt, new): (usize, usize, usize),
 ) -> Result<GenerationReport, Failure> {
-    let sampling = SamplingConfig {
-        temperature: 0.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        max_new_tokens: new,
-        stop: Vec::new(),
-        ignore_eos: true,
-    };
+    let sampling = SamplingConfig { ignore_eos: true, ..SamplingConfig::uncut(0.0, new) };
     let row = |id: usize| Prompt { id: id as u64, token_ids: ids(id, prompt, shape), text: String::new(), label: None };
     let prompts = Prompts { rows: (0..batch).map(row).collect(), samples_per_prompt: 1, seed: 1, evaluation: false };
     let engine = Engine::new(EngineConfig {
@@ -190,16 +175,9 @@ fn ids(row: usize, length: usize, shape: Shape) -> Vec<i64> {
 const PASS_TOKENS: i64 = 8192;
 
 /// Steps `passes-0.5b` and `passes-1.5b`.
-pub fn passes_small(place: &Place) -> Result<Findings, Failure> {
-    passes(place, place.size(HALF_BILLION, TINY))
-}
-
-pub fn passes_large(place: &Place) -> Result<Findings, Failure> {
-    passes(place, place.size(ONE_AND_A_HALF_BILLION, TINY))
-}
-
-fn passes(place: &Place, shape: Shape) -> Result<Findings, Failure> {
+pub fn passes(place: &Place, usual: Shape) -> Result<Findings, Failure> {
     let (device, mut findings) = place.open()?;
+    let shape = place.size(usual, TINY);
     let peak = matmul_rate(place, (Kind::BFloat16, device))?;
     findings.speed("matmul, bfloat16", peak / 1e12, "TFLOP/s");
     let (batch, prompt) = prefill_work(place);

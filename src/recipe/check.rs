@@ -8,7 +8,7 @@ use echelon_placement::tier::Tier;
 use echelon_schema::{Auto, ModelSource, Origins, RecipeError, Rules, nearest};
 use echelon_tasks::reward::RuleName;
 
-use super::supervised::{Init, RewardRecipe, SftRecipe, Sources, SupervisedTrain};
+use super::supervised::{Init, RewardRecipe, SftRecipe, SupervisedTrain};
 use super::tables::*;
 use super::{ResolvedRecipe, Root};
 
@@ -69,7 +69,7 @@ impl Root for SftRecipe {
     fn check(&self, rules: &mut Rules) {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
-        check_supervised(&self.data, &self.train, &self.checkpoint, &["eval/loss", "eval/perplexity"], rules);
+        check_supervised(self.data.sources(), &self.train, &self.checkpoint, &["eval/loss", "eval/perplexity"], rules);
         self.placement.check(rules);
         check_no_tier(Self::PROGRAM, &self.placement, rules);
     }
@@ -96,7 +96,7 @@ impl Root for RewardRecipe {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
         let measured = ["eval/accuracy", "eval/loss", "eval/score_mean", "eval/score_std"];
-        check_supervised(&self.data, &self.train, &self.checkpoint, &measured, rules);
+        check_supervised(self.data.sources(), &self.train, &self.checkpoint, &measured, rules);
         self.placement.check(rules);
         check_no_tier(Self::PROGRAM, &self.placement, rules);
         if self.data.chosen_key == self.data.rejected_key {
@@ -304,13 +304,12 @@ fn check_init(init: Init, model: &ModelSource, rules: &mut Rules) {
 }
 
 fn check_supervised(
-    data: &impl Sources,
+    (single, mixed, held_out, fraction): (bool, usize, bool, f64),
     train: &SupervisedTrain,
     checkpoint: &Checkpoint,
     measured: &[&'static str],
     rules: &mut Rules,
 ) {
-    let (single, mixed, held_out, fraction) = data.sources();
     if single && mixed > 0 {
         let message = format!("[data] has `train` and {mixed} [[data.mix]] tables");
         rules.broken(&["data.train"], message, "move it into a [[data.mix]] table of its own");

@@ -175,26 +175,14 @@ macro_rules! files_of {
             pub fn held_out(&self) -> (Option<&Path>, f64) {
                 (self.eval.as_deref(), self.eval_fraction)
             }
+
+            /// What the shared rules need: (single source given, number of mixed sources, held-out file given,
+            /// `eval_fraction`).
+            pub(super) fn sources(&self) -> (bool, usize, bool, f64) {
+                (self.train.is_some(), self.mix.len(), self.eval.is_some(), self.eval_fraction)
+            }
         })*
     };
 }
 
 files_of!(SftData, PairData);
-
-/// What the shared rules need from either kind of training data.
-pub(super) trait Sources {
-    /// (single source given, number of mixed sources, held-out file given, `eval_fraction`)
-    fn sources(&self) -> (bool, usize, bool, f64);
-}
-
-impl Sources for SftData {
-    fn sources(&self) -> (bool, usize, bool, f64) {
-        (self.train.is_some(), self.mix.len(), self.eval.is_some(), self.eval_fraction)
-    }
-}
-
-impl Sources for PairData {
-    fn sources(&self) -> (bool, usize, bool, f64) {
-        (self.train.is_some(), self.mix.len(), self.eval.is_some(), self.eval_fraction)
-    }
-}
