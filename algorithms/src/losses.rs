@@ -24,14 +24,8 @@ pub struct PolicyClip {
     /// The ratio's upper bound is 1 + `high`.
     pub high: f64,
     /// Dual clip c > 1 (Ye et al. 2020): where the advantage is negative, the objective is at least
-    /// c · advantage, so that one huge ratio cannot dominate the step. Off by default.
+    /// c · advantage, so that one huge ratio cannot dominate the step.
     pub dual: Option<f64>,
-}
-
-impl Default for PolicyClip {
-    fn default() -> Self {
-        Self { low: 0.2, high: 0.2, dual: None }
-    }
 }
 
 /// The clipped surrogate loss and what it saw.
@@ -179,6 +173,7 @@ mod tests {
         like.ones_like().to_kind(Kind::Bool)
     }
 
+    const CLIP: PolicyClip = PolicyClip { low: 0.2, high: 0.2, dual: None };
     const NOTHING: [f64; 6] = [0.0, 0.0, 0.0, 0.0, 0.0, f64::NEG_INFINITY];
 
     fn numbers(sums: &PolicySums) -> [f64; 6] {
@@ -218,7 +213,7 @@ mod tests {
     fn an_unmoved_policy_has_ratio_one_and_no_kl() {
         let logprobs = Tensor::randn([3, 5], (Kind::Float, Device::Cpu));
         let advantages = Tensor::randn([3, 5], (Kind::Float, Device::Cpu));
-        let loss = policy_loss(&logprobs, &logprobs, &advantages, &all_true(&logprobs), PolicyClip::default());
+        let loss = policy_loss(&logprobs, &logprobs, &advantages, &all_true(&logprobs), CLIP);
         assert_eq!(numbers(&loss.sums), [15.0, 0.0, 0.0, 0.0, 15.0, 1.0]);
     }
 
@@ -228,7 +223,7 @@ mod tests {
         let old_logprobs = Tensor::from_slice2(&[[0.0, 0.0, 0.0]]);
         let advantages = Tensor::from_slice2(&[[1.0, 1.0, 1.0]]);
         let mask = Tensor::from_slice2(&[[true, true, false]]);
-        let loss = policy_loss(&logprobs, &old_logprobs, &advantages, &mask, PolicyClip::default());
+        let loss = policy_loss(&logprobs, &old_logprobs, &advantages, &mask, CLIP);
         let [num_tokens, num_clipped, ppo_kl, approx_kl, ratio, ratio_max] = numbers(&loss.sums);
         assert_eq!((num_tokens, num_clipped), (2.0, 1.0)); // only the ratio 2 is held back
         assert!((ratio - 2.5).abs() < 1e-12 && (ratio_max - 2.0).abs() < 1e-12 && ppo_kl.abs() < 1e-12);
@@ -239,14 +234,14 @@ mod tests {
     fn a_batch_without_response_tokens_costs_nothing_and_keeps_the_graph() {
         let logprobs = Tensor::full([2, 3], f64::NAN, (Kind::Double, Device::Cpu)).set_requires_grad(true);
         let mask = Tensor::zeros([2, 3], (Kind::Bool, Device::Cpu));
-        let loss = policy_loss(&logprobs, &logprobs, &logprobs, &mask, PolicyClip::default());
+        let loss = policy_loss(&logprobs, &logprobs, &logprobs, &mask, CLIP);
         loss.sum.backward();
         assert_eq!(loss.sum.double_value(&[]), 0.0);
         assert_eq!(numbers(&loss.sums), NOTHING);
         assert_eq!(logprobs.grad(), Tensor::zeros([2, 3], (Kind::Double, Device::Cpu)));
 
         let empty = Tensor::zeros([0, 3], (Kind::Double, Device::Cpu));
-        let loss = policy_loss(&empty, &empty, &empty, &all_true(&empty), PolicyClip::default());
+        let loss = policy_loss(&empty, &empty, &empty, &all_true(&empty), CLIP);
         assert_eq!((loss.sum.double_value(&[]), numbers(&loss.sums)), (0.0, NOTHING));
         let loss = value_loss(&empty, &empty, &empty, &all_true(&empty), Some(0.5));
         assert_eq!((loss.sum.double_value(&[]), loss.num_clipped.double_value(&[])), (0.0, 0.0));

@@ -20,12 +20,6 @@ pub struct ScoreShaping {
     pub clip_range: Option<(f64, f64)>,
 }
 
-impl Default for ScoreShaping {
-    fn default() -> Self {
-        Self { normalization: None, missing_eos_penalty: None, clip_range: Some((-10.0, 10.0)) }
-    }
-}
-
 impl ScoreShaping {
     /// Shaped scores `[B]` in the dtype of `scores`; `truncated` `[B]` is true where a response ended by its
     /// length limit, without an end-of-sequence token.
@@ -88,10 +82,11 @@ mod tests {
     }
 
     #[test]
-    fn the_default_only_clips_to_ten() {
+    fn without_other_stages_scores_are_only_clipped() {
         let scores = Tensor::from_slice(&[-11.0, 0.25, 11.0]);
         let truncated = Tensor::from_slice(&[true; 3]);
-        let shaped = Vec::<f64>::try_from(ScoreShaping::default().apply(&scores, &truncated)).unwrap();
+        let shaping = ScoreShaping { normalization: None, missing_eos_penalty: None, clip_range: Some((-10.0, 10.0)) };
+        let shaped = Vec::<f64>::try_from(shaping.apply(&scores, &truncated)).unwrap();
         assert_eq!(shaped, [-10.0, 0.25, 10.0]);
     }
 

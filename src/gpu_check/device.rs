@@ -21,9 +21,8 @@ pub fn find(place: &Place) -> Result<Findings, Failure> {
     let device = place.device()?;
     let mut findings = Findings::new(is_stand_in());
     let nvml = Nvml::init().map_err(|error| error.to_string());
-    match nvml.as_ref().map_err(String::clone).and_then(|nvml| tell_device(nvml, &mut findings)) {
-        Ok(()) => {}
-        Err(why) => findings.tell("NVML, the driver's management library", format!("does not tell all: {why}"), ""),
+    if let Err(why) = nvml.as_ref().map_err(String::clone).and_then(|nvml| tell_device(nvml, &mut findings)) {
+        findings.tell("NVML, the driver's management library", format!("does not tell all: {why}"), "");
     }
     let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_else(|_| "not set".into());
     findings.tell("CUDA_VISIBLE_DEVICES", visible, "");
@@ -31,10 +30,7 @@ pub fn find(place: &Place) -> Result<Findings, Failure> {
     for line in build_lines(&shim::torch_build()) {
         findings.tell("libtorch", line, "");
     }
-    match nccl_version() {
-        Ok(version) => findings.tell("NCCL", version, ""),
-        Err(error) => findings.tell("NCCL", format!("{error}"), ""),
-    }
+    findings.tell("NCCL", nccl_version().unwrap_or_else(|error| error.to_string()), "");
     let sum = sum_on(device)?;
     findings.holds("a sum on the device", sum, "499500", sum == 499_500.0);
     Ok(findings)
@@ -85,16 +81,11 @@ fn tell_device(nvml: &Nvml, findings: &mut Findings) -> Result<(), String> {
     if let Ok(capability) = device.cuda_compute_capability() {
         findings.tell("compute capability", format!("{}.{}", capability.major, capability.minor), "");
     }
-    let mig = device.mig_mode().map_or_else(
-        |error| not_told(&error),
-        |mode| {
-            if mode.current == 0 {
-                "off".into()
-            } else {
-                "on: this is a slice of a card, and speeds are the slice's".into()
-            }
-        },
-    );
+    let mig = match device.mig_mode() {
+        Ok(mode) if mode.current == 0 => "off".into(),
+        Ok(_) => "on: this is a slice of a card, and speeds are the slice's".into(),
+        Err(error) => not_told(&error),
+    };
     findings.tell("MIG", mig, "");
     findings.tell("others on the card", others(&device), "");
     Ok(())

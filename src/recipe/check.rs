@@ -25,10 +25,6 @@ impl<K: OnPolicy> Root for Recipe<K> {
         (&mut self.name, &mut self.origins)
     }
 
-    fn origins(&self) -> &Origins {
-        &self.origins
-    }
-
     fn resolved_text(&self) -> String {
         self.clone().resolve().to_toml()
     }
@@ -62,10 +58,6 @@ impl Root for SftRecipe {
         (&mut self.name, &mut self.origins)
     }
 
-    fn origins(&self) -> &Origins {
-        &self.origins
-    }
-
     fn check(&self, rules: &mut Rules) {
         check_name(&self.name, rules);
         check_init(self.model.init, &self.model.model, rules);
@@ -86,10 +78,6 @@ impl Root for RewardRecipe {
 
     fn common(&mut self) -> (&mut String, &mut Origins) {
         (&mut self.name, &mut self.origins)
-    }
-
-    fn origins(&self) -> &Origins {
-        &self.origins
     }
 
     fn check(&self, rules: &mut Rules) {
@@ -121,7 +109,11 @@ impl<K: OnPolicy> Recipe<K> {
         for (key, folder) in shapes.into_iter().filter_map(|(key, shape)| Some((key, shape.as_ref()?))) {
             if !folder.join("config.json").is_file() {
                 let message = format!("`{key}`: {} has no config.json", folder.display());
-                return Err(self.error_at(key, &message, "name a folder with the model's; it needs no weights"));
+                return Err(self.origins.error_at(
+                    key,
+                    &message,
+                    "name a folder with the model's; it needs no weights",
+                ));
             }
         }
         Ok(())

@@ -54,7 +54,6 @@ pub trait Root: Table {
     fn name(&self) -> &str;
     /// The name and the places, which every recipe has.
     fn common(&mut self) -> (&mut String, &mut Origins);
-    fn origins(&self) -> &Origins;
     /// Checks the rules between keys.
     fn check(&self, rules: &mut Rules);
     /// What `recipe.resolved.toml` holds.
@@ -87,11 +86,6 @@ pub trait Root: Table {
         let base = Path::new("/").to_owned();
         let document = Document { label, text: text.to_owned(), base, is_file: true };
         from_documents(Documents(vec![document]), false)
-    }
-
-    /// An error found later, outside the recipe's own rules, shown at the place of `key` (`"data.prompts"`).
-    fn error_at(&self, key: &str, message: &str, help: &str) -> RecipeError {
-        self.origins().error_at(key, message, help)
     }
 }
 

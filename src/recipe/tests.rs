@@ -399,9 +399,10 @@ fn micro_batches_are_counted_for_full_length_sequences() {
 fn later_errors_point_at_their_key() {
     let folder = Folder::new();
     let recipe = load_small(&folder, "", &["rollout.max_new_tokens=9000"]);
-    let error = recipe.error_at("data.prompts", "`data.prompts` is empty", "it needs at least one row").to_string();
+    let error =
+        recipe.origins.error_at("data.prompts", "`data.prompts` is empty", "it needs at least one row").to_string();
     assert!(error.contains("small.toml:7:1: `data.prompts` is empty\n"), "{error}");
-    let error = recipe.error_at("rollout.max_new_tokens", "too long", "").to_string();
+    let error = recipe.origins.error_at("rollout.max_new_tokens", "too long", "").to_string();
     assert!(error.starts_with("--set rollout.max_new_tokens=9000: too long\n"), "{error}");
 }
 

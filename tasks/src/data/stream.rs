@@ -107,10 +107,6 @@ impl<T> Mix<T> {
         Ok(Self { sources, shares })
     }
 
-    pub fn sources(&self) -> &[MixSource<T>] {
-        &self.sources
-    }
-
     /// Rows of all sources together.
     pub fn num_rows(&self) -> usize {
         self.sources.iter().map(|source| source.rows.len()).sum()
