@@ -97,21 +97,17 @@ impl<K: OnPolicy> RankSide for Recipe<K> {
 
 impl RankSide for SftRecipe {
     fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
-        let recipe = SftRecipe::read_text(&spec.recipe)?;
-        let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;
+        let SftRecipe { model, train, placement, seed, .. } = SftRecipe::read_text(&spec.recipe)?;
         let (reads, loss) = (Reads::Logprobs { temperature: 1.0 }, Arc::new(NegativeLogLikelihood));
-        let model = (&recipe.model, &recipe.train.compute, recipe.seed);
-        Ok((alone(spec, (Role::Actor, reads, loss), model, held), warning))
+        alone(spec, (Role::Actor, reads, loss), (&model, &train.compute, seed), (&placement, place))
     }
 }
 
 impl RankSide for RewardRecipe {
     fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
-        let recipe = RewardRecipe::read_text(&spec.recipe)?;
-        let (held, warning) = held(spec, &recipe.train.compute, &recipe.placement, place)?;
+        let RewardRecipe { model, train, placement, seed, .. } = RewardRecipe::read_text(&spec.recipe)?;
         let (reads, loss) = (Reads::Scalars(ScalarRows::LastTokens), Arc::new(PairwiseRanking));
-        let model = (&recipe.model, &recipe.train.compute, recipe.seed);
-        Ok((alone(spec, (Role::Reward, reads, loss), model, held), warning))
+        alone(spec, (Role::Reward, reads, loss), (&model, &train.compute, seed), (&placement, place))
     }
 }
 
@@ -120,8 +116,9 @@ fn alone(
     spec: &RunSpec,
     (role, reads, loss): (Role, Reads, Arc<dyn Loss>),
     (model, compute, seed): (&Model, &Compute, u64),
-    held: Held,
-) -> RankPlan {
+    (devices, place): (&Devices, Option<&Place>),
+) -> Built {
+    let (held, warning) = held(spec, compute, devices, place)?;
     let trained = TrainedPlan {
         role,
         folder: spec.folder(role),
@@ -133,7 +130,7 @@ fn alone(
         schedule: LrSchedule::of(&model.optimizer, spec.optimizer_steps[&role]),
         losses: vec![loss],
     };
-    of_spec(spec, held, vec![trained])
+    Ok((of_spec(spec, held, vec![trained]), warning))
 }
 
 fn of_spec(spec: &RunSpec, held: Held, trained: Vec<TrainedPlan>) -> RankPlan {
