@@ -12,6 +12,11 @@ use echelon_models::head::{LogprobHead, ScalarHead, ScalarRows};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+#[path = "common/mapped.rs"]
+mod mapped;
+
+use mapped::lies_in;
+
 fn folders() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints");
     let mut folders: Vec<PathBuf> = std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -124,17 +129,6 @@ fn frozen_weights_lie_in_the_file() {
         }
         assert!(!lies_in(&folder, &Tensor::from(1.0)));
     }
-}
-
-/// Whether a tensor's memory is a map of a file in `folder`.
-fn lies_in(folder: &Path, tensor: &Tensor) -> bool {
-    let (at, folder) = (tensor.data_ptr() as usize, folder.canonicalize().unwrap());
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().filter(|line| line.contains(folder.to_str().unwrap())).any(|line| {
-        let (begin, end) = line.split(' ').next().unwrap().split_once('-').unwrap();
-        let [begin, end] = [begin, end].map(|address| usize::from_str_radix(address, 16).unwrap());
-        (begin..end).contains(&at)
-    })
 }
 
 #[test]
