@@ -164,7 +164,7 @@ fn status_fault(status: &Status) -> Attempt {
 
 /// A certificate that one end does not accept will not be accepted later either.
 fn fault(error: &(dyn StdError + 'static)) -> Attempt {
-    match std::iter::successors(Some(error), |error| error.source()).find_map(tls_refusal) {
+    match std::iter::successors(Some(error), |&error| error.source()).find_map(tls_refusal) {
         Some(tls) => Attempt::OtherRun(tls),
         None => Attempt::Failed(with_causes(error.to_string(), error)),
     }

@@ -136,7 +136,7 @@ pub(crate) fn stream_broke(status: &tonic::Status) -> String {
 
 /// What is said of an error, and what it came from, as far as that is not said yet.
 pub(super) fn with_causes(said: String, error: &(dyn StdError + 'static)) -> String {
-    std::iter::successors(error.source(), |error| error.source()).fold(said, |said, error| {
+    std::iter::successors(error.source(), |&error| error.source()).fold(said, |said, error| {
         let cause = error.to_string();
         if said.contains(&cause) { said } else { format!("{said}: {cause}") }
     })
