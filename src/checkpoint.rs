@@ -1,7 +1,7 @@
 //! Checkpoints of a run: `checkpoints/step-N/`, written beside, synced and renamed, so that a folder of that name is
 //! whole or has been damaged since.
 //!
-//! * CK-1: a checkpoint is taken at a step's end and holds all that the next step depends on.
+//! * CK-1: a checkpoint is taken at a step's end and holds all that the next step depends on (AR-12).
 //! * CK-2: `manifest.json` has every file's length and checksum; a checkpoint that does not match is not used.
 //! * CK-3: the newest `keep` and the best by the eval metric stay; nothing is deleted before its successor is whole.
 //!

@@ -60,7 +60,7 @@ pub fn weight_layout(
 
 /// The driver's choice, where this worker's processor can follow it; else the plain layout, with a warning.
 pub fn usable(told: WeightLayout, held: Held) -> WeightLayout {
-    if held.pass.device != Device::Cpu || works(told, held.kind) {
+    if held.pass.device != Device::Cpu || aside(|| works(told, held.kind)) {
         return told;
     }
     tracing::warn!("weights lie plainly here: this processor does not have the driver's layout, {told}");

@@ -23,7 +23,7 @@ use echelon_monitor::MonitorError;
 /// Why a program ends without having done its work.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The recipe or an input is wrong; nothing was started. Exit code 2.
+    /// The recipe or an input is wrong; nothing was started (AR-17). Exit code 2.
     #[error("{0}")]
     Input(String),
     /// A worker failed. Exit code 3.

@@ -38,17 +38,17 @@ type Built = Result<(RankPlan, Option<String>), Failure>;
 /// # Errors
 /// As [`RankSide::rank_plan`]; an algorithm that this worker does not know.
 pub fn rank_plan(spec: &RunSpec, place: Option<&Place>) -> Built {
-    match PROGRAMS.iter().find(|(name, _)| *name == spec.program) {
-        Some((_, plan)) => plan(spec, place),
-        None => {
-            let known: Vec<&str> = PROGRAMS.iter().map(|(name, _)| *name).collect();
-            Err(Failure::Input(format!(
-                "this worker knows no algorithm `{}`, it knows {}: start it from the driver's own program",
-                spec.program,
-                known.join(", ")
-            )))
-        }
-    }
+    ranks_of(&spec.program)?(spec, place)
+}
+
+fn ranks_of(program: &str) -> Result<RanksOf, Failure> {
+    let found = PROGRAMS.iter().find(|(name, _)| *name == program);
+    found.map(|(_, plan)| *plan).ok_or_else(|| {
+        let known = PROGRAMS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+        Failure::Input(format!(
+            "this worker knows no algorithm `{program}`, it knows {known}: start it from the driver's own program"
+        ))
+    })
 }
 
 macro_rules! by_name {
@@ -144,5 +144,17 @@ fn of_spec(spec: &RunSpec, held: Held, trained: Vec<TrainedPlan>) -> RankPlan {
         engine: EngineConfig::default(),
         run_folder: spec.run_folder.clone(),
         store: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_algorithm_that_a_worker_does_not_know_is_refused_with_those_it_knows() {
+        let error = ranks_of("mine").err().unwrap().to_string();
+        assert!(error.contains("no algorithm `mine`, it knows ppo, sft, reward"), "{error}");
+        assert!(ranks_of("ppo").is_ok());
     }
 }

@@ -1,4 +1,5 @@
-//! The workers of a run: one device thread of this process, or worker processes that join over the network.
+//! The workers of a run: one device thread of this process, or worker processes that join over the network and end with
+//! it, as it ends with the first of them that is lost (AR-23).
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,6 @@
 //! What README.md and docs/ point at is there.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,24 @@ fn every_inclusion_has_its_anchor() {
     let included = source.split(&format!("// ANCHOR: {anchor}\n")).nth(1).expect("the anchor");
     let included = included.split(&format!("// ANCHOR_END: {anchor}\n")).next().expect("its end");
     assert!(included.contains("async fn learn("), "{included}");
+}
+
+/// Each AR-n of docs/architecture.md is cited by a source or a test, and none that is not there.
+#[test]
+fn every_invariant_is_cited_where_it_holds() {
+    let numbers = |text: &str| -> BTreeSet<u32> {
+        let after = text.split("AR-").skip(1);
+        after.filter_map(|rest| rest.split(|digit: char| !digit.is_ascii_digit()).next()?.parse().ok()).collect()
+    };
+    let listed = fs::read_to_string(root().join("docs/architecture.md")).unwrap();
+    let listed: String = listed.lines().filter(|line| line.starts_with("* **AR-")).collect();
+    let manifest: toml::Table = fs::read_to_string(root().join("Cargo.toml")).unwrap().parse().unwrap();
+    let members = manifest["workspace"]["members"].as_array().unwrap().iter().map(|member| member.as_str().unwrap());
+    let folders =
+        members.chain(["."]).flat_map(|member| ["src", "tests"].map(|folder| root().join(member).join(folder)));
+    let sources = folders.flat_map(|folder| rust_sources(&folder)).map(|file| fs::read_to_string(file).unwrap());
+    let cited: BTreeSet<u32> = sources.flat_map(|source| numbers(&source)).collect();
+    assert_eq!(numbers(&listed), cited);
 }
 
 #[test]
@@ -72,6 +91,12 @@ fn pages() -> Vec<PathBuf> {
     let in_folder = |folder: &PathBuf| names(folder).into_iter().map(|name| folder.join(name)).collect::<Vec<_>>();
     let pages = folders.iter().flat_map(in_folder).filter(|page| page.extension() == Some("md".as_ref()));
     pages.chain([root().join("README.md")]).collect()
+}
+
+fn rust_sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
+    let inside = |path: PathBuf| if path.is_dir() { rust_sources(&path) } else { vec![path] };
+    entries.flat_map(inside).filter(|path| path.extension() == Some("rs".as_ref())).collect()
 }
 
 fn names(folder: &Path) -> Vec<String> {

@@ -1,4 +1,4 @@
-//! A run over several ranks is the run over one: whatever is divided, the metrics are the same.
+//! A run over several ranks is the run over one: whatever is divided, the metrics are the same (AR-22, AR-24).
 
 use common::{Workplace, said, worst};
 

@@ -38,6 +38,7 @@ fn uniform(seed: u64) -> f64 {
     ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// AR-10.
 #[test]
 fn the_same_seed_gives_the_same_run() {
     let workplace = Workplace::new();

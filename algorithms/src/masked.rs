@@ -3,7 +3,7 @@
 //! Every per-token tensor of PPO has shape `[B, T]` (B responses, T tokens per padded prompt + response);
 //! column `t` describes token `t`. `response_mask` `[B, T]` is true on the tokens the policy sampled.
 //! What stands elsewhere (prompt, padding, a tool's answer) is unspecified and may even be NaN, so it is
-//! replaced by zero before any arithmetic: multiplying by a 0/1 mask would let a NaN through.
+//! replaced by zero before any arithmetic (AR-9): multiplying by a 0/1 mask would let a NaN through.
 
 use tch::{Kind, Tensor};
 

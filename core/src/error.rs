@@ -22,7 +22,7 @@ pub enum Error {
     /// The person at the terminal, or a signal, asked to stop.
     #[error("interrupted")]
     Interrupted,
-    /// A worker answered with an error, panicked, or is gone.
+    /// A worker answered with an error, panicked, or is gone; its cause as it was there (AR-19).
     #[error("{role} rank {rank}: {verb}: {cause}")]
     Worker {
         role: Role,

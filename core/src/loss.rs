@@ -1,4 +1,4 @@
-//! What a model learns: a loss, found by its name on every rank.
+//! What a model learns: a loss, found by its name on every rank (AR-25).
 
 use std::collections::BTreeMap;
 
@@ -64,7 +64,7 @@ pub struct Term {
     pub per: Per,
 }
 
-/// Counts of a whole mini-batch, over all ranks: the gradient depends neither on micro-batches nor on ranks.
+/// Counts of a whole mini-batch, over all ranks: the gradient depends neither on micro-batches nor on ranks (AR-5).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Totals {
     pub tokens: f64,

@@ -1,5 +1,5 @@
 //! Random numbers by counter: a number is a pure function of a seed and of what it is for, so it does not depend on
-//! what else was drawn, on batching, on ranks or on restarts.
+//! what else was drawn, on batching, on ranks or on restarts (AR-6).
 
 /// What a random number is for; every consumer has a domain of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

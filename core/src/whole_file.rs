@@ -1,4 +1,4 @@
-//! Files and folders that have their name only when they are complete: written beside it, synced, renamed.
+//! Files and folders that have their name only when they are complete: written beside it, synced, renamed (AR-13).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Write};

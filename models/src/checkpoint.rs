@@ -276,7 +276,7 @@ fn wrapped(bytes: &[u8], shape: &[i64], kind: Kind, map: &Arc<Mmap>) -> Result<T
 fn map_file(path: &Path) -> Result<Mmap> {
     let io = |source| ModelError::Io { path: path.into(), source };
     let file = File::open(path).map_err(io)?;
-    // SAFETY: the map is private and read-only; that nobody cuts the file meanwhile is the user's promise.
+    // SAFETY: the map is private and read-only (AR-16); that nobody cuts the file meanwhile is the user's promise.
     unsafe { MmapOptions::new().map_copy_read_only(&file) }.map_err(io)
 }
 

@@ -26,7 +26,7 @@ pub struct LogprobHead {
 /// Per-token outputs in `[b, T]` rows, 0 where nothing is wanted.
 #[derive(Debug)]
 pub struct LogprobOutput {
-    /// `[b, T]` log-softmax(logits / temperature) of the row's own tokens.
+    /// `[b, T]` log-softmax(logits / temperature) of the row's own tokens (AR-8).
     pub logprobs: Tensor,
     /// `[b, T]` entropy of the full distribution; only when learning.
     pub entropy: Option<Tensor>,

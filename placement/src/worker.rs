@@ -66,7 +66,7 @@ impl<H: 'static> Worker<H> {
         let refused = reply_slot(reply);
         let on_refusal = refused.clone();
         let job: Job<H> = Box::new(move |host| {
-            // A panic answers this request with its message, then goes on to end the thread.
+            // A panic answers this request with its message (AR-18), then goes on to end the thread.
             let (outcome, panic) = match catch_unwind(AssertUnwindSafe(|| work(host))) {
                 Ok(outcome) => (outcome, None),
                 Err(panic) => match of_panic(panic.as_ref()) {

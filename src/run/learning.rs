@@ -32,7 +32,7 @@ impl<A: Algorithm> Learning<A> {
         Ok((sampled, outcome))
     }
 
-    /// When this returns every generator holds the actor's weights, so the next rollout is on-policy.
+    /// When this returns every generator holds the actor's weights, so the next rollout is on-policy (AR-15).
     async fn publish(&mut self, version: u64) -> Result<()> {
         if let Some(generator) = self.roles.get(Role::Generator) {
             self.roles.actor().publish_weights(generator, version).await?;
@@ -89,7 +89,7 @@ impl<A: Algorithm> Learning<A> {
         })
     }
 
-    /// Gives the roles, the algorithm and the data what they had at a checkpoint; the run folder stays as it is.
+    /// Gives the roles, the algorithm and the data what they had at a checkpoint; the run folder stays as it is (AR-14).
     pub async fn restore(&mut self, path: &Path, state: &RunState) -> std::result::Result<(), Failure> {
         tch::set_num_threads(state.num_threads);
         self.feed.restore(&state.data)?;

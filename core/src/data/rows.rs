@@ -10,7 +10,7 @@ use super::divide::{Shares, places};
 use crate::error::{Error, Result};
 use crate::message::{Body, Message};
 
-/// B rows, T columns of tokens; column `t` of what is known per token belongs to token `t`. Rollouts, experience, examples
+/// B rows, T columns of tokens; column `t` of what is known per token belongs to token `t` (AR-7). Rollouts, experience, examples
 /// and pairs are rows that have other columns.
 #[derive(Debug)]
 pub struct Rows {

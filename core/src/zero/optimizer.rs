@@ -173,7 +173,7 @@ impl TrainingState {
     /// the norm before clipping. Every rank calls this.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] when the norm is not finite; nothing has moved then, and the gradients are cleared.
+    /// [`Error::NonFinite`] when the norm is not finite; nothing has moved then, and the gradients are cleared (AR-11).
     pub fn step(&mut self, lr: f64) -> Result<f64> {
         let _guard = tch::no_grad_guard();
         self.finish_reduce()?;

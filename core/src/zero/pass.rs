@@ -64,7 +64,7 @@ pub trait Units {
     fn reduce(&mut self, _unit: usize) -> Result<()> {
         Ok(())
     }
-    /// How many passes all ranks make when this one has `passes`.
+    /// How many passes all ranks make when this one has `passes` (AR-21).
     fn agree(&self, passes: usize) -> Result<usize> {
         Ok(passes)
     }

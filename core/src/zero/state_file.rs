@@ -1,4 +1,4 @@
-//! Tensors in a safetensors file, written straight from their memory and read back by name.
+//! Whole tensors in a safetensors file, written straight from their memory and read back by name (AR-22).
 
 use std::fs::File;
 use std::io::{BufWriter, Write};

@@ -69,7 +69,7 @@ pub trait RewardSource: Send + Sync {
     }
 }
 
-/// Scores `requests` and checks the answer as RW-1 says: for sources written elsewhere.
+/// Scores `requests` and checks the answer as RW-1 says (AR-20): for sources written elsewhere.
 ///
 /// # Errors
 /// The source's own, a wrong number of scores, or a score that is not finite.
