@@ -80,6 +80,10 @@ impl Layout {
         self.find(role).unwrap_or_else(|| panic!("no worker holds the {role}"))
     }
 
+    pub fn has(&self, role: Role) -> bool {
+        self.find(role).is_some()
+    }
+
     fn find(&self, role: Role) -> Option<&RoleGroup> {
         self.groups.iter().find(|group| group.role == role)
     }

@@ -66,9 +66,7 @@ impl RankPlan {
         }
         let matmul_rate = pass.device.is_cuda().then(|| matmul_rate(kind, pass.device));
         let frozen = self.frozen(&membership, &tokenizer);
-        let alone = self.trained.len() == 1;
-        let published =
-            self.trained.iter().find(|plan| plan.role == Role::Actor && !alone).map(|plan| plan.folder.clone());
+        let published = self.trained.iter().find(|plan| plan.role == Role::Actor).map(|plan| plan.folder.clone());
         let (trained, sender) = trained(self.trained, &membership, self.held)?;
         let generator = match published {
             Some(folder) => Generator::of(&membership, &folder, self.held)?,
@@ -124,22 +122,22 @@ type Learners = BTreeMap<Role, Deferred<Trained>>;
 /// The models that learn here, and what sends the actor's weights to generators.
 fn trained(plans: Vec<TrainedPlan>, membership: &Membership, held: Held) -> Result<(Learners, Option<Sender>)> {
     let (mut trained, mut sender) = (BTreeMap::new(), None);
-    let alone = plans.len() == 1;
+    let samples = membership.layout.has(Role::Generator);
     for plan in plans {
         let (role, folder, device) = (plan.role, plan.folder.clone(), held.pass.device);
         if membership.layout.of_worker(membership.worker, role).is_none() {
             continue;
         }
-        if role != Role::Actor && !alone {
+        if role != Role::Actor && samples {
             let membership = membership.clone();
             trained.insert(role, Deferred::new(device, move || plan.build(&membership, held)));
             continue;
         }
-        let mut model = plan.build(membership, held).map_err(|error| match alone {
-            true => error,
-            false => Error::other(format!("loading the {role}"), error),
+        let mut model = plan.build(membership, held).map_err(|error| match samples {
+            true => Error::other(format!("loading the {role}"), error),
+            false => error,
         })?;
-        if !alone {
+        if samples {
             let shape = DecoderConfig::read(&folder)?.shape();
             sender = generator::sender(membership, model.state(), &shape, held.kind)?;
         }
