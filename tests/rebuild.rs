@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use common::{SMALL, Workplace};
 use echelon::checkpoint::{Checkpoints, Resumed};
+use echelon::rank_plan::rank_plan;
 use echelon::recipe::{PpoKeys, PpoRecipe, ResolvedRecipe, Root};
 use echelon::run::inputs::{Inputs, Program};
 use echelon::run::learning::Learning;
@@ -16,7 +17,10 @@ use echelon::wire;
 use echelon::workers::{End, Workers};
 use echelon_algorithms::ppo::Ppo;
 use echelon_core::progress::{Interrupt, Unwatched};
+use echelon_core::role::Role;
 use echelon_core::verb::Roles;
+use echelon_placement::layout::Layout;
+use echelon_roles::membership::{Membership, Watched};
 
 mod common;
 
@@ -127,4 +131,21 @@ fn dropped_processes_are_built_again_and_nothing_is_lost() {
         format!("placement.credentials={}", workplace.path("credentials").display()),
     ];
     compare(&sets, 2, &workplace);
+}
+
+/// Whether a device samples is the layout's word, not the number of its learners: an algorithm without a critic samples too.
+#[test]
+fn one_learner_has_a_generator_where_the_layout_says_so() {
+    let workplace = Workplace::new();
+    let recipe = PpoRecipe::load(&workplace.write("recipe.toml", SMALL), &[]).unwrap().resolve();
+    let inputs = recipe.inputs(&Resumed::default(), &workplace.path("run")).unwrap();
+    let samples = |layout: Layout| {
+        let (mut plan, _) = rank_plan(&inputs.spec, None).unwrap();
+        plan.trained.retain(|learner| learner.role == Role::Actor);
+        let here = Membership::take(0, layout, None, &Watched::default()).unwrap();
+        let built = plan.build(here, inputs.tokenizer.clone(), Interrupt::default(), Arc::new(Unwatched)).unwrap();
+        (built.trained.len(), built.generator.is_some())
+    };
+    assert_eq!(samples(Layout::together(1, 0, false)), (1, true));
+    assert_eq!(samples(Layout::alone(Role::Actor, 1, (0, false))), (1, false));
 }
