@@ -83,6 +83,9 @@ pub fn read(folder: &Path, prompts: &Prompts) -> Result<Generated> {
     let decoded = decode(&bytes).or_else(|error| decode(&bytes).map(|OfBefore(rollout)| rollout).map_err(|_| error));
     let rollout: Generated =
         decoded.map_err(|error| Error::Refused(format!("rollout.replay: {}: {error}", file.display())))?;
+    let rollout = whole(rollout, prompts).map_err(|column| {
+        Error::Refused(format!("rollout.replay: {}: it has no column `{column}` of its kind", file.display()))
+    })?;
     let asked = prompts.rows.iter().flat_map(|prompt| vec![&prompt.text; prompts.samples_per_prompt]);
     let recorded = &rollout.rows[PROMPTS];
     if asked.map(String::as_str).ne(recorded.iter().map(|text| &**text)) {
@@ -92,6 +95,29 @@ pub fn read(folder: &Path, prompts: &Prompts) -> Result<Generated> {
             file.display(),
             recorded.len()
         )));
+    }
+    Ok(rollout)
+}
+
+/// The rollout with every column that sampling makes; else the name of one that it lacks. Versions before the rows' columns
+/// kept no groups: rows are in the order of the prompts.
+fn whole(mut rollout: Generated, prompts: &Prompts) -> Result<Generated, &'static str> {
+    let rows = &rollout.rows;
+    let columns = [
+        (ROLLOUT_LOGPROBS.name, rows.get(ROLLOUT_LOGPROBS).is_some()),
+        (PROMPTS.name, rows.get(PROMPTS).is_some()),
+        (RESPONSES.name, rows.get(RESPONSES).is_some()),
+        (LABELS.name, rows.get(LABELS).is_some()),
+        (TRUNCATED.name, rows.get(TRUNCATED).is_some()),
+        (POLICY_VERSION.name, rows.get(POLICY_VERSION).is_some()),
+    ];
+    if let Some((name, _)) = columns.into_iter().find(|(_, is_there)| !is_there) {
+        return Err(name);
+    }
+    if rows.get(GROUPS).is_none() {
+        let groups = prompts.rows.iter().flat_map(|prompt| vec![prompt.id as i64; prompts.samples_per_prompt]);
+        let groups = Tensor::from_slice(&groups.collect::<Vec<_>>());
+        rollout.rows = rollout.rows.with(GROUPS, groups).map_err(|_| GROUPS.name)?;
     }
     Ok(rollout)
 }

@@ -124,8 +124,17 @@ fn recorded_rollouts_are_learned_from_alike_on_any_layout() {
         let (difference, place) = worst(&workplace.path(&name), &workplace.path("one"));
         assert!(difference <= 1e-9, "{name}: {place}");
     }
+    let lacking = workplace.path("lacking");
+    common::copy_folder(&workplace.path("rollouts"), &lacking);
+    let first = lacking.join("step-1.safetensors");
+    let bytes = std::fs::read(&first).unwrap();
+    let (name, other) = (b"rollout_logprobs", b"rollout_logprobz");
+    let at = bytes.windows(name.len()).position(|window| window == name).expect("a column of this name");
+    std::fs::write(&first, [&bytes[..at], other, &bytes[at + name.len()..]].concat()).unwrap();
+    let lacking = format!("rollout.replay={}", lacking.display());
     for (sets, named) in [
-        (&[replay.as_str(), "seed=8"][..], "prompts are not this step's"),
+        (&[lacking.as_str()][..], "step-1.safetensors: it has no column `rollout_logprobs` of its kind"),
+        (&[replay.as_str(), "seed=8"], "prompts are not this step's"),
         (&[&replay, "train.steps=40"], "step-7.safetensors"),
         (&[&record], "step-1.safetensors is there already"),
         (&[&record, &replay], "`rollout.record` and `rollout.replay` are both"),

@@ -133,6 +133,15 @@ fn from_documents<T: Root>(documents: Documents, check_files: bool) -> Result<T,
     Ok(recipe)
 }
 
+macro_rules! tables {
+    ($($Recipe:ty),* $(,)?) => {
+        &[$((<$Recipe>::PROGRAM, <$Recipe>::TABLE)),*]
+    };
+}
+
+/// The table that no recipe of a program is without.
+const TABLES: &[(&str, &str)] = for_each_recipe!(tables);
+
 /// A recipe of another program gets one error, not one per key.
 fn other_program<T: Root>(root: &Node) -> Option<Problem> {
     let Item::Table(entries) = &root.item else { return None };
@@ -142,7 +151,8 @@ fn other_program<T: Root>(root: &Node) -> Option<Problem> {
         return None;
     }
     let message = format!("a recipe of `{}` has [{}], this one has [{}]", T::PROGRAM, T::TABLE, foreign.key);
-    let programs = if foreign.key == "actor" { "`ppo`" } else { "`sft` or `reward`" };
+    let programs = TABLES.iter().filter(|(_, table)| *table == foreign.key).map(|(program, _)| format!("`{program}`"));
+    let programs = programs.collect::<Vec<_>>().join(" or ");
     Some(Problem::new(foreign.key_origin.clone(), message).help(format!("run it with {programs}")))
 }
 

@@ -91,6 +91,12 @@ impl<A: Algorithm> Learning<A> {
 
     /// Gives the roles, the algorithm and the data what they had at a checkpoint; the run folder stays as it is (AR-14).
     pub async fn restore(&mut self, path: &Path, state: &RunState) -> std::result::Result<(), Failure> {
+        if state.num_threads < 1 {
+            let (path, threads) = (path.display(), state.num_threads);
+            return Err(Failure::Input(format!(
+                "{path}: `num_threads` = {threads} in state.json: at least 1 computes"
+            )));
+        }
         tch::set_num_threads(state.num_threads);
         self.feed.restore(&state.data)?;
         self.algorithm.restore(state.algorithm.clone()).map_err(Failure::input)?;

@@ -96,6 +96,8 @@ pub struct Work {
     size: ModelSize,
     /// Age of the process at the beginning of the run's first step; none after it.
     age: Option<f64>,
+    /// Whether a step has begun.
+    begun: bool,
     samples_per_prompt: usize,
     pub last_kl: Option<f64>,
 }
@@ -112,6 +114,7 @@ impl Work {
                 hidden: (config.num_heads * config.head_dim) as f64,
             },
             age: None,
+            begun: false,
             samples_per_prompt,
             last_kl: None,
         }
@@ -119,7 +122,8 @@ impl Work {
 
     /// Call before a step's first work.
     pub fn begin(&mut self) {
-        self.age = self.last_kl.is_none().then(process_age).flatten();
+        let begun = std::mem::replace(&mut self.begun, true);
+        self.age = (!begun).then(process_age).flatten();
     }
 
     /// Sets timings, tokens per second and MFU; `matmul_rate` is what the run's devices reach together, in floating-point

@@ -66,7 +66,7 @@ impl<K: OnPolicy> Program for ResolvedRecipe<K> {
 
     fn inputs(&self, resumed: &Resumed, run_folder: &Path) -> Result<Inputs<K::Algorithm>, Failure> {
         let losses: Vec<_> = self.keys.losses().iter().map(|(role, loss)| (*role, loss.name())).collect();
-        check_learners(K::Algorithm::NAME, K::Algorithm::LEARNERS, &losses)?;
+        check_learners((K::Algorithm::NAME, K::Algorithm::EXPORTS.0), K::Algorithm::LEARNERS, &losses)?;
         let folders = model_folders::model_folders(self)?;
         let (held, warning) = devices::held(&self.train.compute, &self.placement.devices, None)?;
         settings::check_limits(self, &folders, held)?;
@@ -185,10 +185,22 @@ fn check_replay(feed: &mut PromptFeed, resumed: &Resumed, total: u64) -> Result<
 /// The roles that can learn in such a run.
 const CAN_LEARN: [Role; 2] = [Role::Actor, Role::Critic];
 
-/// Refuses an algorithm whose roles nobody builds, or that have nothing to minimise.
-fn check_learners(name: &str, learners: &[(Role, &str)], losses: &[(Role, &str)]) -> Result<(), Failure> {
+/// Refuses an algorithm whose roles nobody builds, or that have nothing to minimise, or whose result would not be there.
+fn check_learners(
+    (name, exported): (&str, Role),
+    learners: &[(Role, &str)],
+    losses: &[(Role, &str)],
+) -> Result<(), Failure> {
     let refuse = |why: String| Err(Failure::Other(format!("the algorithm `{name}`: {why}")));
-    for (role, _) in learners {
+    for needed in [Role::Actor, exported] {
+        if learners.iter().all(|(role, _)| *role != needed) {
+            return refuse(format!("the {needed} samples or is exported, and is none of LEARNERS"));
+        }
+    }
+    for (index, (role, file)) in learners.iter().enumerate() {
+        if learners[..index].iter().any(|(other, its)| other == role || its == file) {
+            return refuse(format!("the {role} or its name `{file}` stands twice in LEARNERS"));
+        }
         if !CAN_LEARN.contains(role) {
             let [actor, critic] = CAN_LEARN;
             return refuse(format!("the {role} shall learn, and only {actor} and {critic} are built to: see LEARNERS"));
@@ -209,10 +221,18 @@ mod tests {
 
     #[test]
     fn roles_and_losses_that_do_not_meet_are_named() {
-        let refused = |learners: &[(Role, &str)], losses: &[(Role, &str)]| {
-            check_learners("mine", learners, losses).err().map(|error| error.to_string()).unwrap_or_default()
+        let refused_of = |exported: Role, learners: &[(Role, &str)], losses: &[(Role, &str)]| {
+            check_learners(("mine", exported), learners, losses)
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default()
         };
+        let refused = |learners: &[(Role, &str)], losses: &[(Role, &str)]| refused_of(Role::Actor, learners, losses);
         let actor = (Role::Actor, "actor");
+        let error = refused_of(Role::Critic, &[actor], &[(Role::Actor, "surrogate")]);
+        assert!(error.contains("the critic samples or is exported, and is none of LEARNERS"), "{error}");
+        let error = refused(&[actor, (Role::Critic, "actor")], &[(Role::Actor, "surrogate")]);
+        assert!(error.contains("`actor` stands twice in LEARNERS"), "{error}");
         assert_eq!(refused(&[actor], &[(Role::Actor, "surrogate")]), "");
         let error = refused(&[actor, (Role::Reward, "judge")], &[(Role::Actor, "surrogate")]);
         assert!(error.contains("`mine`: the reward shall learn, and only actor and critic are built to"), "{error}");
