@@ -195,7 +195,7 @@ impl<A: Algorithm> Run<A> {
         self.work.iter_mut().for_each(Work::begin);
         self.learning.roles.calls.take(); // what came before is no step's
         // A step on examples is short: it is finished, with its evaluation.
-        let _whole = self.learning.feed.is_short().then(|| self.interrupt.defer());
+        let _whole = self.learning.feed.reads_examples().then(|| self.interrupt.defer());
         let (sampled, Outcome { report, rows }) = self.learning.step(step, &self.interrupt).await?;
         let _finishing = self.interrupt.defer(); // the weights have moved: what belongs to this step is done
         self.learning.feed.keep(step, &rows, &sampled)?;
@@ -204,8 +204,8 @@ impl<A: Algorithm> Run<A> {
         let phases_s = begun.elapsed().as_secs_f64();
         let mut metrics = metrics_of(&report, self.learning.published());
         self.record_speed(&mut metrics, (&rows, &sampled), phases_s).await?;
-        let short = self.learning.feed.is_short();
-        if short {
+        let on_examples = self.learning.feed.reads_examples();
+        if on_examples {
             self.evaluate_when_due(&mut metrics).await?; // what it takes is metered with the step
         }
         self.record_memory(&mut metrics).await?;
@@ -214,7 +214,7 @@ impl<A: Algorithm> Run<A> {
             forecast.record(&mut metrics, &rows, &self.interrupt);
             self.clock.name("perf/calibration_s", begun.elapsed().as_secs_f64());
         }
-        if !short {
+        if !on_examples {
             self.evaluate_when_due(&mut metrics).await?;
         }
         self.clock.record(&mut metrics, phases_s);
@@ -274,7 +274,7 @@ impl<A: Algorithm> Run<A> {
     async fn evaluate_once(&mut self, when: &str) -> Result<Option<Evaluation>, Failure> {
         let path = self.folder.join(format!("eval_{when}.json"));
         let feed = &self.learning.feed;
-        if !feed.evaluates() || (when == AFTER && feed.is_short()) {
+        if !feed.evaluates() || (when == AFTER && feed.reads_examples()) {
             return Ok(None); // on examples the last step has done it
         }
         if when == BEFORE && self.step > 0 {
@@ -294,7 +294,7 @@ impl<A: Algorithm> Run<A> {
     async fn save_when_due(&mut self) -> Result<(), Error> {
         let last = self.step == self.total;
         let due = self.save_every.is_some_and(|every| last || self.step.is_multiple_of(every));
-        if due || (last && self.learning.feed.is_short()) {
+        if due || (last && self.learning.feed.reads_examples()) {
             let unsaved = |error| Error::Refused(format!("{error}; --resume continues from the checkpoint before it"));
             let begun = Instant::now();
             self.save().await.map_err(unsaved)?;

@@ -19,10 +19,10 @@ pub enum Evaluation {
 impl Evaluation {
     pub fn of(found: &Outcome, feed: &Feed) -> Evaluation {
         let Outcome { report, rows } = found;
-        if feed.is_short() {
+        let Some(scores) = rows.get(SCORES).filter(|_| !feed.reads_examples()) else {
             return Evaluation::Examples(metrics_of(report, None));
-        }
-        let rewards: Vec<f64> = Vec::try_from(&rows[SCORES]).expect("a vector of scores");
+        };
+        let rewards: Vec<f64> = Vec::try_from(scores).expect("a vector of scores");
         let texts = rows[PROMPTS].iter().zip(&rows[RESPONSES]).zip(&rewards);
         let responses = texts.map(|((prompt, response), &reward)| EvalResponse {
             prompt: prompt.to_string(),

@@ -49,8 +49,8 @@ pub struct ExampleFeed {
 }
 
 impl Feed {
-    /// A step on examples takes no sampling: it is short.
-    pub fn is_short(&self) -> bool {
+    /// Whether rows are read instead of sampled; a step is short then.
+    pub fn reads_examples(&self) -> bool {
         matches!(self, Feed::Examples(_))
     }
 

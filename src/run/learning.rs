@@ -54,7 +54,7 @@ impl<A: Algorithm> Learning<A> {
 
     /// Mean and standard deviation of the scores that a model gives held-out rows, where it is one that scores.
     pub async fn score_statistics(&self, interrupt: &Interrupt) -> Result<Option<(f64, f64)>> {
-        if !self.feed.is_short() || !self.feed.evaluates() {
+        if A::EXPORTS.0 != Role::Reward || !self.feed.evaluates() {
             return Ok(None);
         }
         let _whole = interrupt.defer();
@@ -81,7 +81,7 @@ impl<A: Algorithm> Learning<A> {
             data: self.feed.position(),
             algorithm: self.algorithm.state(),
             num_threads: tch::get_num_threads(),
-            weight_layout: (!self.feed.is_short()).then_some(held.weight_layout),
+            weight_layout: (!self.feed.reads_examples()).then_some(held.weight_layout),
             device: Some(devices::device_name(held.pass.device)),
             deterministic: Some(held.deterministic),
             render_time: tokenizer.render_time(),
